@@ -1,0 +1,1 @@
+"""From a checkpoint and its quantized weights to the files that ship: .pte, .onnx and the bundle around them."""

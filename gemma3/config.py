@@ -1,0 +1,274 @@
+"""The shape of a Gemma 3 text model, read from Hugging Face's ``config.json``.
+
+Both spellings are read: the released files' (``rope_theta``, ``rope_local_base_freq``, ``rope_scaling``,
+``sliding_window_pattern``) and the newer nested one (``rope_parameters``, ``layer_types``); text-only
+(``model_type`` ``gemma3_text``) or with the text model under ``text_config`` (``gemma3``).
+Every key is used, checked against the only value this network implements, or named in ``IGNORED``.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from gemma3.errors import BadInput
+
+LayerKind = Literal["sliding_attention", "full_attention"]
+SLIDING: LayerKind = "sliding_attention"
+FULL: LayerKind = "full_attention"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base ``theta``, positions divided by ``factor`` (linear scaling)."""
+
+    theta: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Everything that fixes the text network. The number of layers is the length of ``layer_types``."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    layer_types: tuple[LayerKind, ...]
+    sliding_window: int
+    max_position_embeddings: int
+    query_pre_attn_scalar: float
+    rms_norm_eps: float
+    local_rope: Rope
+    global_rope: Rope
+    tie_word_embeddings: bool
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_types)
+
+    def rope(self, kind: LayerKind) -> Rope:
+        return self.local_rope if kind == SLIDING else self.global_rope
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; ``from_dict`` is its inverse."""
+        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "TextConfig":
+        fields = dict(data)
+        fields["layer_types"] = tuple(fields["layer_types"])
+        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+        fields["local_rope"] = Rope(**fields["local_rope"])
+        fields["global_rope"] = Rope(**fields["global_rope"])
+        return TextConfig(**fields)
+
+
+# transformers' Gemma3TextConfig defaults: the released 4B–27B files leave these keys out and rely on them.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "max_position_embeddings": 131_072,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+ROPE_THETA, ROPE_LOCAL_BASE_FREQ, SLIDING_WINDOW_PATTERN = 1_000_000.0, 10_000.0, 6
+
+# Keys that would change the arithmetic: anything but the value Gemma 3 uses is refused.
+REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "use_bidirectional_attention": (False, None),
+}
+
+# Keys that say nothing about inference on a text model of this shape.
+IGNORED = frozenset(
+    {
+        # provenance and storage
+        *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "name_or_path"),
+        # training, and how transformers runs and returns things
+        *("attention_dropout", "initializer_range", "use_cache", "cache_implementation", "return_dict"),
+        *("output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder"),
+        *("problem_type", "id2label", "label2id", "_attn_implementation", "_attn_implementation_autoset"),
+    }
+)
+# Top-level keys beside ``text_config`` that belong to the vision half.
+MULTIMODAL = frozenset(
+    {
+        *("vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"),
+        *("boi_token_id", "eoi_token_id", "image_token_id"),
+    }
+)
+ROPE_TYPES = ("default", "linear")
+
+
+def read_config(path: Path) -> TextConfig:
+    """Read ``config.json`` at ``path``. Raises BadInput when it is missing, unreadable or not Gemma 3's."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; give a Hugging Face checkpoint directory") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({error}); download it again") from None
+    if not isinstance(data, dict):
+        raise BadInput(f"{path}: holds a JSON {type(data).__name__}, expected an object")
+    try:
+        return parse_config(data)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def parse_config(data: Mapping[str, Any]) -> TextConfig:
+    """The text model's configuration from the parsed ``config.json``. Raises BadInput naming the key."""
+    model_type = data.get("model_type")
+    if model_type == "gemma3":
+        text = data.get("text_config")
+        if not isinstance(text, Mapping):
+            raise BadInput("model_type 'gemma3' without a text_config; the file is incomplete")
+        outer = {key: value for key, value in data.items() if key != "text_config"}
+        _refuse_unknown(
+            outer, known={*MULTIMODAL, "model_type", "eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings"}
+        )
+        # The outer ids and tying, where given, are the ones transformers acts on.
+        inherited = {
+            key: outer[key]
+            for key in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings")
+            if outer.get(key) is not None
+        }
+        return _parse_text({**text, **inherited})
+    if model_type != "gemma3_text":
+        raise BadInput(
+            f"model_type is {model_type!r}; only Gemma 3 checkpoints ('gemma3_text' or 'gemma3') can be used"
+        )
+    return _parse_text(data)
+
+
+def _parse_text(data: Mapping[str, Any]) -> TextConfig:
+    rope_keys = {"rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters"}
+    pattern_keys = {"sliding_window_pattern", "_sliding_window_pattern", "layer_types"}
+    _refuse_unknown(data, known={"model_type", *DEFAULTS, *rope_keys, *pattern_keys})
+    if data.get("model_type", "gemma3_text") != "gemma3_text":
+        raise BadInput(f"text_config.model_type is {data['model_type']!r}, expected 'gemma3_text'")
+    values = {key: default if data.get(key) is None else data[key] for key, default in DEFAULTS.items()}
+    for key, allowed in REQUIRED_VALUES.items():
+        if key in data and data[key] not in allowed:
+            raise BadInput(f"{key} is {data[key]!r}; Gemma 3 has {allowed[0]!r} and nothing else is implemented")
+    local_rope, global_rope = _ropes(data)
+    eos = values["eos_token_id"]
+    config = TextConfig(
+        vocab_size=_count(values, "vocab_size"),
+        hidden_size=_count(values, "hidden_size"),
+        intermediate_size=_count(values, "intermediate_size"),
+        num_attention_heads=_count(values, "num_attention_heads"),
+        num_key_value_heads=_count(values, "num_key_value_heads"),
+        head_dim=_count(values, "head_dim"),
+        layer_types=_layer_types(data, _count(values, "num_hidden_layers")),
+        sliding_window=_count(values, "sliding_window"),
+        max_position_embeddings=_count(values, "max_position_embeddings"),
+        query_pre_attn_scalar=_positive(values["query_pre_attn_scalar"], "query_pre_attn_scalar"),
+        rms_norm_eps=_positive(values["rms_norm_eps"], "rms_norm_eps"),
+        local_rope=local_rope,
+        global_rope=global_rope,
+        tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        bos_token_id=_token_id(values["bos_token_id"], "bos_token_id"),
+        eos_token_ids=tuple(_token_id(i, "eos_token_id") for i in (eos if isinstance(eos, list) else [eos])),
+        pad_token_id=_token_id(values["pad_token_id"], "pad_token_id"),
+    )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise BadInput(
+            f"num_attention_heads {config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {config.num_key_value_heads}"
+        )
+    if config.head_dim % 2:
+        raise BadInput(f"head_dim is {config.head_dim}; rotary embeddings need an even number")
+    return config
+
+
+def _refuse_unknown(data: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(data) - known - IGNORED - set(REQUIRED_VALUES))
+    if unknown:
+        raise BadInput(
+            f"unknown key {', '.join(map(repr, unknown))}; it may change the network, so it is not ignored: "
+            "remove it if it does not"
+        )
+
+
+def _layer_types(data: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
+    given = data.get("layer_types")
+    if given is None:
+        pattern = data.get("sliding_window_pattern", data.get("_sliding_window_pattern"))
+        every = SLIDING_WINDOW_PATTERN if pattern is None else pattern
+        if not isinstance(every, int) or every < 1:
+            raise BadInput(f"sliding_window_pattern is {every!r}, expected a positive integer")
+        return tuple(FULL if (index + 1) % every == 0 else SLIDING for index in range(layers))
+    if not isinstance(given, list) or len(given) != layers:
+        raise BadInput(f"layer_types has {len(given)} entries for num_hidden_layers {layers}")
+    for kind in given:
+        if kind not in (SLIDING, FULL):
+            raise BadInput(f"layer_types holds {kind!r}, expected '{SLIDING}' or '{FULL}'")
+    return tuple(given)
+
+
+def _ropes(data: Mapping[str, Any]) -> tuple[Rope, Rope]:
+    """(local, global). Linear scaling in the old spelling applies to the global layers only."""
+    nested = data.get("rope_parameters")
+    if nested is None:
+        theta = data.get("rope_theta")
+        local_theta = data.get("rope_local_base_freq")
+        return (
+            Rope(_positive(ROPE_LOCAL_BASE_FREQ if local_theta is None else local_theta, "rope_local_base_freq")),
+            _rope(data.get("rope_scaling") or {}, ROPE_THETA if theta is None else theta, "rope_scaling"),
+        )
+    if not isinstance(nested, Mapping) or set(nested) != {SLIDING, FULL}:
+        raise BadInput(f"rope_parameters must hold '{SLIDING}' and '{FULL}', saw {nested!r}")
+    return (
+        _rope(nested[SLIDING], data.get("rope_local_base_freq", ROPE_LOCAL_BASE_FREQ), f"rope_parameters.{SLIDING}"),
+        _rope(nested[FULL], data.get("rope_theta", ROPE_THETA), f"rope_parameters.{FULL}"),
+    )
+
+
+def _rope(data: Mapping[str, Any], theta: Any, where: str) -> Rope:
+    unknown = sorted(set(data) - {"rope_type", "type", "rope_theta", "factor"})
+    kind = data.get("rope_type", data.get("type", "default"))
+    if unknown or kind not in ROPE_TYPES:
+        raise BadInput(f"{where} is {dict(data)!r}; only rope_type 'default' and 'linear' with a factor are implemented")
+    factor = data.get("factor", 1.0) if kind == "linear" else 1.0
+    return Rope(_positive(data.get("rope_theta", theta), f"{where}.rope_theta"), _positive(factor, f"{where}.factor"))
+
+
+def _count(values: Mapping[str, Any], key: str) -> int:
+    value = values[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise BadInput(f"{key} is {value!r}, expected a positive integer")
+    return value
+
+
+def _positive(value: Any, key: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise BadInput(f"{key} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _token_id(value: Any, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise BadInput(f"{key} is {value!r}, expected a token id")
+    return value

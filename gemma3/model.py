@@ -1,0 +1,203 @@
+"""Gemma 3's text network in plain PyTorch, to be read top to bottom.
+
+Shapes: B batch, S new tokens, T visible key positions, H query heads, K key/value heads, D head dim, E hidden
+size, F MLP size, V vocabulary. Parameter names are the checkpoint's, so that loading is the identity.
+
+Reference precision is float32: the embedding scale is sqrt(E) in float32 (a bfloat16 run would round it).
+Sources: the Gemma 3 report (arXiv 2503.19786); equality with transformers is tested in tests/gemma3.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma3.cache import CacheLayout
+from gemma3.config import FULL, SLIDING, LayerKind, TextConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one kind share in one forward call."""
+
+    cos: Tensor  # [S, D/2]
+    sin: Tensor  # [S, D/2]
+    mask: Tensor  # bool [S, T]: may query s see key t?
+    slots: Tensor  # int64 [S]: cache slots the new keys go to; unused without a cache
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer's keys and values, [1, K, slots, D] each; written in place."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + weight), in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + self.weight.float())).to(x.dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, heads, S, D] by the angles of cos, sin [S, D/2]; the halves of D form the pairs."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig, kind: LayerKind) -> None:
+        super().__init__()
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.kind = kind
+        self.head_dim = dim
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step, kv: LayerKV | None) -> Tensor:
+        batch, length, _ = x.shape
+        split = (batch, length, -1, self.head_dim)
+        queries = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)  # [B, H, S, D]
+        keys = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)  # [B, K, S, D]
+        values = self.v_proj(x).view(split).transpose(1, 2)
+        queries = apply_rope(queries, step.cos, step.sin)
+        keys = apply_rope(keys, step.cos, step.sin)
+        if kv is not None:
+            kv.keys.index_copy_(2, step.slots, keys)
+            kv.values.index_copy_(2, step.slots, values)
+            visible = step.mask.shape[-1]
+            keys, values = kv.keys[:, :, :visible], kv.values[:, :, :visible]
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=step.mask, scale=self.scale, enable_gqa=True
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: TextConfig, kind: LayerKind) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, kind)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step, kv: LayerKV | None) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), step, kv))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class TextModel(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Gemma3(nn.Module):
+    """Token ids in, logits out. Without a cache it attends within the given tokens; with one it continues it."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = TextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, tokens: Tensor, cache: Sequence[LayerKV] | None = None, start: int = 0, last_only: bool = False
+    ) -> Tensor:
+        """Logits [B, S, V] (or [B, 1, V]) for tokens [B, S] (int64) at positions start … start + S − 1.
+
+        ``cache`` (from ``new_cache``; batch 1) holds the positions before ``start`` and receives the new ones.
+        """
+        steps = {kind: self._step(kind, tokens.shape[1], start, cache) for kind in (SLIDING, FULL)}
+        x = self.model.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, steps[self.config.layer_types[index]], None if cache is None else cache[index])
+        if last_only:
+            x = x[:, -1:]
+        return self.lm_head(self.model.norm(x))
+
+    def _step(self, kind: LayerKind, length: int, start: int, cache: Sequence[LayerKV] | None) -> Step:
+        config, end = self.config, start + length
+        device = self.model.norm.weight.device
+        positions = torch.arange(start, end, device=device)
+        if cache is None:
+            slots, key_positions = positions, positions
+        elif kind not in config.layer_types:
+            slots, key_positions = positions, positions[:0]
+        else:
+            size = cache[config.layer_types.index(kind)].keys.shape[2]
+            slots = positions % size
+            key_positions = ring_positions(end, size, device)
+        window = config.sliding_window if kind == SLIDING else None
+        cos, sin = rope_angles(config, kind, positions)
+        dtype = self.model.norm.weight.dtype
+        return Step(cos.to(dtype), sin.to(dtype), attention_mask(positions, key_positions, window), slots)
+
+
+def rope_angles(config: TextConfig, kind: LayerKind, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, D/2] (float32) of position / factor · theta^(−2i/D) for positions [S]."""
+    inverse = inverse_frequencies(config, kind).to(positions.device)
+    angles = positions[:, None].float() * inverse
+    return angles.cos(), angles.sin()
+
+
+def inverse_frequencies(config: TextConfig, kind: LayerKind) -> Tensor:
+    """float32 [D/2], with the linear scaling factor divided in."""
+    rope = config.rope(kind)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    return 1.0 / (rope.theta**exponents) / rope.factor
+
+
+def ring_positions(end: int, slots: int, device: torch.device | None = None) -> Tensor:
+    """The position each slot holds once positions 0 … end − 1 are written, for the min(end, slots) used slots."""
+    slot = torch.arange(min(end, slots), device=device)
+    return end - 1 - (end - 1 - slot) % slots
+
+
+def attention_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """bool [S, T]: key k is visible to query q iff k ≤ q and, under a window W (which counts q), k > q − W."""
+    visible = keys[None, :] <= queries[:, None]
+    if window is not None:
+        visible &= keys[None, :] > queries[:, None] - window
+    return visible
+
+
+def new_cache(layout: CacheLayout) -> list[LayerKV]:
+    """Zeroed float32 buffers in the ring style."""
+    assert layout.style == "ring"
+    shapes = [(1, layout.num_key_value_heads, layer.slots, layout.head_dim) for layer in layout.layers]
+    return [LayerKV(torch.zeros(shape), torch.zeros(shape)) for shape in shapes]

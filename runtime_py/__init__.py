@@ -1,0 +1,1 @@
+"""Running bundles from Python: sessions with one protocol, generation, validation, benchmarks, reports."""
