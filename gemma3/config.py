@@ -146,7 +146,15 @@ def parse_config(data: Mapping[str, Any]) -> TextConfig:
             raise BadInput("model_type 'gemma3' without a text_config; the file is incomplete")
         outer = {key: value for key, value in data.items() if key != "text_config"}
         _refuse_unknown(
-            outer, known={*MULTIMODAL, "model_type", "eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings"}
+            outer,
+            known={
+                *MULTIMODAL,
+                "model_type",
+                "eos_token_id",
+                "bos_token_id",
+                "pad_token_id",
+                "tie_word_embeddings",
+            },
         )
         # The outer ids and tying, where given, are the ones transformers acts on.
         inherited = {
@@ -241,7 +249,11 @@ def _ropes(data: Mapping[str, Any]) -> tuple[Rope, Rope]:
     if not isinstance(nested, Mapping) or set(nested) != {SLIDING, FULL}:
         raise BadInput(f"rope_parameters must hold '{SLIDING}' and '{FULL}', saw {nested!r}")
     return (
-        _rope(nested[SLIDING], data.get("rope_local_base_freq", ROPE_LOCAL_BASE_FREQ), f"rope_parameters.{SLIDING}"),
+        _rope(
+            nested[SLIDING],
+            data.get("rope_local_base_freq", ROPE_LOCAL_BASE_FREQ),
+            f"rope_parameters.{SLIDING}",
+        ),
         _rope(nested[FULL], data.get("rope_theta", ROPE_THETA), f"rope_parameters.{FULL}"),
     )
 
@@ -250,7 +262,9 @@ def _rope(data: Mapping[str, Any], theta: Any, where: str) -> Rope:
     unknown = sorted(set(data) - {"rope_type", "type", "rope_theta", "factor"})
     kind = data.get("rope_type", data.get("type", "default"))
     if unknown or kind not in ROPE_TYPES:
-        raise BadInput(f"{where} is {dict(data)!r}; only rope_type 'default' and 'linear' with a factor are implemented")
+        raise BadInput(
+            f"{where} is {dict(data)!r}; only rope_type 'default' and 'linear' with a factor are implemented"
+        )
     factor = data.get("factor", 1.0) if kind == "linear" else 1.0
     return Rope(_positive(data.get("rope_theta", theta), f"{where}.rope_theta"), _positive(factor, f"{where}.factor"))
 

@@ -1,0 +1,164 @@
+"""Hugging Face checkpoint directories: memory-mapped safetensors, with every tensor accounted for."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemma3.config import TextConfig, read_config
+from gemma3.errors import BadInput
+from gemma3.model import Gemma3
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Multimodal checkpoints nest the text model: as released, then as newer transformers versions save it.
+PREFIXES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+)
+VISION_PREFIXES = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Names are the text-only ones; a tensor is read when asked for."""
+
+    path: Path
+    config: TextConfig
+    skipped: tuple[str, ...]  # vision tensors present in the files and not part of the text model
+    _files: dict[str, Any] = field(repr=False)  # name → open safetensors file
+    _stored: dict[str, str] = field(repr=False)  # name → name in the file
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor in its stored dtype; its pages are mapped from the file until something copies them."""
+        tensor: Tensor = self._files[name].get_tensor(self._stored[name])
+        return tensor
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self.tensor(name)) for name in self._stored)
+
+
+def resolve_checkpoint(model: str) -> Path:
+    """The directory that a command's model argument names: ``demo``, or a local path. Raises BadInput."""
+    if model == "demo":
+        return Path(__file__).parent / "demo"
+    path = Path(model)
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise BadInput(f"{model}: {kind}; give a Hugging Face checkpoint directory, or 'demo'")
+    return path
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the checkpoint directory ``path`` and check it against its own config.json, without reading weights.
+
+    Raises BadInput when a file or shard is missing or damaged, when a tensor is missing, left over, of another
+    shape or not floating point.
+    """
+    config = read_config(path / "config.json")
+    files = [_open(file) for file in _weight_files(path)]
+    stored: dict[str, str] = {}
+    owner: dict[str, Any] = {}
+    skipped = []
+    for file in files:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if name.startswith(VISION_PREFIXES):
+                skipped.append(name)
+                continue
+            plain = _text_name(name)
+            if plain in stored:
+                raise BadInput(f"{path}: tensor {plain} is stored twice (as {stored[plain]} and {name})")
+            stored[plain], owner[plain] = name, file
+    expected = _expected(config, has_head="lm_head.weight" in stored)
+    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing:
+        raise BadInput(
+            f"{path}: {_some(missing)} missing; config.json asks for {len(expected)} tensors: download again"
+        )
+    if extra:
+        raise BadInput(f"{path}: {_some(extra)} not part of the model that config.json describes: wrong config.json?")
+    for name, shape in expected.items():
+        piece = owner[name].get_slice(stored[name])
+        if tuple(piece.get_shape()) != shape:
+            raise BadInput(f"{path}: {name} has shape {piece.get_shape()}, config.json asks for {list(shape)}")
+        if piece.get_dtype() not in ("F32", "BF16", "F16"):
+            raise BadInput(f"{path}: {name} is {piece.get_dtype()}; only F32, BF16 and F16 weights can be read")
+    ordered = {name: stored[name] for name in expected}
+    return Checkpoint(path, config, tuple(sorted(skipped)), owner, ordered)
+
+
+def load_model(checkpoint: Checkpoint) -> Gemma3:
+    """The float32 eager model with the checkpoint's weights, in eval mode and without gradients."""
+    with torch.device("meta"):
+        model = Gemma3(checkpoint.config)
+    state = {name: tensor.float() for name, tensor in checkpoint.items()}
+    if checkpoint.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    if checkpoint.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval().requires_grad_(False)
+
+
+def _expected(config: TextConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every stored tensor."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Gemma3(config).state_dict().items()}
+    if config.tie_word_embeddings and not has_head:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def _weight_files(path: Path) -> list[Path]:
+    single, index = path / SINGLE_FILE, path / INDEX_FILE
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise BadInput(
+            f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a Hugging Face checkpoint directory"
+        )
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BadInput(f"{index}: not a safetensors index ({error!r}); download it again") from None
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise BadInput(f"{index}: shard {shard!r} is not a plain file name")
+        if not (path / shard).is_file():
+            raise BadInput(f"{path}: shard {shard} of {len(shards)} is missing; download it again")
+    return [path / shard for shard in shards]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file}: not a readable safetensors file ({error}); download it again") from None
+
+
+def _text_name(name: str) -> str:
+    for prefix, plain in PREFIXES:
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return name
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor {', '.join(names[:3])}{more}"
