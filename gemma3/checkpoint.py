@@ -15,7 +15,6 @@ from gemma3.errors import BadInput
 from gemma3.model import Gemma3
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Multimodal checkpoints nest the text model: as released, then as newer transformers versions save it.
 PREFIXES = (
@@ -99,6 +98,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise BadInput(f"{path}: {name} has shape {piece.get_shape()}, config.json asks for {list(shape)}")
         if piece.get_dtype() not in ("F32", "BF16", "F16"):
             raise BadInput(f"{path}: {name} is {piece.get_dtype()}; only F32, BF16 and F16 weights can be read")
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        _check_stored_twin(path, owner, stored)
+        del expected["lm_head.weight"]
     ordered = {name: stored[name] for name in expected}
     return Checkpoint(path, config, tuple(sorted(skipped)), owner, ordered)
 
@@ -123,6 +125,16 @@ def _expected(config: TextConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings and not has_head:
         del shapes["lm_head.weight"]
     return shapes
+
+
+def _check_stored_twin(path: Path, owner: dict[str, Any], stored: dict[str, str]) -> None:
+    """A tied model may store its head all the same: it must be the embedding table again."""
+    head, table = (owner[name].get_tensor(stored[name]) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if not torch.equal(head, table):
+        raise BadInput(
+            f"{path}: lm_head.weight differs from its embedding table though config.json ties them; "
+            "set tie_word_embeddings to false"
+        )
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -94,7 +94,6 @@ def preset(scheme: str, embedding: str | None = None) -> Recipe:
         f"{scheme}+embedding-{table}",
         (
             Rule("*norm.weight", "float32"),
-            Rule("*layernorm.weight", "float32"),
             Rule("model.embed_tokens.weight", EMBEDDING_SCHEMES[table]),
             Rule("lm_head.weight", EMBEDDING_SCHEMES[table]),
             Rule("*_proj.weight", LINEAR_SCHEMES[scheme]),

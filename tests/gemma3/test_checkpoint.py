@@ -1,0 +1,135 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gemma3.checkpoint import load_model as load
+from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
+from gemma3.config import parse_config
+from gemma3.errors import BadInput
+from tests.shapes import SHAPES, random_model, random_tokens
+
+
+def state(shape: str) -> dict[str, torch.Tensor]:
+    model = random_model(parse_config(SHAPES[shape]))
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def write(path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors")
+        return path
+    weight_map = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[shard::shards])
+        save_file(part, path / name)
+        weight_map |= dict.fromkeys(part, name)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+@pytest.mark.parametrize("shape", ["like-270m", "untied"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loads(tmp_path: Path, shape: str, shards: int, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in state(shape).items()}
+    checkpoint = open_checkpoint(write(tmp_path, SHAPES[shape], tensors, shards))
+    assert sorted(checkpoint.names) == sorted(tensors)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in checkpoint.items())
+    loaded = load(checkpoint)
+    expected = random_model(checkpoint.config)
+    expected.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False)
+    tokens = torch.tensor([random_tokens(checkpoint.config, 20)])
+    assert torch.equal(loaded(tokens), expected(tokens))
+
+
+@pytest.mark.parametrize("naming", ["released", "newer"])
+def test_multimodal_names_and_skipped_vision(tmp_path: Path, naming: str) -> None:
+    tensors = state("like-270m")
+    prefix, vision = {
+        "released": ("language_model.model.", ["vision_tower.a", "multi_modal_projector.b"]),
+        "newer": ("model.language_model.", ["model.vision_tower.a", "model.multi_modal_projector.b"]),
+    }[naming]
+    nested = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    nested |= {name: torch.zeros(2) for name in vision}
+    config = {"model_type": "gemma3", "vision_config": {}, "text_config": SHAPES["like-270m"]}
+    checkpoint = open_checkpoint(write(tmp_path, config, nested))
+    assert checkpoint.skipped == tuple(sorted(vision))
+    assert sorted(checkpoint.names) == sorted(tensors)
+
+
+def test_tied_model_that_stores_its_head(tmp_path: Path) -> None:
+    tensors = state("like-270m")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    checkpoint = open_checkpoint(write(tmp_path, SHAPES["like-270m"], tensors))
+    assert "lm_head.weight" not in checkpoint.names
+    tensors["lm_head.weight"][3, 5] += 1
+    with pytest.raises(BadInput, match="differs from its embedding table"):
+        open_checkpoint(write(tmp_path, SHAPES["like-270m"], tensors))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BadInput) as caught:
+        open_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    config, tensors = SHAPES["like-270m"], state("like-270m")
+    key = "model.layers.3.mlp.up_proj.weight"
+    rest = {name: tensor for name, tensor in tensors.items() if name != key}
+
+    assert f"tensor {key} missing" in refusal(write(tmp_path, config, rest))
+    assert "tensor model.extra not part of the model" in refusal(
+        write(tmp_path, config, tensors | {"model.extra": torch.zeros(2)})
+    )
+    assert "has shape [96, 63], config.json asks for [96, 64]" in refusal(
+        write(tmp_path, config, tensors | {key: torch.zeros(96, 63)})
+    )
+    assert f"{key} is I8" in refusal(write(tmp_path, config, tensors | {key: torch.zeros(96, 64, dtype=torch.int8)}))
+    assert "model_type is 'llama'" in refusal(write(tmp_path, config | {"model_type": "llama"}, tensors))
+
+    write(tmp_path, config, tensors)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert "not a readable safetensors file" in refusal(tmp_path)
+    whole = write(tmp_path, config, tensors) / "model.safetensors"
+    whole.write_bytes(whole.read_bytes()[:-100])
+    assert "not a readable safetensors file" in refusal(tmp_path)
+    whole.unlink()
+    assert "holds neither model.safetensors nor" in refusal(tmp_path)
+
+
+def test_damaged_shards(tmp_path: Path) -> None:
+    path = write(tmp_path, SHAPES["like-270m"], state("like-270m"), shards=3)
+    shard = path / "model-00002-of-00003.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    assert "shard model-00002-of-00003.safetensors of 3 is missing" in refusal(path)
+    shard.write_bytes(content)
+    assert open_checkpoint(path)
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    assert "is not a plain file name" in refusal(path)
+    for damaged in ("{", "[]", "{}", '{"weight_map": 3}'):
+        index.write_text(damaged)
+        assert "not a safetensors index" in refusal(path)
+
+
+def test_resolve(tmp_path: Path) -> None:
+    assert resolve_checkpoint(str(tmp_path)) == tmp_path
+    assert (resolve_checkpoint("demo") / "..").resolve().name == "gemma3"
+    with pytest.raises(BadInput, match="does not exist; give a Hugging Face checkpoint directory"):
+        resolve_checkpoint(str(tmp_path / "nothing"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="is a file"):
+        resolve_checkpoint(str(tmp_path / "file"))

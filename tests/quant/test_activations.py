@@ -1,0 +1,37 @@
+import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401 (registers the operators)
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from quant.activations import fake_quantize_per_token, with_integer_weights
+from quant.recipe import preset, quantize
+from tests.shapes import random_model, random_tokens, tiny_config
+
+
+@given(x=arrays(np.float32, (3, 16), elements=st.floats(-1000, 1000, width=32)))
+def test_equals_the_executorch_operators(x: np.ndarray) -> None:
+    """The independent implementation: the quantize and dequantize operators that a .pte is lowered from."""
+    tensor = torch.from_numpy(x)
+    ops = torch.ops.quantized_decomposed
+    scale, zero_point = ops.choose_qparams_per_token_asymmetric(tensor, torch.int8)
+    codes = ops.quantize_per_token(tensor, scale, zero_point, -128, 127, torch.int8)
+    expected = ops.dequantize_per_token(codes, scale, zero_point, -128, 127, torch.int8, torch.float32)
+    assert torch.equal(fake_quantize_per_token(tensor), expected)
+
+
+def test_weights_go_in_and_the_shared_table_once() -> None:
+    config = tiny_config()
+    quantized = quantize(random_model(config).named_parameters(), preset("int4-block32"))
+    tokens = torch.tensor([random_tokens(config, 24)])
+    plain = random_model(config)(tokens)
+    exact = with_integer_weights(random_model(config), quantized.integers, "float")
+    rounded = with_integer_weights(random_model(config), quantized.integers, "int8")
+    table = quantized.integers["model.embed_tokens.weight"].dequantize()
+    assert torch.equal(exact.lm_head.weight, table)
+    assert exact.lm_head.weight is exact.model.embed_tokens.weight
+    scale = plain.std()
+    assert 0.01 * scale < (exact(tokens) - plain).abs().mean() < scale
+    assert 1e-4 * scale < (rounded(tokens) - exact(tokens)).abs().mean() < 0.1 * scale
+    assert len([m for m in rounded.modules() if m._forward_pre_hooks]) == 7 * config.num_layers + 1

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid, round_to_nearest
+
+weights = st.tuples(st.integers(1, 5), st.integers(1, 4)).flatmap(
+    lambda shape: arrays(
+        np.float32,
+        (shape[0], 32 * shape[1]),
+        elements=st.floats(-(2.0**15), 2.0**15, width=32),
+    )
+)
+
+
+@given(values=weights, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([32, None]))
+def test_round_to_nearest(values: np.ndarray, bits: int, group_size: int | None) -> None:
+    weight = torch.from_numpy(values)
+    result = round_to_nearest(weight, bits, group_size)
+    limit = 2 ** (bits - 1)
+    assert result.codes.dtype == torch.int8
+    assert result.codes.min() >= -limit
+    assert result.codes.max() <= limit - 1
+    assert result.group_size == (group_size or weight.shape[1])
+    scales = result.scales
+    assert (scales >= MIN_SCALE).all()
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(scales.to(dtype).float(), scales)  # exact on every runtime's storage
+    # Every value is within half a step, or clipped at the asymmetric end by at most that plus the snap of
+    # the scale (2^−9 of the range).
+    step = scales.repeat_interleave(result.group_size, 1)
+    assert ((result.dequantize() - weight).abs() <= step * (0.5 + limit * 2.0**-8)).all()
+
+
+@given(values=weights, group_size=st.sampled_from([32, None]))
+def test_integers_are_a_fixed_point(values: np.ndarray, group_size: int | None) -> None:
+    """Codes read against their own scales are the same codes: nothing is quantized twice."""
+    once = round_to_nearest(torch.from_numpy(values), 4, group_size)
+    scales = once.scales.repeat_interleave(once.group_size, 1)
+    assert torch.equal((once.dequantize() / scales).round().to(torch.int8), once.codes)
+
+
+def test_literal() -> None:
+    weight = torch.tensor([[-8.0, 7.0, 3.4, 0.0]]).repeat(1, 8)
+    result = round_to_nearest(weight, 4, 32)
+    assert result.scales.tolist() == [[1.0703125]]  # 8 / 7.5 = 1.0667 on the bfloat16 grid
+    assert result.codes[0, :4].tolist() == [-7, 7, 3, 0]
+    assert result.ideal_bytes == 32 // 2 + 2
+
+
+def test_scale_bounds() -> None:
+    assert bf16_grid(torch.tensor([0.0, 1e-30, 1e30])).tolist() == [MIN_SCALE, MIN_SCALE, MAX_SCALE]
+    assert round_to_nearest(torch.zeros(2, 32), 4, 32).dequantize().abs().max() == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite(bad: float) -> None:
+    weight = torch.zeros(2, 32)
+    weight[1, 3] = bad
+    with pytest.raises(ValueError, match="1 values are NaN or infinite"):
+        round_to_nearest(weight, 4, 32)
+
+
+def test_not_divisible() -> None:
+    with pytest.raises(ValueError, match="40 columns do not divide into groups of 32"):
+        round_to_nearest(torch.zeros(2, 40), 4, 32)
+
+
+def test_shapes() -> None:
+    weight = IntegerWeight(torch.zeros(3, 64, dtype=torch.int8), torch.ones(3, 1), 8)
+    assert weight.per_channel
+    assert (weight.group_size, weight.ideal_bytes) == (64, 3 * 64 + 3 * 2)

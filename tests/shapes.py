@@ -1,0 +1,82 @@
+"""Tiny random models that the tests share: every kind of shape a Gemma 3 config.json can ask for."""
+
+from typing import Any
+
+import torch
+
+from gemma3.config import FULL, SLIDING, TextConfig, parse_config
+from gemma3.model import Gemma3
+
+# Spelled as the released files are.
+RELEASED: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 8,
+    "sliding_window_pattern": 6,
+    "max_position_embeddings": 256,
+    "query_pre_attn_scalar": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": [1, 106],
+    "pad_token_id": 0,
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "like-270m": RELEASED,
+    "like-1b": RELEASED | {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 8},
+    "like-4b": RELEASED
+    | {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    # 27B: the attention scale is not head_dim's
+    "like-27b": RELEASED
+    | {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 21,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "untied": RELEASED | {"tie_word_embeddings": False, "num_hidden_layers": 3, "sliding_window_pattern": 2},
+    "all-local": RELEASED | {"num_hidden_layers": 2, "layer_types": [SLIDING, SLIDING]},
+    "all-global": RELEASED | {"num_hidden_layers": 2, "layer_types": [FULL, FULL]},
+    "global-first": RELEASED
+    | {"num_hidden_layers": 3, "layer_types": [FULL, SLIDING, SLIDING], "sliding_window": 5, "head_dim": 64},
+    "window-of-one": RELEASED | {"num_hidden_layers": 3, "sliding_window_pattern": 3, "sliding_window": 1},
+    "other-ropes": RELEASED
+    | {"num_hidden_layers": 4, "sliding_window_pattern": 2, "rope_theta": 5_000.0, "rope_local_base_freq": 300.0},
+}
+
+
+def tiny_config(shape: str = "like-270m", **changes: Any) -> TextConfig:
+    return parse_config(SHAPES[shape] | changes)
+
+
+def random_model(config: TextConfig, seed: int = 0) -> Gemma3:
+    """Random weights at which every part matters: norms away from 1, attention away from uniform."""
+    torch.manual_seed(seed)
+    model = Gemma3(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(0, 0.3 if "norm" in name else 2.0 * parameter.shape[-1] ** -0.5)
+    model.model.embed_tokens.weight.normal_(0, config.hidden_size**-0.5)
+    return model
+
+
+def random_tokens(config: TextConfig, length: int, seed: int = 1) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.vocab_size, (length,), generator=generator).tolist()
