@@ -1,12 +1,17 @@
-"""The reference session: the eager network with the ring cache."""
+"""The reference session: the eager network with the ring cache, and the logits that files are compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
-from gemma3.cache import CacheLayout
+from export.manifest import Manifest
+from gemma3.cache import CacheLayout, cache_layout
+from gemma3.checkpoint import Checkpoint, load_model
 from gemma3.model import Gemma3, new_cache
+from quant.activations import with_integer_weights
+from quant.recipe import QuantizedWeights
+from runtime_py.golden import Recorder, Reference
 from runtime_py.session import Logits, check_ids, chunks
 
 
@@ -43,3 +48,32 @@ class EagerSession:
         logits = self._model(tokens, self._cache, self.position)
         self.position += len(ids)
         return np.asarray(logits[0].numpy(), np.float32)
+
+
+def record(session: EagerSession, ids: Sequence[int], positions: Iterable[int]) -> Reference:
+    """The logits of ``session`` (at position 0) after ``ids``, kept at ``positions``."""
+    recorder, wanted = Recorder(ids, session.vocab_size), set(positions)
+    for piece in chunks(ids, session.chunk):
+        start = session.position
+        for offset, logits in enumerate(session.forced(piece)):
+            if start + offset in wanted:
+                recorder.add(start + offset, logits)
+    return recorder.reference()
+
+
+def fresh_references(
+    manifest: Manifest, ids: Sequence[int], positions: Iterable[int], checkpoint: Checkpoint, weights: QuantizedWeights
+) -> dict[str, Reference]:
+    """What each artifact of ``manifest`` is compared with, by its ``reference_activations``.
+
+    The eager model is gone when this returns: no more than one copy of it is ever in memory, and none beside a
+    runtime's.
+    """
+    layout = cache_layout(manifest.model, "ring", manifest.context, manifest.chunk)
+    model = load_model(checkpoint)
+    references: dict[str, Reference] = {}
+    # "float" sorts first: rounding activations, once hooked in, stays.
+    for activations in sorted({artifact.reference_activations for artifact in manifest.artifacts.values()}):
+        with_integer_weights(model, weights.integers, activations)
+        references[activations] = record(EagerSession(model, layout), ids, positions)
+    return references

@@ -5,16 +5,15 @@ A session holds the cache of one sequence. Ids are fed at ``position``; the logi
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.manifest import Format, read_manifest
 from gemma3.errors import BadInput, DoesNotFit
 
 Logits = NDArray[np.float32]
-Format = Literal["pte", "onnx"]
-FORMATS: tuple[Format, ...] = ("pte", "onnx")
 
 
 class Session(Protocol):
@@ -81,8 +80,6 @@ def open_session(bundle: Path, format: Format, threads: int | None = None) -> Se
 
     Raises BadInput when the bundle has no such graph, and what ``read_manifest`` raises.
     """
-    from export.manifest import read_manifest
-
     manifest = read_manifest(bundle)
     artifact = manifest.artifacts.get(format)
     if artifact is None:

@@ -1,0 +1,115 @@
+"""From logits to text ids: sampling, and generation as a stream."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma3.errors import BadInput
+from runtime_py.session import Logits, Session
+
+StopReason = Literal["stop token", "length", "context"]
+
+
+@dataclass
+class Sampler:
+    """Temperature first, then the ``top_k`` likeliest, then the smallest set that holds ``top_p`` of the mass.
+
+    Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep everything. The same seed draws the same ids.
+    Raises BadInput for settings outside their range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    _random: np.random.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise BadInput(f"temperature is {self.temperature}; use 0 (greedy) or more")
+        if self.top_k < 0:
+            raise BadInput(f"top-k is {self.top_k}; use 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"top-p is {self.top_p}; use more than 0 and at most 1 (off)")
+        if self.seed < 0:
+            raise BadInput(f"seed is {self.seed}; use 0 or more")
+        self._random = np.random.default_rng(self.seed)
+
+    def distribution(self, logits: Logits) -> NDArray[np.float64]:
+        """The probabilities [V] that the next id is drawn from."""
+        if self.temperature == 0:
+            chosen = np.zeros(logits.shape, np.float64)
+            chosen[np.argmax(logits)] = 1.0
+            return chosen
+        scaled = logits.astype(np.float64) / self.temperature
+        probabilities = np.exp(scaled - scaled.max())
+        # A stable order: equal logits are cut from the highest id down, whatever the sort's mood.
+        order = np.argsort(-probabilities, kind="stable")
+        if self.top_k:
+            probabilities[order[self.top_k :]] = 0.0
+        probabilities /= probabilities.sum()
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        probabilities[order[before >= self.top_p]] = 0.0
+        kept: NDArray[np.float64] = probabilities / probabilities.sum()
+        return kept
+
+    def sample(self, logits: Logits) -> int:
+        if self.temperature == 0:
+            return int(np.argmax(logits))
+        return int(self._random.choice(len(logits), p=self.distribution(logits)))
+
+
+class Generation:
+    """The ids that follow what was fed to ``session``, one by one as they are drawn.
+
+    Iterate once. Afterwards ``reason`` says why it ended, and ``unfed`` holds the ids drawn but not in the cache:
+    the stop token, or the last id. Ending at the context is a reason, not an error.
+    """
+
+    def __init__(
+        self, session: Session, sampler: Sampler, *, stop_ids: Collection[int], max_new_tokens: int | None = None
+    ) -> None:
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise BadInput(f"the number of new tokens is {max_new_tokens}; use 1 or more")
+        self._session = session
+        self._sampler = sampler
+        self._stop_ids = frozenset(stop_ids)
+        self._limit = max_new_tokens
+        self.reason: StopReason | None = None
+        self.unfed: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        session, count = self._session, 0
+        while True:
+            token = self._sampler.sample(session.logits)
+            self.unfed = [token]
+            if token in self._stop_ids:
+                self.reason = "stop token"
+                return
+            yield token
+            count += 1
+            if count == self._limit:
+                self.reason = "length"
+                return
+            if session.position == session.context:
+                self.reason = "context"
+                return
+            session.step(token)
+            self.unfed = []
+
+
+def generate(
+    session: Session,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    *,
+    stop_ids: Collection[int],
+    max_new_tokens: int | None = None,
+) -> Generation:
+    """Feed ``prompt`` after what the session holds and continue it. Raises what ``Session.prefill`` raises."""
+    generation = Generation(session, sampler, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+    session.prefill(prompt)
+    return generation

@@ -1,0 +1,162 @@
+"""Reference logits: what the quantized eager model says at each position of a fixed sequence.
+
+For a vocabulary up to 8192 every logit is kept. Beyond, a position keeps its ``TOP`` largest logits, a random
+subset of columns (the same at every position) and the log-sum-exp over all of them, which is enough for an
+unbiased estimate of the KL divergence (see ``Reference.compare``). Saved, they are the bundle's golden vectors:
+anyone can repeat the check without torch and without the checkpoint.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from gemma3.errors import VerificationFailed
+from runtime_py.session import Logits
+
+FULL_VOCABULARY = 8192
+TOP, COLUMNS, SEED = 64, 4096, 0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One position: the file's logits against the reference's."""
+
+    position: int
+    max_abs: float
+    sum_abs: float
+    sum_squares: float
+    reference_squares: float
+    count: int  # logits compared
+    kl: float  # nats, reference to file
+    same_top: bool
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Rows are positions of ``ids``: P rows, M columns kept at every row, K further ones by row (K may be 0)."""
+
+    ids: NDArray[np.int32]  # [T]
+    positions: NDArray[np.int32]  # [P]
+    columns: NDArray[np.int32]  # [M]
+    values: NDArray[np.float32]  # [P, M] logits of the columns
+    top_columns: NDArray[np.int32]  # [P, K]
+    top_values: NDArray[np.float32]  # [P, K]
+    log_sum_exp: NDArray[np.float32]  # [P], over the whole vocabulary
+    argmax: NDArray[np.int32]  # [P]
+
+    def at(self, positions: Iterable[int]) -> "Reference":
+        """The rows of those of ``positions`` that are here."""
+        rows = np.flatnonzero(np.isin(self.positions, list(positions)))
+        return Reference(
+            self.ids,
+            self.positions[rows],
+            self.columns,
+            self.values[rows],
+            self.top_columns[rows],
+            self.top_values[rows],
+            self.log_sum_exp[rows],
+            self.argmax[rows],
+        )
+
+    def compare(self, position: int, logits: Logits) -> Difference | None:
+        """``logits`` [V] of a file after the id at ``position``; None when the reference has no such row.
+
+        KL(p‖q) = Σ p log(p/q) is summed as Σ [p log(p/q) − p + q], the same since both sum to 1, whose terms are
+        all ≥ 0: the columns left out are then estimated by the random ones with little variance.
+        """
+        found = np.flatnonzero(self.positions == position)
+        if len(found) == 0:
+            return None
+        row = found[0]
+        top = self.top_columns[row]
+        random = ~np.isin(self.columns, top)
+        columns = np.concatenate((top, self.columns[random]))
+        expected = np.concatenate((self.top_values[row], self.values[row][random])).astype(np.float64)
+        wide = logits.astype(np.float64)
+        delta = wide[columns] - expected
+        log_p = expected - float(self.log_sum_exp[row])
+        log_q = wide[columns] - log_sum_exp(wide)
+        terms = np.exp(log_p) * (log_p - log_q) - np.exp(log_p) + np.exp(log_q)
+        stands_for = np.ones(len(columns))
+        if len(columns) > len(top):
+            stands_for[len(top) :] = (len(logits) - len(top)) / (len(columns) - len(top))
+        return Difference(
+            position=position,
+            max_abs=float(np.abs(delta).max()),
+            sum_abs=float(np.abs(delta).sum()),
+            sum_squares=float((delta**2).sum()),
+            reference_squares=float((expected**2).sum()),
+            count=len(columns),
+            kl=float(terms @ stands_for),
+            same_top=bool(np.argmax(logits) == self.argmax[row]),
+        )
+
+
+def log_sum_exp(logits: NDArray[np.float64]) -> float:
+    peak = float(logits.max())
+    return peak + float(np.log(np.exp(logits - peak).sum()))
+
+
+class Recorder:
+    """Collects a Reference row by row, so that the logits of a large vocabulary are never all in memory."""
+
+    def __init__(self, ids: Iterable[int], vocab_size: int) -> None:
+        self._ids = np.asarray(list(ids), np.int32)
+        if vocab_size <= FULL_VOCABULARY:
+            self._columns, self._top = np.arange(vocab_size), 0
+        else:
+            random = np.random.default_rng(SEED)
+            self._columns, self._top = np.sort(random.choice(vocab_size, COLUMNS, replace=False)), TOP
+        self._rows: dict[int, tuple[Logits, NDArray[np.int64], Logits, float, int]] = {}
+
+    def add(self, position: int, logits: Logits) -> None:
+        """``logits`` float32 [V] after the id at ``position``."""
+        top = np.sort(np.argpartition(-logits, self._top)[: self._top])
+        total = log_sum_exp(logits.astype(np.float64))
+        self._rows[position] = (logits[self._columns], top, logits[top], total, int(np.argmax(logits)))
+
+    def reference(self) -> Reference:
+        positions = sorted(self._rows)
+        values, tops, top_values, totals, argmax = zip(*(self._rows[position] for position in positions), strict=True)
+        return Reference(
+            ids=self._ids,
+            positions=np.asarray(positions, np.int32),
+            columns=self._columns.astype(np.int32),
+            values=np.stack(values),
+            top_columns=np.stack(tops).astype(np.int32),
+            top_values=np.stack(top_values),
+            log_sum_exp=np.asarray(totals, np.float32),
+            argmax=np.asarray(argmax, np.int32),
+        )
+
+
+FIELDS = tuple(field.name for field in fields(Reference))
+
+
+def save_golden(path: Path, references: Mapping[str, Reference]) -> None:
+    """One safetensors file with the references by activations, e.g. ``int8.values``."""
+    save_file(
+        {
+            f"{activations}.{name}": np.ascontiguousarray(getattr(reference, name))
+            for activations, reference in references.items()
+            for name in FIELDS
+        },
+        str(path),
+    )
+
+
+def load_golden(path: Path) -> dict[str, Reference]:
+    """The references by activations. Raises VerificationFailed when the file is damaged."""
+    try:
+        arrays = load_file(str(path))
+        return {
+            activations: Reference(**{name: arrays[f"{activations}.{name}"] for name in FIELDS})
+            for activations in sorted({key.partition(".")[0] for key in arrays})
+        }
+    except (OSError, SafetensorError, KeyError) as error:
+        raise VerificationFailed(f"{path}: not golden vectors ({error!r}); export the bundle again") from None
