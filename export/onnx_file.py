@@ -1,0 +1,80 @@
+"""Reading an .onnx file that may come from anywhere. Without torch, so that a session can use it."""
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from gemma3.errors import BadInput
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph, without its weights. Raises BadInput unless all that it refers to lies safely beside it.
+
+    ONNX Runtime opens whatever file an initializer names. Ours name plain files by their base name, hold weights
+    in the main graph's initializers only, and have no functions or subgraphs; anything else is refused.
+    """
+    try:
+        # onnx.load would resolve external data itself: parse the bytes alone.
+        model = onnx.ModelProto.FromString(path.read_bytes())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; export the model again") from None
+    except (OSError, DecodeError) as error:
+        raise BadInput(f"{path}: not readable as ONNX ({error}); export the model again") from None
+    if not model.graph.node:
+        raise BadInput(f"{path}: an empty graph; export the model again")
+    foreign = [
+        node.name
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.HasField("g") or attribute.HasField("t") or attribute.graphs or attribute.tensors
+    ]
+    if foreign or model.functions or model.graph.sparse_initializer:
+        raise BadInput(f"{path}: holds subgraphs, functions or constants that gemma-edge does not write")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external(path, tensor)
+    return model
+
+
+def read_initializer(path: Path, tensor: onnx.TensorProto) -> NDArray[np.generic]:
+    """The values of an initializer of ``load_graph(path)``; external ones are mapped from their file."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return onnx.numpy_helper.to_array(tensor)
+    entry = _external_entry(tensor)
+    return np.memmap(
+        path.with_name(entry["location"]),
+        dtype=onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type),
+        mode="r",
+        offset=int(entry["offset"]),
+        shape=tuple(tensor.dims),
+    )
+
+
+def _external_entry(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
+    entry = _external_entry(tensor)
+    location, offset, length = entry.get("location", ""), entry.get("offset", ""), entry.get("length", "")
+    if location in ("", ".", "..") or Path(location).name != location or "\\" in location:
+        raise BadInput(f"{path}: {tensor.name} lies in {location!r}, which is not a file beside it; not opened")
+    try:
+        status = os.lstat(path.with_name(location))
+    except OSError:
+        raise BadInput(f"{path}: {location} is missing beside it; copy it there or export the model again") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise BadInput(f"{path}: {location} is a link or not a plain file; not opened")
+    size = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+    for dim in tensor.dims:
+        size *= dim
+    if not (offset.isdecimal() and length == str(size) and int(offset) + size <= status.st_size):
+        raise BadInput(
+            f"{path}: {location} has {status.st_size} bytes, but {tensor.name} of {size} bytes is at "
+            f"offset {offset or 'unknown'}; the file is cut short or not this model's"
+        )
