@@ -17,6 +17,8 @@ from torch import Tensor
 MIN_SCALE = 2.0**-17  # with bfloat16's 8 significant bits still exact as a float16 subnormal (2^−24 steps)
 MAX_SCALE = 65280.0  # largest bfloat16 below float16's maximum
 
+ROWS_AT_ONCE = 8192
+
 
 @dataclass(frozen=True)
 class IntegerWeight:
@@ -62,10 +64,16 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> Integ
     size = columns if group_size is None else group_size
     if columns % size:
         raise ValueError(f"{columns} columns do not divide into groups of {size}")
-    grouped = weight.float().reshape(rows, columns // size, size)
-    if not torch.isfinite(grouped).all():
-        raise ValueError(f"{int((~torch.isfinite(grouped)).sum())} values are NaN or infinite")
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scales = torch.empty(rows, columns // size)
     limit = 2 ** (bits - 1)
-    scales = bf16_grid(grouped.abs().amax(-1) / (limit - 0.5))
-    codes = (grouped / scales[..., None]).round().clamp(-limit, limit - 1).to(torch.int8)
-    return IntegerWeight(codes.view(rows, columns), scales, bits)
+    # By rows, so that a table of 262 144 is never whole in float32.
+    for start in range(0, rows, ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        grouped = weight[part].float().reshape(-1, columns // size, size)
+        if not torch.isfinite(grouped).all():
+            raise ValueError(f"{int((~torch.isfinite(grouped)).sum())} values are NaN or infinite")
+        scales[part] = bf16_grid(grouped.abs().amax(-1) / (limit - 0.5))
+        scaled = (grouped / scales[part, :, None]).round().clamp(-limit, limit - 1)
+        codes[part] = scaled.to(torch.int8).view(-1, columns)
+    return IntegerWeight(codes, scales, bits)
