@@ -13,6 +13,7 @@ from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights
 from runtime_py.golden import Recorder, Reference
 from runtime_py.session import Logits, check_ids, chunks
+from runtime_py.validate import Plan
 
 
 class EagerSession:
@@ -62,7 +63,7 @@ def record(session: EagerSession, ids: Sequence[int], positions: Iterable[int]) 
 
 
 def fresh_references(
-    manifest: Manifest, ids: Sequence[int], positions: Iterable[int], checkpoint: Checkpoint, weights: QuantizedWeights
+    manifest: Manifest, plan: Plan, checkpoint: Checkpoint, weights: QuantizedWeights
 ) -> dict[str, Reference]:
     """What each artifact of ``manifest`` is compared with, by its ``reference_activations``.
 
@@ -75,5 +76,5 @@ def fresh_references(
     # "float" sorts first: rounding activations, once hooked in, stays.
     for activations in sorted({artifact.reference_activations for artifact in manifest.artifacts.values()}):
         with_integer_weights(model, weights.integers, activations)
-        references[activations] = record(EagerSession(model, layout), ids, positions)
+        references[activations] = record(EagerSession(model, layout), plan.ids, plan.positions)
     return references

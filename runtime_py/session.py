@@ -3,7 +3,7 @@
 A session holds the cache of one sequence. Ids are fed at ``position``; the logits are those of the last id fed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.manifest import Format, read_manifest
+from gemma3.cache import CacheLayout
 from gemma3.errors import BadInput, DoesNotFit
 
 Logits = NDArray[np.float32]
@@ -85,11 +86,15 @@ def open_session(bundle: Path, format: Format, threads: int | None = None) -> Se
     if artifact is None:
         held = ", ".join(manifest.artifacts)
         raise BadInput(f"{bundle}: holds no .{format}, only {held}; pass --format {held.split(', ')[0]}")
-    path, vocab_size = bundle / artifact.file, manifest.model.vocab_size
+    return import_runtime(format)(bundle / artifact.file, artifact.cache, manifest.model.vocab_size, threads)
+
+
+def import_runtime(format: Format) -> Callable[[Path, CacheLayout, int, int | None], Session]:
+    """The session class of ``format``, called with the file, its layout, the vocabulary size and the threads."""
     if format == "onnx":
         from runtime_py.onnx_session import OnnxSession
 
-        return OnnxSession(path, artifact.cache, vocab_size, threads)
+        return OnnxSession
     from runtime_py.pte_session import PteSession
 
-    return PteSession(path, artifact.cache, vocab_size, threads)
+    return PteSession

@@ -1,0 +1,314 @@
+"""gemma-edge: each command is one call. Data goes to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 internal error, 2 usage, 3 bad input, 4 does not fit, 5 verification failed.
+Imports are inside the commands: --help and running an .onnx must not wait for torch.
+"""
+
+import errno
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gemma3.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from export.bundle import Draft
+    from export.manifest import Check, Format, Manifest
+    from gemma3.tokenizer import Tokenizer
+    from quant.recipe import Recipe
+    from runtime_py.session import Session
+
+app = typer.Typer(
+    help="Gemma 3 on phones: quantize, export to ExecuTorch and ONNX, prove the files against the eager model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+DEBUG = "GEMMA_EDGE_DEBUG"
+
+Scheme = Literal["fp32", "int4-channel", "int4-block32"]
+OneFormat = Literal["pte", "onnx"]
+
+Model = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory, or 'demo'.")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `gemma-edge export` wrote.")]
+Which = Annotated[
+    OneFormat | None, typer.Option("--format", help="Which of the bundle's graphs to run; its first if left out.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; the runtime's choice if left out.")]
+MaxNew = Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Stop after this many tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k likeliest; 0 is off.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest that hold this much of the mass.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same tokens.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def main() -> None:
+    """The console script: errors a user can cause end in one line and their exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for package in ("export", "quant", "runtime_py"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    if not os.environ.get(DEBUG):
+        # torch, torchao and executorch warn about their own internals; ours are raised or logged.
+        warnings.simplefilter("ignore")
+        logging.getLogger("torchao").setLevel(logging.ERROR)
+    try:
+        app()
+    except Exception as error:
+        sys.exit(report_error(error))
+
+
+def report_error(error: Exception) -> int:
+    """Write one line to stderr; the exit code."""
+    if os.environ.get(DEBUG):
+        traceback.print_exception(error)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        error = DoesNotFit(f"this host ran out of room ({error or 'memory'}); free some and try again")
+    code: int | None = getattr(error, "exit_code", None)
+    if code is None:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"internal error: {line}; set {DEBUG}=1 to see where", file=sys.stderr)
+        return 1
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's directory; must not exist.")],
+    format: Annotated[Literal["pte", "onnx", "both"], typer.Option("--format")] = "both",
+    scheme: Annotated[Scheme, typer.Option("--scheme", help="How the linear layers are stored.")] = "int4-block32",
+    embedding: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option("--embedding", help="How the embedding table is stored (int8 unless the scheme is fp32)."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Positions the caches hold [the model's, at most 4096].")
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", help="Tokens per prefill call [128, at most the context].")
+    ] = None,
+) -> None:
+    """Quantize a checkpoint, export it, prove the files against the eager model; the bundle appears if they pass."""
+    from quant.recipe import preset
+    from runtime_py.validate import validation_table
+
+    manifest = export_proven(model, preset(scheme, embedding), out, formats_of(format), context, chunk)
+    print(validation_table(manifest.validation))
+    print(bundle_line(out, manifest), file=sys.stderr)
+
+
+@app.command()
+def validate(
+    bundle: Bundle,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", help="Compute the eager logits afresh from it; else replay the golden vectors."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle's graphs with their own quantized eager model; exit code 5 when they differ."""
+    from export.bundle import require_passed
+    from runtime_py.validate import check_bundle, validation_table
+
+    checks = check_bundle(bundle) if checkpoint is None else check_against(bundle, checkpoint)
+    if as_json:
+        passed = all(check.passed for check in checks)
+        print(json.dumps({"passed": passed, "checks": [asdict(check) for check in checks]}))
+    else:
+        print(validation_table(checks))
+    require_passed(checks)
+
+
+@app.command()
+def generate(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    format: Which = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Make the prompt a user's turn and answer it.")] = False,
+    max_new_tokens: MaxNew = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Continue a text, streaming."""
+    from gemma3.chat import Message, encode_chat
+    from gemma3.errors import BadInput
+    from runtime_py.conversation import stream_text
+    from runtime_py.generate import Sampler
+    from runtime_py.generate import generate as start
+
+    if not prompt:
+        raise BadInput("the prompt is empty; give at least one character")
+    sampler = Sampler(temperature, top_k, top_p, seed)
+    session, tokenizer, stop_ids = open_bundle(bundle, format, threads)
+    turn: Message = {"role": "user", "content": prompt}
+    ids = encode_chat(tokenizer, [turn]) if chat else tokenizer.encode(prompt, bos=True)
+    generation = start(session, ids, sampler, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+    for piece in stream_text(generation, tokenizer):
+        print(piece, end="", flush=True)
+    print()
+    if generation.reason == "context":
+        print(f"stopped: the context of {session.context} tokens is full", file=sys.stderr)
+
+
+@app.command()
+def chat(
+    bundle: Bundle,
+    format: Which = None,
+    max_new_tokens: MaxNew = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Talk to a bundle. One line is one turn; /reset starts over, Ctrl-D ends."""
+    from runtime_py.conversation import Conversation
+    from runtime_py.generate import Sampler
+
+    sampler = Sampler(temperature, top_k, top_p, seed)
+    session, tokenizer, stop_ids = open_bundle(bundle, format, threads)
+    conversation = Conversation(session, tokenizer, sampler, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+    for line in lines("> "):
+        if line == "/reset":
+            conversation.reset()
+            continue
+        try:
+            for piece in conversation.say(line):
+                print(piece, end="", flush=True)
+            print()
+        except DoesNotFit as error:
+            print(f"error: {error}; type /reset to start over", file=sys.stderr)
+        if conversation.reason == "context":
+            print(f"the context of {session.context} tokens is full; type /reset to start over", file=sys.stderr)
+
+
+@app.command()
+def bench(
+    bundle: Bundle,
+    prompt: Annotated[int, typer.Option("-p", "--prompt", help="Tokens to prefill.")] = 128,
+    new_tokens: Annotated[int, typer.Option("-n", "--new-tokens", help="Tokens to decode after them.")] = 32,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions")] = 5,
+    format: Annotated[OneFormat | None, typer.Option("--format", help="All of the bundle's if left out.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Prefill and decode speed, load time and peak memory, each graph in a process of its own."""
+    from export.manifest import read_manifest
+    from runtime_py.bench import bench as measure
+    from runtime_py.bench import bench_table
+
+    formats = list(read_manifest(bundle).artifacts) if format is None else [format]
+    measurements = measure(
+        bundle, formats, prompt=prompt, new_tokens=new_tokens, repetitions=repetitions, threads=threads
+    )
+    if as_json:
+        print(json.dumps({"measurements": [one.to_dict() for one in measurements]}))
+    else:
+        print(bench_table(measurements))
+
+
+# What the commands share.
+
+
+def formats_of(choice: str) -> "list[Format]":
+    from export.manifest import FORMATS
+
+    return [format for format in FORMATS if choice in (format, "both")]
+
+
+def export_proven(
+    model: str, recipe: "Recipe", out: Path, formats: "Sequence[Format]", context: int | None, chunk: int | None
+) -> "Manifest":
+    from export.bundle import export_bundle
+    from gemma3.checkpoint import resolve_checkpoint
+
+    return export_bundle(
+        resolve_checkpoint(model), recipe, out, formats=formats, context=context, chunk=chunk, prove=prove
+    )
+
+
+def prove(draft: "Draft") -> "list[Check]":
+    """Everything that must hold before a bundle may appear. Writes its golden vectors."""
+    from export.bundle import check_integers
+    from export.manifest import GOLDEN
+    from runtime_py.eager_session import fresh_references
+    from runtime_py.golden import save_golden
+    from runtime_py.validate import check_logits, make_plan
+
+    plan = make_plan(draft.manifest)
+    references = fresh_references(draft.manifest, plan, draft.checkpoint, draft.weights)
+    golden = {key: reference.at(plan.golden_positions) for key, reference in references.items()}
+    save_golden(draft.directory / GOLDEN, golden)
+    integers = check_integers(draft.directory, draft.manifest, draft.weights)
+    return [*integers, *check_logits(draft.directory, draft.manifest, references)]
+
+
+def check_against(bundle: Path, model: str) -> "list[Check]":
+    """``validate --checkpoint``: quantize the checkpoint again by the bundle's own rules and compare everything."""
+    from export.bundle import check_integers, quantize_again
+    from export.manifest import read_manifest
+    from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
+    from runtime_py.eager_session import fresh_references
+    from runtime_py.validate import check_bundle, make_plan
+
+    manifest = read_manifest(bundle)
+    checkpoint = open_checkpoint(resolve_checkpoint(model))
+    weights = quantize_again(manifest, checkpoint)
+    references = fresh_references(manifest, make_plan(manifest), checkpoint, weights)
+    return [*check_integers(bundle, manifest, weights), *check_bundle(bundle, references)]
+
+
+def open_bundle(
+    bundle: Path, format: "Format | None", threads: int | None
+) -> "tuple[Session, Tokenizer, tuple[int, ...]]":
+    """The session, the tokenizer and the ids that end a generation."""
+    from export.manifest import TOKENIZER, read_manifest
+    from gemma3.tokenizer import Tokenizer
+    from runtime_py.session import open_session
+
+    manifest = read_manifest(bundle)
+    if format is None:
+        format = next(iter(manifest.artifacts))
+    session = open_session(bundle, format, threads)
+    return session, Tokenizer(bundle / TOKENIZER), manifest.tokenizer.eos_ids
+
+
+def lines(prompt: str) -> Iterator[str]:
+    """The lines of stdin that hold something, prompted for on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            print(prompt, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def bundle_line(out: Path, manifest: "Manifest") -> str:
+    from runtime_py.report import megabytes
+
+    parts = [
+        f".{format} {megabytes(artifact.bytes)} ({artifact.bytes / artifact.ideal_bytes:.3f} × ideal)"
+        for format, artifact in manifest.artifacts.items()
+    ]
+    return f"{out}: {', '.join(parts)}, every check passed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""How fast a bundle's graphs are and how much memory they take, each in a process of its own."""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.manifest import Format, read_manifest
+from gemma3.errors import BadInput, DoesNotFit
+from runtime_py.report import megabytes, table
+from runtime_py.session import import_runtime, open_session
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second over the repetitions."""
+
+    mean: float
+    sd: float
+    median: float
+
+    @staticmethod
+    def of(rates: Sequence[float]) -> "Rate":
+        sd = statistics.stdev(rates) if len(rates) > 1 else 0.0
+        return Rate(statistics.mean(rates), sd, statistics.median(rates))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.sd:.1f} ({self.median:.1f})"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    format: Format
+    prompt: int  # tokens fed before decoding
+    new_tokens: int
+    repetitions: int
+    threads: int | None  # None: the runtime's own choice
+    prefill: Rate
+    decode: Rate  # of the tokens after the prompt
+    load_seconds: float  # the runtime's libraries being imported already
+    peak_rss_bytes: int  # of the whole process, interpreter and libraries included
+    libraries_rss_bytes: int  # of that, before the file was opened
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    bundle: Path,
+    formats: Sequence[Format],
+    *,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    repetitions: int = 5,
+    threads: int | None = None,
+) -> list[Measurement]:
+    """Raises BadInput for counts below one, DoesNotFit when they are over the bundle's context."""
+    for name, count in (("-p", prompt), ("-n", new_tokens), ("-r", repetitions)):
+        if count < 1:
+            raise BadInput(f"{name} is {count}; use 1 or more")
+    context = read_manifest(bundle).context
+    if prompt + new_tokens > context:
+        raise DoesNotFit(f"-p {prompt} and -n {new_tokens} are over the bundle's context of {context}; use fewer")
+    measurements = []
+    for format in formats:
+        # Spawned, so that neither the parent's memory nor the other runtime's counts.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            task = pool.submit(_measure, bundle, format, prompt, new_tokens, repetitions, threads)
+            measurements.append(task.result())
+    return measurements
+
+
+def _measure(
+    bundle: Path, format: Format, prompt: int, new_tokens: int, repetitions: int, threads: int | None
+) -> Measurement:
+    import_runtime(format)
+    libraries = peak_rss()
+    start = time.perf_counter()
+    session = open_session(bundle, format, threads)
+    load_seconds = time.perf_counter() - start
+    ids = np.random.default_rng(SEED).integers(session.vocab_size, size=prompt + new_tokens).tolist()
+    prefill, decode = [], []
+    for repetition in range(repetitions + 1):
+        session.reset()
+        start = time.perf_counter()
+        session.prefill(ids[:prompt])
+        middle = time.perf_counter()
+        for token in ids[prompt:]:
+            session.step(token)
+        end = time.perf_counter()
+        if repetition > 0:  # the first one warms up
+            prefill.append(prompt / (middle - start))
+            decode.append(new_tokens / (end - middle))
+    return Measurement(
+        format=format,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        repetitions=repetitions,
+        threads=threads,
+        prefill=Rate.of(prefill),
+        decode=Rate.of(decode),
+        load_seconds=load_seconds,
+        peak_rss_bytes=peak_rss(),
+        libraries_rss_bytes=libraries,
+    )
+
+
+def peak_rss() -> int:
+    """Bytes. Linux's ru_maxrss counts the parent's memory before exec; VmHWM does not."""
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def bench_table(measurements: Sequence[Measurement]) -> str:
+    first = measurements[0]
+    header = (
+        "format",
+        f"prefill {first.prompt}, tok/s",
+        f"decode {first.new_tokens}, tok/s",
+        "load",
+        "peak RSS",
+        "of which libraries",
+    )
+    rows = [
+        (
+            f".{one.format}",
+            str(one.prefill),
+            str(one.decode),
+            f"{one.load_seconds:.2f} s",
+            megabytes(one.peak_rss_bytes),
+            megabytes(one.libraries_rss_bytes),
+        )
+        for one in measurements
+    ]
+    return table(header, rows) + f"\n\nmean ± sd (median) of {first.repetitions} repetitions"

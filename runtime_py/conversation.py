@@ -1,0 +1,74 @@
+"""A chat whose turns stay in the session's cache: only what is new is fed."""
+
+from collections.abc import Collection, Iterator
+
+from gemma3.chat import encode_chat
+from gemma3.tokenizer import Tokenizer
+from runtime_py.generate import Generation, Sampler, StopReason, generate
+from runtime_py.session import Session
+
+
+def stream_text(generation: Generation, tokenizer: Tokenizer) -> Iterator[str]:
+    """The generated text in pieces of whole characters."""
+    decoder = tokenizer.decoder()
+    for token in generation:
+        if piece := decoder.push(token):
+            yield piece
+    if rest := decoder.flush():
+        yield rest
+
+
+class Conversation:
+    """Turns of a user and the model over one session, which it owns from now on."""
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        *,
+        stop_ids: Collection[int],
+        max_new_tokens: int | None = None,
+    ) -> None:
+        self._session = session
+        self._tokenizer = tokenizer
+        self._sampler = sampler
+        self._stop_ids = stop_ids
+        self._limit = max_new_tokens
+        self.reset()
+
+    def reset(self) -> None:
+        self._session.reset()
+        self._unfed: list[int] = []
+        self.reason: StopReason | None = None
+
+    def turn_ids(self, text: str) -> list[int]:
+        """What is fed for the next user turn: the whole prompt at first, then the end of the model's turn before it.
+
+        Together with the ids fed and generated so far this is the encoded conversation, without encoding the
+        model's own words anew (which may split them into other tokens).
+        """
+        turn = encode_chat(self._tokenizer, [{"role": "user", "content": text}])
+        if self._session.position == 0:
+            return turn
+        words = [token for token in self._unfed if token not in self._stop_ids]
+        newline = self._tokenizer.encode("\n", bos=False)
+        return [*words, self._tokenizer.end_of_turn_id, *newline, *turn[1:]]
+
+    def say(self, text: str) -> Iterator[str]:
+        """The model's answer to ``text`` as it is generated; ``reason`` then says why it ended.
+
+        Raises DoesNotFit, with the conversation as it was, when the turn has no room in the context.
+        """
+        generation = generate(
+            self._session,
+            self.turn_ids(text),
+            self._sampler,
+            stop_ids=self._stop_ids,
+            max_new_tokens=self._limit,
+        )
+        try:
+            yield from stream_text(generation, self._tokenizer)
+        finally:  # also when the caller stops listening in mid-sentence
+            self._unfed = generation.unfed
+            self.reason = generation.reason
