@@ -282,9 +282,8 @@ def open_bundle(
     from runtime_py.session import open_session
 
     manifest = read_manifest(bundle)
-    if format is None:
-        format = next(iter(manifest.artifacts))
-    session = open_session(bundle, format, threads)
+    first, *_ = manifest.artifacts
+    session = open_session(bundle, format or first, threads)
     return session, Tokenizer(bundle / TOKENIZER), manifest.tokenizer.eos_ids
 
 

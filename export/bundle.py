@@ -4,6 +4,7 @@ Everything is written into a staging directory beside the target, proven there, 
 inputs give the same bytes: nothing in a bundle depends on the time, the place or the host.
 """
 
+import json
 import logging
 import os
 import secrets
@@ -27,7 +28,6 @@ from export.manifest import (
     TensorSpec,
     TokenizerInfo,
     describe_files,
-    sha256_of,
 )
 from gemma3.cache import CacheLayout, CacheStyle, cache_layout
 from gemma3.checkpoint import Checkpoint, open_checkpoint
@@ -83,16 +83,15 @@ def export_bundle(
     context = min(config.max_position_embeddings, 4096) if context is None else context
     chunk = min(128, context) if chunk is None else chunk
     layouts = {format: cache_layout(config, STYLES[format], context, chunk) for format in formats}
-    tokenizer = read_tokenizer(source)
-    log.info("quantizing %d weights: %s", len(source.names), recipe.name)
-    weights = quantize(source.items(), recipe)
-    _check_disk(out.parent, weights, formats)
     with staging(out) as directory:
+        tokenizer = copy_tokenizer(source, directory)
+        log.info("quantizing %d weights: %s", len(source.names), recipe.name)
+        weights = quantize(source.items(), recipe)
+        _check_disk(directory, weights, formats)
         artifacts = {}
         for format, layout in layouts.items():
             log.info("exporting .%s", format)
             artifacts[format] = export_artifact(format, source, weights, layout, tokenizer.eos_ids, directory)
-        shutil.copyfile(source.path / TOKENIZER, directory / TOKENIZER)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model=config,
@@ -127,9 +126,11 @@ def export_artifact(
     path = directory / f"model.{format}"
     report: dict[str, Any]
     if format == "onnx":
-        from export.to_onnx import export_onnx
+        from export.to_onnx import export_onnx, genai_config
 
         report = export_onnx(source.config, weights.tensors, layout, path).to_dict()
+        genai = json.dumps(genai_config(source.config, layout, path.name), indent=1)
+        (directory / "genai_config.json").write_text(genai + "\n", encoding="utf-8")
     else:
         from export.to_executorch import export_pte
 
@@ -154,19 +155,22 @@ def _specs(shapes: dict[str, Sequence[int | str]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tuple(shape)) for name, shape in shapes.items())
 
 
-def read_tokenizer(source: Checkpoint) -> TokenizerInfo:
-    """The checkpoint's tokenizer, checked against its config. Raises BadInput when they are not one model's."""
-    tokenizer = Tokenizer(source.path)
+def copy_tokenizer(source: Checkpoint, directory: Path) -> TokenizerInfo:
+    """Put the checkpoint's tokenizer.model into ``directory``. Raises BadInput when it is not the model's."""
+    Tokenizer(source.path)
+    shutil.copyfile(source.path / TOKENIZER, directory / TOKENIZER)
+    # Read where it has no neighbours: released text-only checkpoints list an image token past their own table.
+    tokenizer = Tokenizer(directory / TOKENIZER)
     config = source.config
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size or tokenizer.bos_id != config.bos_token_id:
         raise BadInput(
-            f"{source.path}: {TOKENIZER} has {tokenizer.vocab_size} tokens, config.json's vocab_size is "
-            f"{config.vocab_size}; they are not of the same model"
+            f"{source.path}: {TOKENIZER} has {tokenizer.vocab_size} tokens and BOS {tokenizer.bos_id}, config.json "
+            f"{config.vocab_size} and {config.bos_token_id}; they are not of the same model"
         )
     # Chat-tuned files end a turn with <end_of_turn>, which some configurations leave out of eos_token_id.
     stops = dict.fromkeys((*config.eos_token_ids, tokenizer.end_of_turn_id))
     return TokenizerInfo(
-        sha256=sha256_of(source.path / TOKENIZER),
+        sha256=tokenizer.sha256,
         bos_id=config.bos_token_id,
         eos_ids=tuple(stops),
         pad_id=config.pad_token_id,
@@ -261,15 +265,16 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _check_disk(parent: Path, weights: QuantizedWeights, formats: Sequence[Format]) -> None:
+def _check_disk(directory: Path, weights: QuantizedWeights, formats: Sequence[Format]) -> None:
     """Raises DoesNotFit when the files cannot have room. A .pte holds the embedding table a second time."""
     table = weights.tensors["model.embed_tokens.weight"]
     table_bytes = table.ideal_bytes if isinstance(table, IntegerWeight) else 4 * table.numel()
     needed = SMALL_FILES_BYTES + len(formats) * weights.ideal_bytes + (table_bytes if "pte" in formats else 0)
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise DoesNotFit(
-            f"{parent}: {free >> 20} MiB free, the bundle needs {needed >> 20} MiB; make room or choose another -o"
+            f"{directory.parent}: {free >> 20} MiB free, the bundle needs {needed >> 20} MiB; "
+            "make room or choose another -o"
         )
 
 

@@ -272,4 +272,5 @@ def validation_table(checks: Sequence[Check]) -> str:
     return table(
         ("artifact", "check", *metrics),
         [(*key, *(figures.get(metric, "") for metric in metrics)) for key, figures in rows.items()],
+        left=2,
     )

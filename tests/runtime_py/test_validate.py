@@ -1,0 +1,198 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from export.manifest import Artifact, Check, Manifest, TokenizerInfo
+from gemma3.cache import cache_layout
+from gemma3.config import TextConfig
+from gemma3.model import Gemma3
+from runtime_py.eager_session import EagerSession, record
+from runtime_py.golden import Reference
+from runtime_py.session import Logits
+from runtime_py.validate import (
+    FLOAT_LIMITS,
+    INTEGER_LIMITS,
+    Limits,
+    Plan,
+    check_session,
+    limits_for,
+    make_plan,
+    validation_table,
+)
+from tests.shapes import random_model, tiny_config
+
+CONTEXT, CHUNK, WINDOW = 96, 8, 12
+
+
+def manifest_of(config: TextConfig, context: int = CONTEXT, chunk: int = CHUNK, verdict: str = "float32") -> Manifest:
+    def artifact(style: str) -> Artifact:
+        layout = cache_layout(config, style, context, chunk)  # type: ignore[arg-type]
+        return Artifact("model", layout, (), "float", {}, {}, 1, 1, 1, {})
+
+    return Manifest(
+        schema_version=1,
+        model=config,
+        recipe="",
+        rules={},
+        weights={"a": verdict},
+        context=context,
+        chunk=chunk,
+        reference_dtype="float32",
+        tokenizer=TokenizerInfo("", 2, (1,), 0, "gemma3"),
+        artifacts={"pte": artifact("ring"), "onnx": artifact("compacting")},
+        files={},
+        validation=(),
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> Gemma3:
+    return random_model(tiny_config(sliding_window=WINDOW, num_hidden_layers=3, sliding_window_pattern=3))
+
+
+@pytest.fixture(scope="module")
+def plan(model: Gemma3) -> Plan:
+    return make_plan(manifest_of(model.config))
+
+
+def session_of(model: Gemma3) -> EagerSession:
+    return EagerSession(model, cache_layout(model.config, "ring", CONTEXT, CHUNK))
+
+
+@pytest.fixture(scope="module")
+def reference(model: Gemma3, plan: Plan) -> Reference:
+    return record(session_of(model), plan.ids, plan.positions)
+
+
+def failed(checks: list[Check]) -> set[str]:
+    return {check.metric for check in checks if not check.passed}
+
+
+# The plan
+
+
+def test_every_walk_feeds_the_whole_sequence_in_order(plan: Plan) -> None:
+    for pieces in plan.walks.values():
+        assert sum(pieces) == len(plan.ids)
+        assert min(pieces) >= 1
+    assert set(plan.walks["one by one"]) == {1}
+
+
+def test_landmarks_are_the_window_and_the_wraps(plan: Plan) -> None:
+    positions = plan.landmarks
+    assert (positions["W−1"], positions["W"], positions["W+1"], positions["2W"]) == (11, 12, 13, 24)
+    # 12 + 8 − 1 slots, rounded up to 8; and 12 + 64
+    assert [positions[f"wrap {turn} of 24 slots"] for turn in (1, 2, 3)] == [24, 48, 72]
+    assert positions["wrap 1 of 76 slots"] == 76
+    assert positions["last"] == CONTEXT - 1
+
+
+def test_a_real_shape_is_stepped_over_near_its_landmarks_only() -> None:
+    config = tiny_config(sliding_window=512, max_position_embeddings=32768)
+    plan = make_plan(manifest_of(config, context=32768, chunk=128))
+    # four windows past the first wrap of the ring, the larger of the two
+    assert len(plan.ids) == 640 + 4 * 512
+    steps = plan.walks["one by one"]
+    assert len(steps) < 600
+    ends = {sum(steps[: count + 1]) - 1 for count in range(len(steps))}
+    for position in plan.landmarks.values():
+        around = range(max(0, position - 16), min(position + 17, len(plan.ids)))
+        assert ends.issuperset(around)
+    assert set(plan.golden_positions) <= set(plan.positions)
+    assert all(before < after for before, after in pairwise(plan.positions))
+
+
+def test_a_context_that_ends_early_is_covered_to_its_end() -> None:
+    config = tiny_config(sliding_window=WINDOW)
+    plan = make_plan(manifest_of(config, context=16, chunk=16))
+    assert len(plan.ids) == 16
+    assert all(sum(pieces) == 16 for pieces in plan.walks.values())
+
+
+# What passes and what must not
+
+
+def test_the_model_passes_against_itself(model: Gemma3, plan: Plan, reference: Reference) -> None:
+    checks = check_session(session_of(model), plan, reference, "pte", FLOAT_LIMITS)
+    assert not failed(checks)
+    assert sum(check.limit is not None for check in checks) >= 10
+
+
+@pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1])
+@pytest.mark.parametrize("limits", [FLOAT_LIMITS, *INTEGER_LIMITS.values()])
+def test_a_window_off_by_one_is_caught(
+    model: Gemma3, plan: Plan, reference: Reference, window: int, limits: Limits
+) -> None:
+    other = Gemma3(replace(model.config, sliding_window=window)).requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    assert failed(check_session(session_of(other), plan, reference, "pte", limits))
+
+
+def test_a_ring_too_small_for_its_chunk_is_caught(model: Gemma3, plan: Plan, reference: Reference) -> None:
+    layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
+    short = replace(layout, layers=tuple(replace(one, slots=min(one.slots, WINDOW + 2)) for one in layout.layers[:2]))
+    short = replace(short, layers=(*short.layers, layout.layers[2]))
+    assert failed(check_session(EagerSession(model, short), plan, reference, "pte", INTEGER_LIMITS["onnx"]))
+
+
+def test_a_fault_at_one_position_does_not_drown(model: Gemma3, plan: Plan, reference: Reference) -> None:
+    class OneBadPosition(EagerSession):
+        def prefill(self, ids: object) -> Logits:
+            logits = super().prefill(ids)  # type: ignore[arg-type]
+            return logits[::-1].copy() if self.position == 51 else logits
+
+    layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
+    checks = check_session(OneBadPosition(model, layout), plan, reference, "onnx", INTEGER_LIMITS["onnx"])
+    assert "kl_max" in failed(checks)
+    worst = {check.value for check in checks if check.metric == "kl_worst_position" and "one by one" in check.name}
+    assert worst == {50}
+
+
+def test_a_reset_that_leaves_something_behind_is_caught(model: Gemma3, plan: Plan, reference: Reference) -> None:
+    class Sticky(EagerSession):
+        resets = 0
+
+        def reset(self) -> None:
+            super().reset()
+            self.resets += 1
+
+        def prefill(self, ids: object) -> Logits:
+            return super().prefill(ids) + np.float32(1e-7 * (self.resets > 1))  # type: ignore[arg-type]
+
+    layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
+    checks = check_session(Sticky(model, layout), plan, reference, "pte", FLOAT_LIMITS)
+    assert [check.name for check in checks if not check.passed] == ["odd sizes again after a reset"]
+
+
+def test_not_a_number_does_not_pass(model: Gemma3, plan: Plan, reference: Reference) -> None:
+    class Broken(EagerSession):
+        def prefill(self, ids: object) -> Logits:
+            return super().prefill(ids) * np.float32("nan")  # type: ignore[arg-type]
+
+    layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
+    for limits in (FLOAT_LIMITS, INTEGER_LIMITS["onnx"]):
+        assert failed(check_session(Broken(model, layout), plan, reference, "pte", limits))
+
+
+def test_golden_positions_alone_catch_it_too(model: Gemma3, plan: Plan, reference: Reference) -> None:
+    golden = reference.at(plan.golden_positions)
+    assert not failed(check_session(session_of(model), plan, golden, "pte", FLOAT_LIMITS))
+    other = Gemma3(replace(model.config, sliding_window=WINDOW - 1)).requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    assert failed(check_session(session_of(other), plan, golden, "onnx", INTEGER_LIMITS["onnx"]))
+
+
+def test_limits_follow_the_weights() -> None:
+    config = tiny_config()
+    assert limits_for(manifest_of(config, verdict="float32: kept by rule *"), "onnx") is FLOAT_LIMITS
+    assert limits_for(manifest_of(config, verdict="int4-block32: round to nearest"), "pte") is INTEGER_LIMITS["pte"]
+
+
+def test_the_table_marks_what_failed() -> None:
+    text = validation_table(
+        [Check("pte", "walk", "kl_mean", 0.5, 1e-3, False), Check("pte", "walk", "x", 1, None, True)]
+    )
+    assert "0.5 FAILED, limit 0.001" in text
+    assert text.count("\n") == 2
