@@ -1,0 +1,77 @@
+"""SFP8, gemma.cpp's "switching floating point": one byte a value, more exponents below, more mantissa above.
+
+The byte holds the sign, then seven bits m. From m = 64 on they are four bits of exponent and three of mantissa,
+2^((m >> 3) − 15) · (1 + (m & 7) / 8); below, 2^((m >> 2) − 23) · (1 + (m & 3) / 4), with m = 0 standing for 0.
+Magnitudes run from 1.25 · 2^−23 to 1.875; there is no infinity, no NaN, no negative zero. All are exact in
+bfloat16.
+
+Encoding sees the sign, the exponent and six bits of mantissa, 15 bits in all, and drops the rest: so the whole
+encoder is a table of 32 768 bytes. It rounds half to even, to three bits from 1.9375 · 2^−8 on and to two below,
+and the form is chosen after rounding. Source: the SFP codec of gemma.cpp, with whose own encoder the tests
+compare (tests/quant/sfp8_vectors.npz).
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+LARGEST = 1.875
+THREE_BITS_FROM = 1.9375 * 2.0**-8
+DROPPED_BITS = 32 - 15
+
+
+def _decode_table() -> NDArray[np.float32]:
+    code = np.arange(256)
+    m = code & 127
+    large = np.exp2((m >> 3) - 15.0) * (1 + (m & 7) / 8)
+    small = np.exp2((m >> 2) - 23.0) * (1 + (m & 3) / 4)
+    magnitude = np.where(m >= 64, large, np.where(m > 0, small, 0.0))
+    return np.where(code >= 128, -magnitude, magnitude).astype(np.float32)
+
+
+def _encode_table() -> NDArray[np.uint8]:
+    index = np.arange(1 << 15, dtype=np.uint32)
+    magnitude = ((index << DROPPED_BITS) & 0x7FFF_FFFF).view(np.float32)
+    exponent = ((index >> 6) & 255).astype(np.int64) - 127
+    mantissa = (index & 63).astype(np.int64)
+    three_bits = magnitude >= THREE_BITS_FROM
+    rounded = np.where(three_bits, np.rint(mantissa / 8), np.rint(mantissa / 16)).astype(np.int64)
+    carry = rounded == np.where(three_bits, 8, 4)
+    exponent, rounded = exponent + carry, np.where(carry, 0, rounded)
+    m = np.where(exponent >= -7, (exponent + 15 << 3) + rounded, (exponent + 23 << 2) + rounded)
+    m = np.where((exponent == -23) & (rounded == 0), 1, m)  # 2^−23 would be m = 0, which is zero
+    m = np.where(exponent < -23, 0, m)
+    sign = np.where(m > 0, index >> 14 << 7, 0)
+    return (sign | np.clip(m, 0, 127)).astype(np.uint8)
+
+
+DECODE = torch.from_numpy(_decode_table())
+ENCODE = torch.from_numpy(_encode_table())
+
+
+def encode(x: Tensor) -> Tensor:
+    """uint8 codes of float values within ±1.875 (what is nearer to it than to 2 included), in x's shape.
+
+    Raises ValueError for larger, infinite or NaN values: scale them down first (``tensor_scale``).
+    """
+    wide = x.detach().float().contiguous()
+    if not bool((wide.abs() < LARGEST + 2.0**-4).all()):
+        raise ValueError(f"values up to {float(wide.abs().max())} do not fit ±{LARGEST}; scale them down first")
+    return ENCODE[wide.view(torch.int32).long().bitwise_and(0xFFFF_FFFF) >> DROPPED_BITS]
+
+
+def decode(codes: Tensor) -> Tensor:
+    """float32 values of uint8 codes, in the codes' shape. 0x80, which is never written, reads as −0."""
+    return DECODE[codes.long()]
+
+
+def tensor_scale(x: Tensor) -> Tensor:
+    """float32 scalar, gemma.cpp's: 1 unless the largest magnitude is over 1.875; it never scales up."""
+    return (x.detach().float().abs().max() / LARGEST).clamp(min=1.0)
+
+
+def channel_scale(x: Tensor) -> Tensor:
+    """float32 [rows, 1], the JAX library's: each row's largest magnitude becomes 1.875 (a zero row keeps 1)."""
+    largest = x.detach().float().abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, largest / LARGEST, 1.0)
