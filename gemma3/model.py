@@ -142,13 +142,16 @@ class Gemma3(nn.Module):
 
         ``cache`` (from ``new_cache``; batch 1) holds the positions before ``start`` and receives the new ones.
         """
+        x = self.hidden(tokens, cache, start)
+        return self.lm_head(x[:, -1:] if last_only else x)
+
+    def hidden(self, tokens: Tensor, cache: Sequence[LayerKV] | None = None, start: int = 0) -> Tensor:
+        """What the head reads: [B, S, E] after the final norm. A large vocabulary's logits need not be whole."""
         steps = {kind: self._step(kind, tokens.shape[1], start, cache) for kind in (SLIDING, FULL)}
         x = self.model.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
         for index, layer in enumerate(self.model.layers):
             x = layer(x, steps[self.config.layer_types[index]], None if cache is None else cache[index])
-        if last_only:
-            x = x[:, -1:]
-        return self.lm_head(self.model.norm(x))
+        return self.model.norm(x)
 
     def _step(self, kind: LayerKind, length: int, start: int, cache: Sequence[LayerKV] | None) -> Step:
         config, end = self.config, start + length
