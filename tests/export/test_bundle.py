@@ -1,0 +1,149 @@
+from pathlib import Path
+
+import pytest
+
+from export import bundle as module
+from export.bundle import Draft, export_bundle, refuse_target, staging
+from export.manifest import MANIFEST, Check, read_manifest
+from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
+from quant.recipe import preset
+from tests.bundles import write_checkpoint
+
+CONTEXT, CHUNK = 96, 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+def export(checkpoint: Path, out: Path, prove: module.Prove = lambda _: (), context: int = CONTEXT) -> None:
+    recipe = preset("int4-block32")
+    export_bundle(checkpoint, recipe, out, formats=["onnx"], context=context, chunk=CHUNK, prove=prove)
+
+
+def test_the_bundle_appears_with_everything_it_lists(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "out", lambda _: [Check("onnx", "a", "b", 0.5, 1.0, True)])
+    manifest = read_manifest(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {MANIFEST, *manifest.files}
+    assert manifest.artifacts["onnx"].methods[0].inputs[0].name == "input_ids"
+    assert manifest.artifacts["onnx"].opsets[""] >= 23
+    assert manifest.weights["model.embed_tokens.weight"].startswith("int8-channel")
+    assert manifest.tokenizer.eos_ids == (1, 106)
+    assert manifest.validation == (Check("onnx", "a", "b", 0.5, 1.0, True),)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_inputs_give_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        export(checkpoint, tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_what_is_proven_is_a_readable_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    drafts: list[Draft] = []
+
+    def prove(draft: Draft) -> tuple[Check, ...]:
+        assert read_manifest(draft.directory) == draft.manifest
+        drafts.append(draft)
+        return ()
+
+    export(checkpoint, tmp_path / "out", prove)
+    assert drafts[0].weights.integers
+    assert drafts[0].directory.parent == tmp_path
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_nothing_is_left_when_proving_raises(checkpoint: Path, tmp_path: Path, error: BaseException) -> None:
+    def prove(_: Draft) -> tuple[Check, ...]:
+        raise error
+
+    with pytest.raises(type(error)):
+        export(checkpoint, tmp_path / "out", prove)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_when_a_check_fails(checkpoint: Path, tmp_path: Path) -> None:
+    failing = Check("onnx", "one by one", "kl_mean", 0.25, 0.001, False)
+    with pytest.raises(VerificationFailed, match=r"\.onnx, one by one: kl_mean is 0\.25, the limit is 0\.001"):
+        export(checkpoint, tmp_path / "out", lambda _: [failing])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["export_artifact", "write_manifest", "describe_files", "_sync"])
+def test_nothing_is_left_when_a_step_fails(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, step, fail)
+    with pytest.raises(OSError, match="No space"):
+        export(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadInput, match="exists; remove it"):
+        export(tmp_path / "no checkpoint is even looked for", tmp_path / "out")
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="exists"), staging(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_dangling_link_counts_as_existing(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="exists"):
+        refuse_target(tmp_path / "out")
+
+
+def test_a_parent_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such directory"):
+        refuse_target(tmp_path / "missing" / "out")
+
+
+def test_a_parent_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Permissions do not stop root, which tests may run as.
+    monkeypatch.setattr(module.os, "access", lambda *_: False)
+    with pytest.raises(BadInput, match="not writable"):
+        refuse_target(tmp_path / "out")
+
+
+def test_a_full_disk_is_noticed_before_exporting(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    monkeypatch.setattr(module, "export_artifact", None)
+    with pytest.raises(DoesNotFit, match="1 MiB free, the bundle needs"):
+        export(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("context", [7, 161])
+def test_a_context_that_does_not_fit(checkpoint: Path, tmp_path: Path, context: int) -> None:
+    with pytest.raises(DoesNotFit, match=f"context {context}"):
+        export(checkpoint, tmp_path / "out", context=context)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_models_tokenizer(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    larger = write_checkpoint(tmp_path / "larger", vocab_size=700)
+    (larger / "tokenizer.model").replace(checkpoint / "tokenizer.model")
+    with pytest.raises(BadInput, match=r"has 700 tokens and BOS 2, config\.json 640 and 2"):
+        export(checkpoint, tmp_path / "out")
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    (checkpoint / "tokenizer.model").unlink()
+    with pytest.raises(BadInput, match=r"tokenizer\.model: cannot be read"):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

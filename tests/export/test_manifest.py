@@ -1,0 +1,145 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from export.manifest import MANIFEST, Check, FileEntry, Manifest, Method, TensorSpec, read_manifest, sha256_of
+from gemma3.errors import BadInput, VerificationFailed
+from tests.runtime_py.test_validate import manifest_of
+from tests.shapes import tiny_config
+
+
+def small() -> Manifest:
+    manifest = manifest_of(tiny_config())
+    onnx = replace(
+        manifest.artifacts["onnx"],
+        file="model.onnx",
+        methods=(Method("forward", (TensorSpec("input_ids", (1, "sequence_length")),), ()),),
+        opsets={"": 23},
+        report={"anything": [1, {"goes": None}]},
+    )
+    checks = (Check("onnx", "walk", "kl_mean", 1e-7, 1e-3, True), Check("onnx", "walk", "max_abs", 1, None, True))
+    files = {"model.onnx": FileEntry(3, "ab"), "tokenizer.model": FileEntry(2, "cd")}
+    return replace(manifest, artifacts={"onnx": onnx}, files=files, validation=checks)
+
+
+def write(directory: Path, manifest: Manifest) -> Path:
+    (directory / "model.onnx").write_bytes(b"abc")
+    (directory / "tokenizer.model").write_bytes(b"de")
+    (directory / MANIFEST).write_text(manifest.to_json())
+    return directory
+
+
+def test_json_and_back_is_the_identity() -> None:
+    assert Manifest.from_json(small().to_json()) == small()
+
+
+def test_reads_a_bundle(tmp_path: Path) -> None:
+    assert read_manifest(write(tmp_path, small())) == small()
+
+
+def edited(*path: str | int, to: Any) -> str:
+    data = json.loads(small().to_json())
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = to
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "schema_version is None"),
+        ("null", "schema_version is None"),
+        (edited("schema_version", to=2), "schema_version is 2, this program reads 1"),
+        (edited("surprise", to=1), r"unknown key manifest\.surprise"),
+        (edited("model", "surprise", to=1), r"unknown key manifest\.model\.surprise"),
+        (edited("artifacts", "onnx", "cache", "layers", 0, "surprise", to=1), r"cache\.layers\[0\]\.surprise"),
+        (edited("context", to="96"), r"manifest\.context is '96', expected"),
+        (edited("context", to=True), r"manifest\.context is 'True', expected"),
+        (edited("context", to=1.5), r"manifest\.context is '1.5', expected"),
+        (edited("files", to=[]), r"manifest\.files is '\[\]', expected an object"),
+        (edited("validation", to={}), r"manifest\.validation is '{}', expected a list"),
+        (edited("artifacts", "tflite", to={}), "'tflite', expected one of"),
+        (edited("artifacts", "onnx", "reference_activations", to="int4"), "'int4', expected one of"),
+        (edited("model", "layer_types", 0, to="none"), r"layer_types\[0\] is 'none'"),
+    ],
+)
+def test_what_is_not_a_manifest_is_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        Manifest.from_json(text)
+
+
+def test_a_missing_key_is_named() -> None:
+    data = json.loads(small().to_json())
+    del data["tokenizer"]["bos_id"]
+    with pytest.raises(BadInput, match=r"missing key manifest\.tokenizer\.bos_id"):
+        Manifest.from_json(json.dumps(data))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(key=st.sampled_from(sorted(json.loads(small().to_json()))), value=JSON)
+def test_any_json_in_any_place_reads_or_is_refused(key: str, value: Any) -> None:
+    try:
+        manifest = Manifest.from_json(edited(key, to=value))
+    except BadInput:
+        return
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_not_a_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="No such file"):
+        read_manifest(tmp_path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    bundle = write(tmp_path, small())
+    (bundle / "model.onnx").unlink()
+    with pytest.raises(VerificationFailed, match=r"model\.onnx: missing"):
+        read_manifest(bundle)
+
+
+def test_a_file_of_another_size(tmp_path: Path) -> None:
+    bundle = write(tmp_path, small())
+    (bundle / "model.onnx").write_bytes(b"abcd")
+    with pytest.raises(VerificationFailed, match="4 bytes, its manifest says 3"):
+        read_manifest(bundle)
+
+
+def test_a_link_instead_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    bundle = write(tmp_path / "bundle", small())
+    (bundle / "model.onnx").rename(tmp_path / "elsewhere")
+    (bundle / "model.onnx").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(VerificationFailed, match="not a plain file"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "deeper/file", ".."])
+def test_a_name_that_leaves_the_bundle(tmp_path: Path, name: str) -> None:
+    manifest = replace(small(), files=small().files | {name: FileEntry(1, "")})
+    with pytest.raises(VerificationFailed, match="not a plain file"):
+        read_manifest(write(tmp_path, manifest))
+
+
+def test_an_artifact_that_is_not_among_the_files(tmp_path: Path) -> None:
+    files = {name: entry for name, entry in small().files.items() if name != "model.onnx"}
+    with pytest.raises(BadInput, match=r"model\.onnx is not among its files"):
+        read_manifest(write(tmp_path, replace(small(), files=files)))
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -1,0 +1,110 @@
+
+import pytest
+
+from gemma3.chat import encode_chat
+from gemma3.errors import DoesNotFit
+from gemma3.tokenizer import Tokenizer
+from runtime_py.conversation import Conversation, stream_text
+from runtime_py.generate import Sampler, generate
+from scripts.random_checkpoint import made_up_tokenizer
+from tests.runtime_py.sessions import FunctionSession
+
+VOCABULARY = 640
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(made_up_tokenizer(VOCABULARY))
+    return Tokenizer(path)
+
+
+def reciting(tokenizer: Tokenizer, answers: list[str], context: int = 256) -> FunctionSession:
+    """A session that answers the n-th turn with the n-th answer and ends it."""
+    prompt_end = encode_chat(tokenizer, [{"role": "user", "content": "x"}])[-2:]
+    script = [[*tokenizer.encode(answer, bos=False), tokenizer.end_of_turn_id] for answer in answers]
+
+    def next_id(fed: list[int]) -> list[float]:
+        starts = [end for end in range(2, len(fed) + 1) if fed[end - 2 : end] == prompt_end]
+        answer = script[len(starts) - 1] if starts else [0]
+        said = len(fed) - starts[-1] if starts else 0
+        wanted = answer[min(said, len(answer) - 1)]
+        return [float(token == wanted) for token in range(VOCABULARY)]
+
+    return FunctionSession(next_id, VOCABULARY, context)
+
+
+def conversation(session: FunctionSession, tokenizer: Tokenizer, limit: int | None = None) -> Conversation:
+    return Conversation(session, tokenizer, Sampler(), stop_ids={1, tokenizer.end_of_turn_id}, max_new_tokens=limit)
+
+
+def test_the_cache_holds_the_conversation_as_the_template_says(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["fine, you?", "good"])
+    chat = conversation(session, tokenizer)
+    assert "".join(chat.say(" hello ")) == "fine, you?"
+    assert chat.reason == "stop token"
+    before = session.position
+    assert "".join(chat.say("well too")) == "good"
+    whole = encode_chat(
+        tokenizer,
+        [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "fine, you?"},
+            {"role": "user", "content": "well too"},
+        ],
+    )
+    assert session.fed[: len(whole)] == whole
+    assert before < len(whole)
+
+
+def test_an_answer_cut_short_is_closed_before_the_next_turn(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["abcdef", "ok"])
+    chat = conversation(session, tokenizer, limit=2)
+    first = "".join(chat.say("hi"))
+    assert chat.reason == "length"
+    list(chat.say("again"))
+    whole = encode_chat(
+        tokenizer,
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": "again"},
+        ],
+    )
+    assert session.fed[: len(whole)] == whole
+
+
+def test_a_listener_who_leaves_loses_nothing(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["abcdef", "ok"])
+    chat = conversation(session, tokenizer)
+    stream = chat.say("hi")
+    heard = next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert chat.turn_ids("x")[: len(tokenizer.encode(heard, bos=False))] == tokenizer.encode(heard, bos=False)
+
+
+def test_a_turn_without_room_leaves_the_conversation_as_it_was(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["a", "b"], context=24)
+    chat = conversation(session, tokenizer)
+    list(chat.say("hi"))
+    fed, turn = list(session.fed), chat.turn_ids("x")
+    with pytest.raises(DoesNotFit, match="context of 24"):
+        list(chat.say("far too long a question for what is left"))
+    assert session.fed == fed
+    assert chat.turn_ids("x") == turn
+
+
+def test_reset_starts_with_bos_again(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["a"])
+    chat = conversation(session, tokenizer)
+    list(chat.say("hi"))
+    chat.reset()
+    assert chat.turn_ids("hi")[0] == tokenizer.bos_id
+    assert session.position == 0
+
+
+def test_text_streams_in_whole_characters(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["né"])  # é is two byte pieces
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "hi"}])
+    generation = generate(session, ids, Sampler(), stop_ids={tokenizer.end_of_turn_id})
+    assert list(stream_text(generation, tokenizer)) == ["n", "é"]

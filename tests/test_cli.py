@@ -1,0 +1,357 @@
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import cli
+from export.manifest import GOLDEN, MANIFEST, FileEntry, sha256_of
+from tests.bundles import CONFIG, EXPORT, Run, copy_bundle, rewrite_tensors, run, write_checkpoint
+
+Cli = Callable[..., Run]
+
+
+@pytest.fixture
+def gemma_edge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    out = checkpoint.parent / "bundle"
+    cli.app(["export", str(checkpoint), "-o", str(out), "--format", "onnx", *EXPORT], standalone_mode=False)
+    return out
+
+
+def assert_refused(result: Run, code: int, *words: str) -> None:
+    """One line on stderr, nothing on stdout."""
+    assert result.code == code, result.err
+    assert result.out == ""
+    lines = [line for line in result.err.splitlines() if not line.startswith(("quantizing", "exporting"))]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+# Export
+
+
+def test_export_writes_a_proven_bundle(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "out", "--format", "onnx", "--scheme", "fp32", *EXPORT)
+    assert result.code == 0, result.err
+    assert "one by one (96 positions)" in result.out
+    assert "every check passed" in result.err
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert all(check["passed"] for check in manifest["validation"])
+    assert {check["limit"] for check in manifest["validation"]} >= {1e-4, 1.0}
+
+
+def edit_config(checkpoint: Path, **changes: Any) -> None:
+    (checkpoint / "config.json").write_text(json.dumps(CONFIG | changes))
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda checkpoint: rewrite_tensors(checkpoint, lambda tensors: tensors.pop(name))
+
+
+def put(name: str, *shape: int) -> Callable[[Path], None]:
+    return lambda checkpoint: rewrite_tensors(checkpoint, lambda tensors: tensors.update({name: torch.ones(shape)}))
+
+
+def lose_a_shard(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop("model.layers.1.mlp.up_proj.weight"), ("model.layers.1.mlp.up_proj.weight missing",)),
+        (put("model.layers.9.mlp.up_proj.weight", 4, 4), ("model.layers.9.mlp.up_proj.weight",)),
+        (put("model.norm.weight", 65), ("model.norm.weight", "[65]", "[64]")),
+        (lose_a_shard, ("model-00001-of-00002.safetensors", "missing")),
+        (lambda checkpoint: edit_config(checkpoint, surprise=1), ("'surprise'",)),
+        (lambda checkpoint: edit_config(checkpoint, model_type="llama"), ("'llama'", "Gemma 3")),
+        (lambda checkpoint: (checkpoint / "config.json").unlink(), ("config.json", "no such file")),
+        (lambda checkpoint: (checkpoint / "tokenizer.model").write_bytes(b"junk"), ("not a SentencePiece model",)),
+        (
+            lambda checkpoint: rewrite_tensors(
+                checkpoint, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan"))
+            ),
+            ("model.layers.0.mlp.up_proj.weight", "NaN"),
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used(
+    gemma_edge: Cli, tmp_path: Path, damage: Callable[[Path], None], words: tuple[str, ...]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    damage(checkpoint)
+    (tmp_path / "target").mkdir()
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "target" / "out", "--format", "onnx", *EXPORT)
+    assert_refused(result, 3, *words)
+    assert list((tmp_path / "target").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--context", "7"), 4, ("context 7", "window 8", "--context 8")),
+        (("--context", "161"), 4, ("context 161", "max_position_embeddings 160")),
+        (("--chunk", "0"), 3, ("chunk 0", "--chunk")),
+        (("--context", "96", "--chunk", "97"), 3, ("chunk 97", "context 96")),
+        (("--scheme", "fp32", "--embedding", "int4"), 3, ("'int4'", "fp32")),
+    ],
+)
+def test_settings_that_do_not_fit(
+    gemma_edge: Cli, checkpoint: Path, tmp_path: Path, options: tuple[str, ...], code: int, words: tuple[str, ...]
+) -> None:
+    assert_refused(gemma_edge("export", checkpoint, "-o", tmp_path / "out", *options), code, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", ["google/gemma-3-270m", "model.gguf", "/nowhere"])
+def test_a_model_that_is_no_local_directory(gemma_edge: Cli, tmp_path: Path, model: str) -> None:
+    assert_refused(gemma_edge("export", model, "-o", tmp_path / "out"), 3, model, "directory")
+
+
+def test_an_output_that_exists(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    assert_refused(gemma_edge("export", checkpoint, "-o", tmp_path), 3, str(tmp_path), "exists")
+
+
+def test_an_output_that_cannot_be(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    assert_refused(gemma_edge("export", checkpoint, "-o", tmp_path / "no" / "out"), 3, "no such directory")
+    (tmp_path / "file").write_text("")
+    assert_refused(gemma_edge("export", checkpoint, "-o", tmp_path / "file" / "out"), 3, "no such directory")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export",),
+        ("export", "demo"),
+        ("export", "demo", "-o", "x", "--scheme", "int3"),
+        ("plan",),
+        ("validate", "--x"),
+    ],
+)
+def test_usage_errors(gemma_edge: Cli, arguments: tuple[str, ...]) -> None:
+    result = gemma_edge(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert "Error" in result.err
+
+
+def test_an_internal_error_is_one_line_unless_asked_for(
+    gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(cli, "open_bundle", fail)
+    result = gemma_edge("generate", bundle, "a")
+    assert result.code == 1
+    assert result.err == "internal error: RuntimeError: first second; set GEMMA_EDGE_DEBUG=1 to see where\n"
+    monkeypatch.setenv("GEMMA_EDGE_DEBUG", "1")
+    assert "Traceback" in gemma_edge("generate", bundle, "a").err
+
+
+def test_interrupted(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "open_bundle", interrupt)
+    assert gemma_edge("generate", bundle, "a").code == 130
+
+
+# Validate
+
+
+def test_golden_vectors_replay(gemma_edge: Cli, bundle: Path) -> None:
+    result = gemma_edge("validate", bundle, "--json")
+    assert result.code == 0
+    report = json.loads(result.out)
+    assert set(report) == {"passed", "checks"}
+    assert report["passed"] is True
+    assert {frozenset(check) for check in report["checks"]} == {
+        frozenset({"artifact", "name", "metric", "value", "limit", "passed"})
+    }
+    metrics = {check["metric"] for check in report["checks"]}
+    assert metrics >= {"equal", "max_abs", "mean_abs", "relative_rms", "kl_mean", "kl_max", "top1_agreement"}
+
+
+def test_with_the_checkpoint_everything_is_computed_afresh(gemma_edge: Cli, bundle: Path, checkpoint: Path) -> None:
+    result = gemma_edge("validate", bundle, "--checkpoint", checkpoint, "--json")
+    assert result.code == 0, result.err
+    names = [check["name"] for check in json.loads(result.out)["checks"]]
+    assert any(name.startswith("integers in the file are the quantizer's") for name in names)
+    assert any(name.startswith("one by one (96 positions)") for name in names)
+
+
+def test_weights_of_another_checkpoint(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other")
+    rewrite_tensors(other, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].mul_(-1))
+    result = gemma_edge("validate", bundle, "--checkpoint", other)
+    assert result.code == 5
+    assert "FAILED" in result.out
+    assert "integers in the file" in result.err
+
+
+def test_configuration_of_another_checkpoint(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", sliding_window=9)
+    assert_refused(gemma_edge("validate", bundle, "--checkpoint", other), 3, "not the checkpoint of this bundle")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", GOLDEN, "tokenizer.model", "genai_config.json"])
+def test_one_changed_byte_anywhere(gemma_edge: Cli, bundle: Path, tmp_path: Path, name: str) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    data = bytearray((damaged / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (damaged / name).write_bytes(data)
+    result = gemma_edge("validate", damaged, "--json")
+    assert result.code == 5
+    assert json.loads(result.out)["passed"] is False
+    assert name in result.err
+
+
+def forge(bundle: Path, name: str) -> None:
+    """Make the manifest agree with the file as it is now."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    entry = FileEntry((bundle / name).stat().st_size, sha256_of(bundle / name))
+    manifest["files"][name] = {"size": entry.size, "sha256": entry.sha256}
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_weights_changed_behind_a_forged_hash(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    data = np.fromfile(damaged / "model.onnx.data", np.uint8)
+    data[len(data) // 4 : len(data) // 2] ^= 0x11
+    data.tofile(damaged / "model.onnx.data")
+    forge(damaged, "model.onnx.data")
+    result = gemma_edge("validate", damaged)
+    assert result.code == 5
+    assert "the limit is" in result.err
+
+
+def test_golden_vectors_perturbed_behind_a_forged_hash(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    arrays = load_file(damaged / GOLDEN)
+    arrays["float.values"][5] = np.roll(arrays["float.values"][5], 1)
+    save_file(arrays, damaged / GOLDEN)
+    forge(damaged, GOLDEN)
+    result = gemma_edge("validate", damaged)
+    assert result.code == 5
+    assert "kl_mean is" in result.err
+
+
+def test_a_file_cut_short_is_refused_by_every_command(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    with (damaged / "model.onnx.data").open("r+b") as file:
+        file.truncate(1000)
+    for command in (("validate", damaged), ("generate", damaged, "a"), ("bench", damaged), ("chat", damaged)):
+        assert_refused(gemma_edge(*command), 5, "model.onnx.data", "1000 bytes")
+
+
+def test_not_a_bundle(gemma_edge: Cli, tmp_path: Path) -> None:
+    for command in (("validate", tmp_path), ("generate", tmp_path, "a"), ("bench", tmp_path), ("chat", tmp_path)):
+        assert_refused(gemma_edge(*command), 3, MANIFEST)
+
+
+# Generate and chat
+
+
+def test_generate_is_reproducible_and_data_alone_is_on_stdout(gemma_edge: Cli, bundle: Path) -> None:
+    command = ("generate", bundle, "some text", "-n", "8", "--temperature", "1", "--seed", "4")
+    first, again = gemma_edge(*command), gemma_edge(*command)
+    assert first.code == 0
+    assert first.out == again.out
+    assert first.err == ""
+    assert gemma_edge(*command[:-1], "5").out != first.out
+
+
+@pytest.mark.parametrize("options", [(), ("--chat",)])
+def test_an_empty_prompt(gemma_edge: Cli, bundle: Path, options: tuple[str, ...]) -> None:
+    assert_refused(gemma_edge("generate", bundle, "", *options), 3, "empty")
+
+
+def test_a_prompt_over_the_context(gemma_edge: Cli, bundle: Path) -> None:
+    assert_refused(gemma_edge("generate", bundle, "x" * 200), 4, "201 tokens", "context of 96")
+
+
+def test_generating_to_the_end_of_the_context_says_so(gemma_edge: Cli, bundle: Path) -> None:
+    result = gemma_edge("generate", bundle, "x" * 94)
+    assert result.code == 0
+    assert "context of 96 tokens is full" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--temperature", "-1"), "temperature is -1"),
+        (("--top-p", "0"), "top-p is 0"),
+        (("--top-k", "-2"), "top-k is -2"),
+        (("-n", "0"), "is 0"),
+    ],
+)
+def test_sampling_settings_out_of_range(gemma_edge: Cli, bundle: Path, options: tuple[str, ...], word: str) -> None:
+    assert_refused(gemma_edge("generate", bundle, "a", *options), 3, word)
+
+
+def test_a_format_that_the_bundle_does_not_hold(gemma_edge: Cli, bundle: Path) -> None:
+    assert_refused(gemma_edge("generate", bundle, "a", "--format", "pte"), 3, "holds no .pte", "--format onnx")
+
+
+def test_chat_from_a_pipe(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(text: str) -> Run:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        return gemma_edge("chat", bundle, "-n", "3")
+
+    once = say("hello\n")
+    assert once.code == 0
+    assert once.out.endswith("\n")
+    # A blank line is no turn; after a reset the same question gets the same answer.
+    assert say("hello\n\n/reset\nhello\n").out == once.out * 2
+
+
+def test_a_full_context_ends_no_chat(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'x' * 200}\nhello\n"))
+    result = gemma_edge("chat", bundle, "-n", "2")
+    assert result.code == 0
+    assert "over the context of 96" in result.err
+    assert "/reset" in result.err
+    assert result.out.count("\n") >= 1
+
+
+# Bench
+
+
+def test_bench_measures_in_a_process_of_its_own(gemma_edge: Cli, bundle: Path) -> None:
+    result = gemma_edge("bench", bundle, "-p", "16", "-n", "4", "-r", "3", "--json")
+    assert result.code == 0, result.err
+    (figures,) = json.loads(result.out)["measurements"]
+    assert (figures["format"], figures["prompt"], figures["new_tokens"]) == ("onnx", 16, 4)
+    for phase in ("prefill", "decode"):
+        assert figures[phase]["mean"] > 0
+        assert figures[phase]["median"] > 0
+    # torch, which this process has loaded, alone takes more
+    assert 10e6 < figures["peak_rss_bytes"] < 200e6
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "word"), [(("-p", "0"), 3, "-p is 0"), (("-p", "90", "-n", "7"), 4, "context of 96")]
+)
+def test_bench_refuses(gemma_edge: Cli, bundle: Path, options: tuple[str, ...], code: int, word: str) -> None:
+    assert_refused(gemma_edge("bench", bundle, *options), code, word)
