@@ -9,15 +9,17 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from gemma3.cache import cache_layout
 from gemma3.errors import DoesNotFit
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+log = logging.getLogger("cli")
 DEBUG = "GEMMA_EDGE_DEBUG"
+DEMO_TOKENS, DEMO_QUESTIONS = 4000, 60
 
 Scheme = Literal["fp32", "int4-channel", "int4-block32"]
 OneFormat = Literal["pte", "onnx"]
@@ -56,7 +60,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 def main() -> None:
     """The console script: errors a user can cause end in one line and their exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for package in ("export", "quant", "runtime_py"):
+    for package in ("cli", "export", "quant", "runtime_py"):
         logging.getLogger(package).setLevel(logging.INFO)
     if not os.environ.get(DEBUG):
         # torch, torchao and executorch warn about their own internals; ours are raised or logged.
@@ -220,6 +224,79 @@ def bench(
         print(json.dumps({"measurements": [one.to_dict() for one in measurements]}))
     else:
         print(bench_table(measurements))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the bundle there.")] = None,
+) -> None:
+    """The whole path on the demo checkpoint: export in int4, prove, measure, chat; a table at the end."""
+    from export.bundle import require_passed
+    from export.manifest import FORMATS, TOKENIZER
+    from gemma3.checkpoint import load_model, open_checkpoint, resolve_checkpoint
+    from gemma3.tokenizer import Tokenizer
+    from quant.recipe import preset
+    from runtime_py.bench import bench as measure
+    from runtime_py.eager_session import EagerSession
+    from runtime_py.perplexity import measure_perplexity
+    from runtime_py.questions import answer, count_right, read_questions
+    from runtime_py.report import megabytes, table
+    from runtime_py.session import Session, open_session
+    from runtime_py.validate import check_bundle, worst_figures
+
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = Path(scratch) / "bundle" if out is None else out
+        manifest = export_proven("demo", preset("int4-block32"), bundle, FORMATS, None, None)
+        log.info("replaying the golden vectors, as `gemma-edge validate` does anywhere")
+        require_passed(check_bundle(bundle))
+
+        source = resolve_checkpoint("demo")
+        tokenizer, stop_ids = Tokenizer(bundle / TOKENIZER), manifest.tokenizer.eos_ids
+        questions = read_questions(source / "questions.jsonl")
+        asked = questions[:: max(1, len(questions) // DEMO_QUESTIONS)]
+        held_out = tokenizer.encode((source / "heldout.txt").read_text(encoding="utf-8"), bos=False)[:DEMO_TOKENS]
+        layout = cache_layout(manifest.model, "ring", manifest.context, manifest.chunk)
+        sessions: dict[str, Session] = {"full precision": EagerSession(load_model(open_checkpoint(source)), layout)}
+        sessions |= {f".{format}": open_session(bundle, format) for format in FORMATS}
+        perplexities, right = {}, {}
+        for name, session in sessions.items():
+            log.info("%s: perplexity of %d held-out tokens, %d questions", name, len(held_out), len(asked))
+            perplexities[name] = measure_perplexity(session, held_out, manifest.tokenizer.bos_id)
+            right[name] = count_right(session, tokenizer, asked, stop_ids)
+        for question in asked[:: len(asked) // 3]:
+            print(f"> {question.prompt}")
+            for format in FORMATS:
+                print(f".{format}: {answer(sessions[f'.{format}'], tokenizer, question.prompt, stop_ids)}")
+        log.info("measuring speed and memory")
+        speeds = {f".{one.format}": one for one in measure(bundle, FORMATS)}
+
+    artifacts = {f".{format}": artifact for format, artifact in manifest.artifacts.items()}
+    figures = {f".{format}": worst_figures(manifest.validation, format) for format in FORMATS}
+    rows: list[tuple[str, Callable[[str], str]]] = [
+        ("file", lambda name: megabytes(artifacts[name].bytes)),
+        ("file / ideal bytes", lambda name: f"{artifacts[name].bytes / artifacts[name].ideal_bytes:.3f}"),
+        ("max |Δlogit| to quantized eager", lambda name: f"{figures[name]['max_abs']:.2g}"),
+        ("KL to quantized eager, mean", lambda name: f"{figures[name]['kl_mean']:.2g}"),
+        ("same top token", lambda name: f"{figures[name]['top1_agreement']:.1%}"),
+        ("prefill, tok/s", lambda name: str(speeds[name].prefill)),
+        ("decode, tok/s", lambda name: str(speeds[name].decode)),
+        ("load", lambda name: f"{speeds[name].load_seconds:.2f} s"),
+        ("peak RSS", lambda name: megabytes(speeds[name].peak_rss_bytes)),
+    ]
+    names = list(sessions)
+    print()
+    print(
+        table(
+            ("", *names),
+            [
+                *((label, "", *(show(name) for name in names[1:])) for label, show in rows),
+                (f"perplexity, {len(held_out)} tokens", *(str(perplexities[name]) for name in names)),
+                (f"right answers of {len(asked)}", *(str(right[name]) for name in names)),
+            ],
+        )
+    )
+    if out is not None:
+        log.info("the bundle is in %s", out)
 
 
 # What the commands share.

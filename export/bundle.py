@@ -134,7 +134,7 @@ def export_artifact(
     else:
         from export.to_executorch import export_pte
 
-        report = export_pte(source.config, weights.tensors, layout, path, eos_ids=eos_ids)
+        report = export_pte(source.config, weights.tensors, layout, path, eos_ids=eos_ids).to_dict()
     stored = sum(file.stat().st_size for file in directory.glob(f"{path.name}*"))
     quantized_in_the_runtime = format == "pte" and bool(weights.integers)
     return Artifact(

@@ -27,6 +27,9 @@ class Perplexity:
         """The standard error carried through exp, to first order."""
         return self.perplexity * self.standard_error
 
+    def __str__(self) -> str:
+        return f"{self.perplexity:.3f} ± {self.perplexity_error:.3f}"
+
 
 def measure_perplexity(session: Session, ids: Sequence[int], bos_id: int) -> Perplexity:
     """Each of ``ids`` (without BOS; two or more) given those before it.

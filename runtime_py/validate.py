@@ -262,6 +262,16 @@ def limited(artifact: str, name: str, metric: str, value: float, limits: Limits)
     return Check(artifact, name, metric, value, limit, passed)  # NaN compares false: it does not pass
 
 
+def worst_figures(checks: Sequence[Check], artifact: str) -> dict[str, float]:
+    """Of each metric, the worst value that any check of ``artifact`` has."""
+    figures: dict[str, float] = {}
+    for check in checks:
+        if check.artifact == artifact:
+            worse = min if check.metric in AT_LEAST else max
+            figures[check.metric] = worse(figures.get(check.metric, check.value), check.value)
+    return figures
+
+
 def validation_table(checks: Sequence[Check]) -> str:
     """One row a check, its figures side by side; a figure over its limit is marked with the limit."""
     rows: dict[tuple[str, str], dict[str, str]] = {}

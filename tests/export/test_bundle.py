@@ -1,3 +1,5 @@
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,7 +112,7 @@ def test_a_parent_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_a_parent_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Permissions do not stop root, which tests may run as.
-    monkeypatch.setattr(module.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(BadInput, match="not writable"):
         refuse_target(tmp_path / "out")
 
@@ -118,8 +120,8 @@ def test_a_parent_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_full_disk_is_noticed_before_exporting(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     monkeypatch.setattr(module, "export_artifact", None)
     with pytest.raises(DoesNotFit, match="1 MiB free, the bundle needs"):
         export(checkpoint, tmp_path / "out")
