@@ -18,19 +18,23 @@ Activations = Literal["float", "int8"]
 def fake_quantize_per_token(x: Tensor) -> Tensor:
     """x [..., features] rounded to int8 per token (the last axis), asymmetric, and back to x's dtype.
 
-    scale = (max − min) / 255 over a range that includes 0; the zero point is nudged onto an integer on the side
-    with the smaller error. Source: torchao's choose_qparams_per_token_asymmetric and XNNPACK's
-    xnn_f32_qd8_asymmetric_quantization_params, which agree.
+    The step is (max − min) / 255 over a range that includes 0; the zero point is nudged onto an integer on the
+    side with the smaller error. The order of the operations is XNNPACK's (xnn_f32_qd8_asymmetric_quantization_params
+    and its f32-to-qd8 conversion), so that equal float32 inputs give equal codes and equal values: tested bit for bit
+    in tests/export. torchao's choose_qparams_per_token_asymmetric computes the step first and inverts it, which rounds
+    about one value in a million to the other neighbour.
     """
     low = x.amin(-1, keepdim=True).clamp(max=0)
     high = x.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 255.0).clamp(min=torch.finfo(torch.float32).eps)
-    low_code, high_code = low / scale, high / scale
+    # A token of (all but) zeros rounds to zeros; below 7.5e-37 the multiplier would overflow.
+    span = torch.where(high - low < 1e-30, 255.0, high - low)
+    # Not ``255.0 / span``: torch computes that as 255 · (1 / span), which rounds twice.
+    multiplier = torch.full_like(span, 255.0) / span
+    low_code, high_code = low * multiplier, high * multiplier
     zero_point = torch.where(-128 + low_code + 127 + high_code > 0, -128 - low_code, 127 - high_code)
     zero_point = zero_point.clamp(-128, 127).round()
-    # Multiplying by the reciprocal, as both sources do: dividing rounds some values the other way.
-    codes = ((x * (1.0 / scale)).round() + zero_point).clamp(-128, 127)
-    return (codes - zero_point) * scale
+    codes = ((x * multiplier).round() + zero_point).clamp(-128, 127)
+    return (codes - zero_point) * (1.0 / multiplier)
 
 
 def with_integer_weights(

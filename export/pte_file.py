@@ -1,0 +1,253 @@
+"""What a .pte holds, read from the file itself: its kernels, its caches, and the integers of its weights.
+
+A .pte is a flatbuffer program (instructions, tensors, where everything lies) followed by segments of data. A
+delegate's payload is a flatbuffer of its own, the XNNPACK graph, whose constants are named data of the program.
+The weights carry no names of their own there, but the calls keep the order in which ExecutorchModel makes them:
+LAYER_LINEARS for each layer, then the head.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import executorch.backends.xnnpack.serialization as xnnpack_serialization
+import numpy as np
+import torch
+from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+from executorch.exir._serialize._flatbuffer import _flatc_decompile
+from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
+from executorch.exir._serialize._program import _get_extended_header
+from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gemma3.errors import BadInput, VerificationFailed
+from quant.integers import IntegerWeight
+
+Bytes = NDArray[np.uint8]
+
+# In the order of the calls. Queries and keys are two linears each, of the first and the second half of the rows of
+# every head.
+LAYER_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Kernels that move no data: sizes, symbols and views.
+BOOKKEEPING = ("executorch_prim::", "aten::sym_size", "aten::_local_scalar_dense")
+HEADER_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix multiplication in a delegate; only integer weights are read."""
+
+    rows: int
+    columns: int
+    weight: IntegerWeight | None  # None: floating point
+
+
+class PteFile:
+    """A .pte, memory-mapped. Raises BadInput when it is not one or is shorter than it says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.stat().st_size < HEADER_BYTES:
+            raise BadInput(f"{path}: {path.stat().st_size} bytes are not a .pte; export it again")
+        # Copy on write, never written: torch wants its memory writable.
+        self.data: Bytes = np.memmap(path, np.uint8, "c")
+        header = _get_extended_header(self.data[:HEADER_BYTES].tobytes())
+        if header is None or not header.is_valid():
+            raise BadInput(f"{path}: does not begin like a .pte; export it again")
+        expected = header.segment_base_offset + header.segment_data_size
+        if len(self.data) < expected:
+            raise BadInput(f"{path}: {len(self.data)} bytes, its header says {expected}; copy or export it again")
+        self.base: int = header.segment_base_offset
+        self.program = _flatbuffer_to_program(self.data[: header.program_size].tobytes())
+
+    def plan(self, method: str) -> ExecutionPlan:
+        for plan in self.program.execution_plan:
+            if plan.name == method:
+                return plan
+        raise BadInput(f"{self.path}: has no method {method}; it was not exported by this program")
+
+    @cached_property
+    def forward(self) -> ExecutionPlan:
+        return self.plan("forward")
+
+    def constant_method(self, name: str) -> Any:
+        """The value that a constant method returns."""
+        plan = self.plan(name)
+        return plan.values[plan.outputs[0]].val.__dict__[next(iter(plan.values[plan.outputs[0]].val.__dict__))]
+
+    def kernels(self) -> Iterator[tuple[str, list[Any]]]:
+        """(name, arguments) of the undelegated calls, in order."""
+        for instruction in self.forward.chains[0].instructions:
+            call = instruction.instr_args
+            if isinstance(call, KernelCall):
+                yield self.forward.operators[call.op_index].name, [self.forward.values[i].val for i in call.args]
+
+    def segment(self, index: int) -> Bytes:
+        segment = self.program.segments[index]
+        return self.data[self.base + segment.offset :][: segment.size]
+
+    def constant(self, tensor: Any, dtype: torch.dtype) -> Tensor:
+        """A constant tensor of the program, of the dtype that the reader knows it to have."""
+        offset = self.program.constant_segment.offsets[tensor.data_buffer_idx]
+        count = int(np.prod(tensor.sizes)) * dtype.itemsize
+        data = self.segment(self.program.constant_segment.segment_index)[offset:][:count]
+        return torch.from_numpy(data).view(dtype).view(tensor.sizes)
+
+    @cached_property
+    def named(self) -> dict[str, int]:
+        return {entry.key: entry.segment_index for entry in self.program.named_data}
+
+    def linears(self) -> Iterator[Linear]:
+        """The matrix multiplications of all delegates in the order of their calls, RMSNorm's means left out."""
+        for instruction in self.forward.chains[0].instructions:
+            if not isinstance(instruction.instr_args, DelegateCall):
+                continue
+            delegate = self.forward.delegates[instruction.instr_args.delegate_index]
+            graph = xnnpack_graph(self.segment(delegate.processed.index))
+            values = {}
+            for entry in graph["xvalues"]:
+                value = entry["xvalue_union"]
+                values[value.get("tensor_value", value)["id_out"]] = value
+            for node in graph["xnodes"]:
+                if node["xnode_union_type"] == "XNNFullyConnected":
+                    linear = self._linear(values[node["xnode_union"]["filter_id"]], graph["constant_data"])
+                    if linear.rows > 1 or linear.weight is not None:
+                        yield linear
+
+    def _linear(self, value: dict[str, Any], constants: list[dict[str, Any]]) -> Linear:
+        tensor, params = value.get("tensor_value", value), value.get("quant_params")
+        rows, columns = tensor["dims"]
+        if params is None:
+            return Linear(rows, columns, None)
+
+        def data(index: int) -> Tensor:
+            return torch.from_numpy(self.segment(self.named[constants[index]["named_key"]]))
+
+        codes = data(tensor["constant_buffer_idx"])
+        scales = data(params["scale_buffer_idx"])
+        grouped = tensor["datatype"] == "xnn_datatype_qbint4"
+        scales = scales.view(torch.bfloat16 if grouped else torch.float32).float().view(rows, -1)
+        if tensor["datatype"] == "xnn_datatype_qcint8":
+            return Linear(rows, columns, IntegerWeight(codes.view(torch.int8).view(rows, columns), scales, 8))
+        # Rows of an odd number of columns end in half a byte of padding.
+        codes = unpack_nibbles(codes.view(rows, -1), first="low")[:, :columns]
+        return Linear(rows, columns, IntegerWeight(codes, scales, 4))
+
+
+def unpack_nibbles(packed: Tensor, first: Literal["low", "high"]) -> Tensor:
+    """int8 [N, 2·B] in −8 … 7 from uint8 [N, B], whose ``first`` nibble is the even column's, with 8 added."""
+    low, high = packed & 15, packed >> 4
+    pair = (low, high) if first == "low" else (high, low)
+    return torch.stack(pair, dim=-1).view(len(packed), -1).to(torch.int8) - 8
+
+
+def xnnpack_graph(payload: Bytes) -> dict[str, Any]:
+    """The graph in a delegate's payload, as the JSON of XNNPACK's flatbuffer schema."""
+    header = XNNHeader.from_bytes(payload[: XNNHeader.EXPECTED_LENGTH].tobytes())
+    graph = payload[header.flatbuffer_offset :][: header.flatbuffer_size].tobytes()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        schema, binary = directory / "schema.fbs", directory / "graph.bin"
+        schema.write_bytes(resources.files(xnnpack_serialization).joinpath("schema.fbs").read_bytes())
+        binary.write_bytes(graph)
+        _flatc_decompile(name, str(schema), str(binary))
+        return json.loads((directory / "graph.json").read_bytes())
+
+
+def kernel_counts(file: PteFile) -> dict[str, int]:
+    """Undelegated compute operators and how often they are called, most often first."""
+    counts = Counter(name for name, _ in file.kernels() if not name.startswith(BOOKKEEPING))
+    return dict(counts.most_common())
+
+
+def cache_shapes_pte(file: PteFile) -> list[list[int]]:
+    """[1, slots, K, D] of every buffer that the file writes keys or values to: keys, values, keys, … by layer."""
+    return [arguments[1].sizes for name, arguments in file.kernels() if name.startswith("llama::update_cache")]
+
+
+def cache_bytes_pte(path: Path) -> list[int]:
+    """Bytes of keys and values by layer, from the buffers declared in the file (float32)."""
+    sizes = [4 * int(np.prod(shape)) for shape in cache_shapes_pte(PteFile(path))]
+    return [keys + values for keys, values in zip(sizes[0::2], sizes[1::2], strict=True)]
+
+
+def stored_integers(file: PteFile) -> Iterator[tuple[str, IntegerWeight]]:
+    """(checkpoint name, integers) of every integer weight; a tied table twice, where it is used twice.
+
+    Raises BadInput when the file's linears are not those of this network.
+    """
+    for name, arguments in file.kernels():
+        if name.startswith("quantized_decomposed::embedding"):
+            yield EMBEDDING, _embedding(file, name, arguments)
+    _, head_dim = cache_shapes_pte(file)[0][2:]
+    head = EMBEDDING if file.constant_method("tie_word_embeddings") else HEAD
+    halves: list[IntegerWeight] = []
+    index = -1
+    linears = list(file.linears())
+    if len(linears) % len(LAYER_LINEARS) != 1:
+        raise BadInput(f"{file.path}: {len(linears)} linears are not {len(LAYER_LINEARS)} a layer and a head")
+    for index, linear in enumerate(linears):
+        layer, place = divmod(index, len(LAYER_LINEARS))
+        if linear.weight is None:
+            continue
+        if index == len(linears) - 1:
+            yield head, linear.weight
+            continue
+        name = f"model.layers.{layer}.{LAYER_LINEARS[place]}.weight"
+        if place < 4:  # halves of the queries and keys
+            halves.append(linear.weight)
+            if len(halves) == 2:
+                yield name, join_halves(halves[0], halves[1], head_dim)
+                halves = []
+        else:
+            yield name, linear.weight
+
+
+def _embedding(file: PteFile, kernel: str, arguments: list[Any]) -> IntegerWeight:
+    table, scales = arguments[:2]
+    bits = 8 if "embedding_byte" in kernel else 4
+    codes = file.constant(table, torch.int8 if bits == 8 else torch.uint8)
+    if bits == 4:
+        codes = unpack_nibbles(codes, first="high")
+    return IntegerWeight(codes, file.constant(scales, torch.float32).view(len(codes), -1), bits)
+
+
+def join_halves(first: IntegerWeight, second: IntegerWeight, head_dim: int) -> IntegerWeight:
+    """The projection whose heads' rows were split into their first and second halves."""
+
+    def join(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([x.view(-1, head_dim // 2, x.shape[1]) for x in (a, b)], dim=1).view(-1, a.shape[1])
+
+    return IntegerWeight(join(first.codes, second.codes), join(first.scales, second.scales), first.bits)
+
+
+def read_back_pte(path: Path) -> dict[str, IntegerWeight]:
+    """The integer weights in the file by checkpoint name.
+
+    Raises VerificationFailed when the two copies of a tied table are not equal.
+    """
+    found: dict[str, IntegerWeight] = {}
+    for name, weight in stored_integers(PteFile(path)):
+        other = found.get(name)
+        if other and not (torch.equal(other.codes, weight.codes) and torch.equal(other.scales, weight.scales)):
+            raise VerificationFailed(f"{path}: the embedding's and the head's copy of {name} differ; export it again")
+        found[name] = weight
+    return found

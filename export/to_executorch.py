@@ -1,0 +1,222 @@
+"""Lower Gemma 3 to one .pte: one method for prompts and single tokens, caches inside, XNNPACK delegates.
+
+    forward(tokens int64 [1, S], start_pos int64 [1]) → logits float32 [1, 1, V] of the last token; 1 ≤ S ≤ chunk
+
+The constant methods are those that ExecuTorch's stock runners ask for. ``to_edge_transform_and_lower``, the usual way
+here, traces the whole model four times and runs XNNPACK's 17 graph passes (for images, batch norms, stock attention)
+over every delegate: 128 s for six tiny layers, where the way below takes 12 s. What makes the difference:
+
+* ``to_edge`` with linears preserved decomposes once, ``to_backend`` then only partitions.
+* The partitioner names the operators it takes, and asks for the one pass that this graph needs
+  (``dqlinear_partitioner``, the compile option by which XNNPACK's backend selects it).
+* Activations are two-dimensional in the model, since the fake linear of a three-dimensional input of dynamic
+  length costs several symbolic reshapes.
+"""
+
+import logging
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+from executorch.exir.backend.canonical_partitioners.config_partitioner import ConfigerationBasedPartitioner
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec
+from executorch.exir.passes import MemoryPlanningPass
+from torch.export import Dim, ExportedProgram
+
+from export.executorch_model import ExecutorchModel, Weights
+from export.pte_file import (
+    EMBEDDING,
+    PteFile,
+    cache_bytes_pte,
+    cache_shapes_pte,
+    kernel_counts,
+    read_back_pte,
+    stored_integers,
+)
+from gemma3.cache import CacheLayout
+from gemma3.config import TextConfig
+from gemma3.errors import VerificationFailed
+from quant.integers import IntegerWeight
+
+__all__ = ["PteReport", "cache_bytes_pte", "export_pte", "read_back_pte"]
+
+log = logging.getLogger(__name__)
+
+# What XNNPACK takes: everything of the network but the embedding, the caches, attention and the step's indices.
+DELEGATED = (
+    gemm_configs.LinearConfig,
+    generic_node_configs.AddConfig,
+    generic_node_configs.CatConfig,
+    generic_node_configs.CosConfig,
+    generic_node_configs.MulConfig,
+    generic_node_configs.ReciprocalSquareRootConfig,
+    generic_node_configs.SigmoidConfig,
+    generic_node_configs.SinConfig,
+    generic_node_configs.SubConfig,
+    generic_node_configs.ViewCopyConfig,
+)
+
+
+@dataclass(frozen=True)
+class PteReport:
+    """What was written, what reading it back showed, and what making it took."""
+
+    inputs: dict[str, list[int | str]]
+    outputs: dict[str, list[int | str]]
+    bytes: int
+    ideal_bytes: int  # integers at their bits, scales at two bytes, other weights at four
+    second_table_bytes: int  # the tied table again: a gather and a matrix multiplication cannot share one
+    delegates: int
+    undelegated: dict[str, int]  # operator → calls
+    integers_equal: dict[str, int]  # weight → codes equal to the quantizer's, under equal scales
+    integers_unequal: dict[str, int]
+    seconds: float
+    peak_rss_bytes: int  # of this process so far
+
+    def to_dict(self) -> dict[str, Any]:
+        """What describes the file: equal for equal files, so without time and memory. Integers are totals."""
+        fields = asdict(self)
+        for counts in ("integers_equal", "integers_unequal"):
+            fields[counts] = sum(fields[counts].values())
+        del fields["seconds"], fields["peak_rss_bytes"]
+        return fields
+
+
+def export_pte(
+    config: TextConfig, weights: Weights, layout: CacheLayout, path: Path, *, eos_ids: Sequence[int]
+) -> PteReport:
+    """Write ``path``, then read its integers back and compare.
+
+    ``weights`` by checkpoint name: float tensors (written as float32) or IntegerWeight of 4 bits, or of 8 bits per
+    channel; integer linears multiply with activations rounded to int8 per token. ``layout`` must be of the ring
+    style. Raises BadInput for weights that XNNPACK has no kernel for, and VerificationFailed when an integer in the
+    file is not the quantizer's. The same arguments give the same bytes.
+    """
+    started = time.perf_counter()
+    with torch.no_grad():
+        program = trace(ExecutorchModel(config, weights, layout).eval(), layout)
+    executorch = lower(program, constant_methods(config, layout, eos_ids))
+    del program
+    with path.open("wb") as stream:
+        executorch.write_to_file(stream)
+    del executorch
+    seconds = time.perf_counter() - started
+
+    file = PteFile(path)
+    equal, unequal = compare_integers(weights, file)
+    if any(unequal.values()):
+        raise VerificationFailed(
+            f"{path}: {sum(unequal.values())} integers are not the quantizer's, the first in "
+            f"{next(name for name, count in unequal.items() if count)}; do not use this file"
+        )
+    _check_caches(file, layout)
+    table = weights[EMBEDDING]
+    report = PteReport(
+        inputs={"tokens": [1, f"1..{layout.chunk}"], "start_pos": [1]},
+        outputs={"logits": [1, 1, config.vocab_size]},
+        bytes=path.stat().st_size,
+        ideal_bytes=sum(_ideal_bytes(weight) for weight in weights.values()),
+        second_table_bytes=_ideal_bytes(table) if config.tie_word_embeddings else 0,
+        delegates=len(file.forward.delegates),
+        undelegated=kernel_counts(file),
+        integers_equal=equal,
+        integers_unequal=unequal,
+        seconds=seconds,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    log.info(
+        "%s: %.1f MB, %d delegates, undelegated: %s; %.0f s, %.1f GB at most",
+        path.name,
+        report.bytes / 1e6,
+        report.delegates,
+        ", ".join(f"{count} {name}" for name, count in report.undelegated.items()),
+        report.seconds,
+        report.peak_rss_bytes / 1e9,
+    )
+    return report
+
+
+def trace(model: ExecutorchModel, layout: CacheLayout) -> ExportedProgram:
+    """The model as a graph whose token count is a symbol."""
+    length = Dim("length", min=1, max=layout.chunk)
+    dynamic = {"tokens": {1: length}, "start_pos": None} if layout.chunk > 1 else None
+    example = (torch.zeros(1, min(3, layout.chunk), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    return torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
+
+
+def lower(program: ExportedProgram, methods: dict[str, Any]) -> Any:
+    """The program with XNNPACK's part delegated, in ExecuTorch's final form (an ExecutorchProgramManager)."""
+    edge = to_edge(
+        program,
+        constant_methods=methods,
+        compile_config=EdgeCompileConfig(
+            # The caches' custom operators are not in the edge dialect's list.
+            _check_ir_validity=False,
+            # Memory formats other than contiguous do not occur; tracking them adds an operator per copy.
+            _skip_dim_order=True,
+            preserve_ops=[torch.ops.aten.linear.default],
+        ),
+    )
+    one_pass = CompileSpec("dqlinear_partitioner", b"")
+    partitioner = ConfigerationBasedPartitioner(
+        DelegationSpec(XnnpackBackend.__name__, [one_pass]), [operator() for operator in DELEGATED]
+    )
+    return edge.to_backend(partitioner).to_executorch(
+        # Inputs are the caller's memory: planned, they would be copied in.
+        ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False))
+    )
+
+
+def constant_methods(config: TextConfig, layout: CacheLayout, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """What stock runners ask a file. get_max_seq_len is their word for the largest call: the chunk."""
+    return {
+        "get_max_seq_len": layout.chunk,
+        "get_max_context_len": layout.context,
+        "get_vocab_size": config.vocab_size,
+        "get_bos_id": config.bos_token_id,
+        "get_eos_ids": list(eos_ids),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+        # Ours: which name the head's weight goes by when the file is read back.
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+def compare_integers(weights: Weights, file: PteFile) -> tuple[dict[str, int], dict[str, int]]:
+    """By name, how many of the integers are (equal, unequal) in every place where the file holds them.
+
+    An integer under another scale counts as unequal, like those of a weight that the file does not hold.
+    """
+    expected = {name: weight for name, weight in weights.items() if isinstance(weight, IntegerWeight)}
+    equal: dict[str, int] = {}
+    for name, stored in stored_integers(file):
+        count = equal_codes(stored, expected[name]) if name in expected else 0
+        equal[name] = min(count, equal.get(name, count))
+    unequal = {name: weight.codes.numel() - equal.get(name, 0) for name, weight in expected.items()}
+    return equal, unequal
+
+
+def equal_codes(stored: IntegerWeight, weight: IntegerWeight) -> int:
+    """How many places hold the same code under the same scale."""
+    if stored.codes.shape != weight.codes.shape or stored.scales.shape != weight.scales.shape:
+        return 0
+    same = (stored.scales == weight.scales).repeat_interleave(weight.group_size, dim=1)
+    return int(torch.count_nonzero((stored.codes == weight.codes) & same))
+
+
+def _check_caches(file: PteFile, layout: CacheLayout) -> None:
+    expected = [[1, layer.slots, layout.num_key_value_heads, layout.head_dim] for layer in layout.layers for _ in "kv"]
+    assert cache_shapes_pte(file) == expected, "the caches in the file are not the layout's"
+
+
+def _ideal_bytes(weight: torch.Tensor | IntegerWeight) -> int:
+    return weight.ideal_bytes if isinstance(weight, IntegerWeight) else 4 * weight.numel()

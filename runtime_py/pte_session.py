@@ -1,0 +1,113 @@
+"""A .pte run by ExecuTorch on the CPU, with the XNNPACK delegate and threads of the Python wheel."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+# ExecuTorch has threads of its own. With torch's library of matrix products adding some inside each of them,
+# decoding takes twice as long. Read when torch is imported, so set before.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch  # loads libtorch, which the libraries below need
+
+# The library itself: the Python module around it imports the compiler as well, which takes ten seconds.
+from executorch.extension.pybindings import _portable_lib as runtime
+
+from gemma3.cache import CacheLayout
+from gemma3.errors import BadInput
+from runtime_py.session import Logits, check_ids, chunks
+
+# The operators of attention and the caches, and of the quantized embedding; they register with the runtime.
+OPERATORS = {
+    "executorch.extension.llm.custom_ops": "*custom_ops_aot_lib.*",
+    "executorch.kernels.quantized": "*quantized_ops_aot_lib.*",
+}
+for package, library in OPERATORS.items():
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    found = next(Path(spec.submodule_search_locations[0]).glob(library))
+    torch.ops.load_library(str(found))  # type: ignore[no-untyped-call]
+
+# ExecuTorch looks for files of ARM machines on every machine, and says so on stderr.
+NOISE = b"[cpuinfo_utils.cpp"
+
+
+class PteSession:
+    """The caches are inside the loaded program; what they hold beyond the position is never read.
+
+    ``threads`` None leaves the number to ExecuTorch; a number applies to the whole process. Raises BadInput when
+    the file does not load or is not of this layout and vocabulary.
+    """
+
+    def __init__(self, path: Path, layout: CacheLayout, vocab_size: int, threads: int | None = None) -> None:
+        if threads is not None:
+            runtime._unsafe_reset_threadpool(threads)
+        with native_errors(path):
+            program = runtime._load_program(str(path), program_verification=runtime.Verification.InternalConsistency)
+            self._forward = program.load_method("forward")
+            methods = {program.get_method_name(index) for index in range(program.num_methods())}
+        expected = {
+            "get_max_seq_len": layout.chunk,
+            "get_max_context_len": layout.context,
+            "get_vocab_size": vocab_size,
+        }
+        for name, value in expected.items():
+            declared = program.load_method(name).call(())[0] if name in methods else None
+            if declared != value:
+                raise BadInput(
+                    f"{path}: {name} is {declared}, expected {value}; the file is not the one of this layout"
+                )
+        self.context = layout.context
+        self.chunk = layout.chunk
+        self.vocab_size = vocab_size
+        self.position = 0
+        self.logits: Logits = np.empty(0, np.float32)
+
+    def reset(self) -> None:
+        """The caches keep their bytes: masks and causality hide every slot not written since."""
+        self.position = 0
+        self.logits = np.empty(0, np.float32)
+
+    def step(self, token: int) -> Logits:
+        return self.prefill([token])
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        check_ids(ids, vocab_size=self.vocab_size, position=self.position, context=self.context)
+        for piece in chunks(ids, self.chunk):
+            inputs = (torch.tensor([piece], dtype=torch.int64), torch.tensor([self.position], dtype=torch.int64))
+            # Not cloned: the output is the program's own memory, which the next call overwrites.
+            output = self._forward.call(inputs, clone_outputs=False)[0]
+            self.position += len(piece)
+        self.logits = output.numpy().reshape(-1).copy()
+        return self.logits
+
+
+@contextmanager
+def native_errors(path: Path) -> Iterator[None]:
+    """Turn a failure to load ``path`` into BadInput with the reason that native code writes to stderr.
+
+    Without a failure what it writes is passed on, but for NOISE.
+    """
+    failed = False
+    with tempfile.TemporaryFile() as caught:
+        original = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        except RuntimeError:
+            failed = True
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+        caught.seek(0)
+        lines = [line for line in caught if NOISE not in line]
+    if failed:
+        reason = lines[-1].decode(errors="replace").strip() if lines else "no reason given"
+        raise BadInput(f"{path}: ExecuTorch does not load it ({reason}); export it again")
+    sys.stderr.write(b"".join(lines).decode(errors="replace"))
