@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quant.integers import IntegerWeight, round_to_nearest
+from quant.sfp8 import Sfp8Weight
+
+# A weight as it is stored: kept, or quantized.
+Weight = Tensor | IntegerWeight | Sfp8Weight
 
 
 class RecipeError(ValueError):
@@ -55,7 +59,7 @@ class Recipe:
 class QuantizedWeights:
     """``tensors``: every weight by name, integers or as it came. ``verdicts``: its scheme, or why it was kept."""
 
-    tensors: dict[str, Tensor | IntegerWeight]
+    tensors: dict[str, Weight]
     verdicts: dict[str, str]
 
     @property
@@ -64,10 +68,9 @@ class QuantizedWeights:
 
     @property
     def ideal_bytes(self) -> int:
-        """The bare weights: integers at their bits, scales at two bytes, floats at four."""
+        """The bare weights: quantized ones with their scales, floats at four bytes."""
         return sum(
-            weight.ideal_bytes if isinstance(weight, IntegerWeight) else weight.numel() * 4
-            for weight in self.tensors.values()
+            4 * weight.numel() if isinstance(weight, Tensor) else weight.ideal_bytes for weight in self.tensors.values()
         )
 
 
@@ -111,7 +114,7 @@ def quantize(named_weights: Iterable[tuple[str, Tensor]], recipe: Recipe) -> Qua
     Weights are taken one at a time, so that a memory-mapped checkpoint is never whole in memory. Raises
     RecipeError when no rule matches a weight, a rule matches none, or a weight cannot take its scheme.
     """
-    tensors: dict[str, Tensor | IntegerWeight] = {}
+    tensors: dict[str, Weight] = {}
     verdicts: dict[str, str] = {}
     unused = {rule.pattern for rule in recipe.rules} - OPTIONAL_PATTERNS
     for name, weight in named_weights:

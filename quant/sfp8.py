@@ -11,6 +11,8 @@ and the form is chosen after rounding. Source: the SFP codec of gemma.cpp, with 
 compare (tests/quant/sfp8_vectors.npz).
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -75,3 +77,32 @@ def channel_scale(x: Tensor) -> Tensor:
     """float32 [rows, 1], the JAX library's: each row's largest magnitude becomes 1.875 (a zero row keeps 1)."""
     largest = x.detach().float().abs().amax(-1, keepdim=True)
     return torch.where(largest > 0, largest / LARGEST, 1.0)
+
+
+@dataclass(frozen=True)
+class Sfp8Weight:
+    """codes uint8 [rows, columns]; scale float32 [1, 1] or [rows, 1]: value = decode(code) · scale."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @property
+    def ideal_bytes(self) -> int:
+        """One byte a code and four a scale."""
+        return self.codes.numel() + 4 * self.scale.numel()
+
+    def dequantize(self) -> Tensor:
+        """float32 [rows, columns]."""
+        return decode(self.codes) * self.scale
+
+
+def encode_weight(weight: Tensor, scale: Tensor) -> Sfp8Weight:
+    """Codes of weight [rows, columns] over ``scale``, which ``tensor_scale`` or ``channel_scale`` made of it.
+
+    Raises ValueError on NaN or infinite weights.
+    """
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        raise ValueError(f"{int((~finite).sum())} values are NaN or infinite")
+    scale = scale.view(-1, 1)
+    return Sfp8Weight(encode(weight.float() / scale), scale)

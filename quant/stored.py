@@ -1,0 +1,212 @@
+"""Quantized checkpoints: a directory that holds the exact integers, how they came about, and what they belong to.
+
+    config.json, tokenizer.model, …   copied from the checkpoint that was quantized
+    quantized.safetensors             for each weight either ``name`` (kept, in the dtype it had), or
+                                      ``name.codes`` and ``name.scales``
+
+Codes are int8 [rows, columns] (integers of 4 or 8 bits, a byte each) or uint8 (SFP8). Scales are bfloat16
+[rows, groups] for integers, whose scales are on that grid, and float32 [1, 1] or [rows, 1] for SFP8. The file's
+metadata says for each weight which it is. The same weights give the same bytes.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quant.atomic import appearing
+from quant.integers import IntegerWeight, bf16_grid
+from quant.recipe import QuantizedWeights, Recipe, Rule, Weight
+from quant.sfp8 import Sfp8Weight
+
+SCHEMA_VERSION = 1
+FILE = "quantized.safetensors"
+# One key: safetensors writes several in no particular order.
+METADATA_KEY = "gemma-edge"
+# Of a form's codes and scales.
+DTYPES = {
+    "int4": (torch.int8, torch.bfloat16),
+    "int8": (torch.int8, torch.bfloat16),
+    "sfp8": (torch.uint8, torch.float32),
+}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+CONFIG = "config.json"
+# Copied along where the source has them.
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+class StoredError(ValueError):
+    """A quantized checkpoint that cannot be read as one. One line; exit code 3 on the command line."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights of a quantized checkpoint, and the recipe and method ("rtn", "gptq", "qat", …) that made them."""
+
+    weights: QuantizedWeights
+    recipe: Recipe
+    method: str
+
+
+def is_quantized(directory: Path) -> bool:
+    """Is ``directory`` a quantized checkpoint, rather than a float one?"""
+    return (directory / FILE).is_file()
+
+
+def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, method: str, *, source: Path) -> None:
+    """Let ``directory`` appear with the weights, and with the configuration and tokenizer files of ``source``.
+
+    Raises TargetError when it exists or cannot be written; then, and on any other error, nothing is left behind.
+    """
+    assert weights.tensors.keys() == weights.verdicts.keys()
+    tensors: dict[str, Tensor] = {}
+    forms: dict[str, str] = {}
+    for name, weight in weights.tensors.items():
+        if isinstance(weight, Tensor):
+            forms[name], tensors[name] = "float", weight.contiguous()
+        elif isinstance(weight, IntegerWeight):
+            scales = weight.scales.bfloat16()
+            assert torch.equal(scales.float(), weight.scales), f"{name}: scales off the bfloat16 grid"
+            forms[name] = f"int{weight.bits}"
+            tensors |= {f"{name}.codes": weight.codes.contiguous(), f"{name}.scales": scales.contiguous()}
+        else:
+            forms[name] = "sfp8"
+            tensors |= {f"{name}.codes": weight.codes.contiguous(), f"{name}.scales": weight.scale.contiguous()}
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "method": method,
+        "recipe": asdict(recipe),
+        "forms": forms,
+        "verdicts": weights.verdicts,
+    }
+    with appearing(directory) as partial:
+        shutil.copyfile(source / CONFIG, partial / CONFIG)
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        save_file(tensors, partial / FILE, {METADATA_KEY: json.dumps(header)})
+
+
+def load_quantized(directory: Path) -> StoredWeights:
+    """The weights of a quantized checkpoint, mapped from its file, each checked to be what the header says it is.
+
+    Raises StoredError for a file that is missing, damaged, of another version, or whose tensors are not those of
+    its header: one is missing or left over, of another dtype or shape, or holds values that its kind does not have.
+    """
+    path = directory / FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _header((file.metadata() or {}).get(METADATA_KEY))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        weights = {name: _weight(name, form, tensors) for name, form in header["forms"].items()}
+        if tensors:
+            raise StoredError(f"{min(tensors)} belongs to no weight of its header")
+        rules = tuple(Rule(**rule) for rule in header["recipe"]["rules"])
+        recipe = Recipe(header["recipe"]["name"], rules)
+    except StoredError as error:
+        raise StoredError(f"{path}: {error}; copy it or quantize again") from None
+    except (OSError, SafetensorError) as error:
+        raise StoredError(f"{path}: not readable as safetensors ({error}); copy it or quantize again") from None
+    return StoredWeights(QuantizedWeights(weights, header["verdicts"]), recipe, header["method"])
+
+
+def _header(text: str | None) -> dict[str, Any]:
+    """The parsed header, of the right version and every key of the right type."""
+    if text is None:
+        raise StoredError("has no gemma-edge header")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise StoredError("its header is not JSON") from None
+    version = header.get("schema_version") if isinstance(header, dict) else None
+    if version != SCHEMA_VERSION:
+        raise StoredError(f"schema_version is {version!r}, this program reads {SCHEMA_VERSION}")
+    _expect(set(header), {"schema_version", "method", "recipe", "forms", "verdicts"}, "header")
+    forms, verdicts, recipe = header["forms"], header["verdicts"], header["recipe"]
+    for key in ("forms", "verdicts"):
+        if not _is_text(header[key]):
+            raise StoredError(f"{key} in its header does not map names to text")
+    if forms.keys() != verdicts.keys():
+        raise StoredError(f"its header has {len(forms)} forms and {len(verdicts)} verdicts, of other names")
+    if not isinstance(header["method"], str):
+        raise StoredError("method in its header is no text")
+    _expect(set(recipe) if isinstance(recipe, dict) else set(), {"name", "rules"}, "recipe")
+    if not isinstance(recipe["name"], str) or not isinstance(recipe["rules"], list):
+        raise StoredError("recipe in its header has no name and list of rules")
+    for rule in recipe["rules"]:
+        _expect(set(rule) if _is_text(rule) else set(), {"pattern", "scheme"}, "rule")
+    return header
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _expect(keys: set[str], wanted: set[str], where: str) -> None:
+    if keys != wanted:
+        raise StoredError(f"{where} in its header has the keys {sorted(keys)}, not {sorted(wanted)}")
+
+
+def _weight(name: str, form: str, tensors: dict[str, Tensor]) -> Weight:
+    """Take the tensors of ``name`` out of ``tensors``."""
+    if form == "float":
+        tensor = _take(name, tensors)
+        if tensor.dtype not in FLOATS:
+            raise StoredError(f"{name} is {tensor.dtype}, not floating point")
+        return tensor
+    codes, scales = _take(f"{name}.codes", tensors), _take(f"{name}.scales", tensors)
+    if form not in DTYPES:
+        raise StoredError(f"{name} is stored as {form!r}; this program reads float, {', '.join(DTYPES)}")
+    if (codes.dtype, scales.dtype) != DTYPES[form]:
+        raise StoredError(f"{name} is {form} with {codes.dtype} codes and {scales.dtype} scales")
+    if not _fit(codes, scales, form):
+        raise StoredError(f"{name} is {form} with codes {list(codes.shape)} and scales {list(scales.shape)}")
+    # Also false for NaN.
+    allowed = scales > 0 if form == "sfp8" else bf16_grid(scales) == scales.float()
+    if not bool((allowed & torch.isfinite(scales)).all()):
+        raise StoredError(f"{name} has scales that no quantizer of ours makes: {_range(scales)}")
+    if form == "sfp8":
+        if bool((codes == 0x80).any()):
+            raise StoredError(f"{name} holds the code 0x80, which SFP8 does not have")
+        return Sfp8Weight(codes, scales)
+    bits = int(form.removeprefix("int"))
+    if bits == 4 and bool((codes.amin() < -8) | (codes.amax() > 7)):
+        raise StoredError(f"{name} is int4 with codes {_range(codes)}")
+    return IntegerWeight(codes, scales.float(), bits)
+
+
+def _range(values: Tensor) -> str:
+    return f"from {values.amin().item()} to {values.amax().item()}"
+
+
+def _take(name: str, tensors: dict[str, Tensor]) -> Tensor:
+    if name not in tensors:
+        raise StoredError(f"{name} is missing")
+    return tensors.pop(name)
+
+
+def _fit(codes: Tensor, scales: Tensor, form: str) -> bool:
+    """Are codes [rows, columns] and scales of shapes that go together?"""
+    if codes.dim() != 2 or scales.dim() != 2 or 0 in (*codes.shape, *scales.shape):
+        return False
+    if form == "sfp8":
+        return scales.shape[1] == 1 and scales.shape[0] in (1, codes.shape[0])
+    return scales.shape[0] == codes.shape[0] and codes.shape[1] % scales.shape[1] == 0
