@@ -37,7 +37,7 @@ class Checkpoint:
     path: Path
     config: TextConfig
     skipped: tuple[str, ...]  # vision tensors present in the files and not part of the text model
-    _files: dict[str, Any] = field(repr=False)  # name → open safetensors file
+    _files: dict[str, Path] = field(repr=False)  # name → safetensors file
     _stored: dict[str, str] = field(repr=False)  # name → name in the file
 
     @property
@@ -45,8 +45,12 @@ class Checkpoint:
         return list(self._stored)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor in its stored dtype; its pages are mapped from the file until something copies them."""
-        tensor: Tensor = self._files[name].get_tensor(self._stored[name])
+        """The tensor in its stored dtype, mapped from the file.
+
+        Each call maps the file anew, so that the pages read for one tensor leave memory with it.
+        """
+        with safe_open(str(self._files[name]), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self._stored[name])
         return tensor
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -71,11 +75,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     shape or not floating point.
     """
     config = read_config(path / "config.json")
-    files = [_open(file) for file in _weight_files(path)]
     stored: dict[str, str] = {}
     owner: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
     skipped = []
-    for file in files:
+    for file_path in _weight_files(path):
+        file = _open(file_path)
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             if name.startswith(VISION_PREFIXES):
                 skipped.append(name)
@@ -83,7 +88,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             plain = _text_name(name)
             if plain in stored:
                 raise BadInput(f"{path}: tensor {plain} is stored twice (as {stored[plain]} and {name})")
-            stored[plain], owner[plain] = name, file
+            stored[plain], owner[plain], paths[plain] = name, file, file_path
     expected = _expected(config, has_head="lm_head.weight" in stored)
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
@@ -102,7 +107,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _check_stored_twin(path, owner, stored)
         del expected["lm_head.weight"]
     ordered = {name: stored[name] for name in expected}
-    return Checkpoint(path, config, tuple(sorted(skipped)), owner, ordered)
+    return Checkpoint(path, config, tuple(sorted(skipped)), paths, ordered)
 
 
 def load_model(checkpoint: Checkpoint) -> Gemma3:

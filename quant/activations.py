@@ -49,7 +49,7 @@ def with_integer_weights(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, weight in integers.items():
-            parameters[name].copy_(weight.dequantize())
+            weight.dequantize(out=parameters[name])
             shared[parameters[name]] = weight
     if activations == "int8":
         for module in model.modules():

@@ -41,11 +41,12 @@ class IntegerWeight:
         """The codes at their bits plus two bytes a scale."""
         return self.codes.numel() * self.bits // 8 + 2 * self.scales.numel()
 
-    def dequantize(self) -> Tensor:
-        """float32 [rows, columns]."""
-        rows, columns = self.codes.shape
-        grouped = self.codes.view(rows, -1, self.group_size).float() * self.scales[..., None]
-        return grouped.view(rows, columns)
+    def dequantize(self, out: Tensor | None = None) -> Tensor:
+        """float32 [rows, columns]; in ``out`` (float32, contiguous) without further memory if given."""
+        values = torch.empty(self.codes.shape) if out is None else out
+        grouped = values.view(len(values), -1, self.group_size)
+        grouped.copy_(self.codes.view(grouped.shape)).mul_(self.scales[..., None])
+        return values
 
 
 def bf16_grid(scales: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ from runtime_py.golden import Recorder, Reference
 from runtime_py.session import Logits, check_ids, chunks
 from runtime_py.validate import Plan
 
+# Logits of a 262 144 vocabulary take a megabyte a position.
+RECORDED_ROWS = 32
+
 
 class EagerSession:
     """``layout`` must be of the ring style. The model is not copied: several sessions can share one."""
@@ -54,7 +57,7 @@ class EagerSession:
 def record(session: EagerSession, ids: Sequence[int], positions: Iterable[int]) -> Reference:
     """The logits of ``session`` (at position 0) after ``ids``, kept at ``positions``."""
     recorder, wanted = Recorder(ids, session.vocab_size), set(positions)
-    for piece in chunks(ids, session.chunk):
+    for piece in chunks(ids, min(session.chunk, RECORDED_ROWS)):
         start = session.position
         for offset, logits in enumerate(session.forced(piece)):
             if start + offset in wanted:
