@@ -5,12 +5,13 @@ quantized linear's input is first rounded the way the runtime rounds it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from quant.integers import IntegerWeight
+from quant.integers import ROWS_AT_ONCE, IntegerWeight
 
 Activations = Literal["float", "int8"]
 
@@ -49,7 +50,11 @@ def with_integer_weights(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, weight in integers.items():
-            weight.dequantize(out=parameters[name])
+            # By rows, so that a table of 262 144 is not in float32 twice.
+            for start in range(0, len(weight.codes), ROWS_AT_ONCE):
+                part = slice(start, start + ROWS_AT_ONCE)
+                rows = replace(weight, codes=weight.codes[part], scales=weight.scales[part])
+                parameters[name][part] = rows.dequantize()
             shared[parameters[name]] = weight
     if activations == "int8":
         for module in model.modules():
