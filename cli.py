@@ -65,7 +65,8 @@ def main() -> None:
     if not os.environ.get(DEBUG):
         # torch, torchao and executorch warn about their own internals; ours are raised or logged.
         warnings.simplefilter("ignore")
-        logging.getLogger("torchao").setLevel(logging.ERROR)
+        for noisy in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
     except Exception as error:
@@ -325,14 +326,18 @@ def prove(draft: "Draft") -> "list[Check]":
     from export.manifest import GOLDEN
     from runtime_py.eager_session import fresh_references
     from runtime_py.golden import save_golden
-    from runtime_py.validate import check_logits, make_plan
+    from runtime_py.validate import check_exact_twin, check_logits, make_plan
 
     plan = make_plan(draft.manifest)
     references = fresh_references(draft.manifest, plan, draft.checkpoint, draft.weights)
     golden = {key: reference.at(plan.golden_positions) for key, reference in references.items()}
     save_golden(draft.directory / GOLDEN, golden)
     integers = check_integers(draft.directory, draft.manifest, draft.weights)
-    return [*integers, *check_logits(draft.directory, draft.manifest, references)]
+    return [
+        *integers,
+        *check_logits(draft.directory, draft.manifest, references),
+        *check_exact_twin(draft.directory, draft.manifest, references),
+    ]
 
 
 def check_against(bundle: Path, model: str) -> "list[Check]":

@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,26 @@ def read_initializer(path: Path, tensor: onnx.TensorProto) -> NDArray[np.generic
         offset=int(entry["offset"]),
         shape=tuple(tensor.dims),
     )
+
+
+@contextmanager
+def exact_twin(path: Path) -> Iterator[Path]:
+    """A graph beside ``path``, over the same weights, that multiplies integers in float32; gone afterwards.
+
+    Where the file itself rounds activations to int8 (accuracy level 4), its twin shows whether anything else
+    differs from the eager model.
+    """
+    model = load_graph(path)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    twin = path.with_name(f"exact-{path.name}")
+    try:
+        twin.write_bytes(model.SerializeToString(deterministic=True))
+        yield twin
+    finally:
+        twin.unlink(missing_ok=True)
 
 
 def _external_entry(tensor: onnx.TensorProto) -> dict[str, str]:

@@ -9,18 +9,19 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from export.manifest import GOLDEN, Check, Manifest, changed_files, read_manifest
+from export.onnx_file import exact_twin
 from gemma3.cache import CacheLayout
 from gemma3.config import SLIDING
 from gemma3.errors import VerificationFailed
 from runtime_py.golden import Difference, Reference, load_golden
 from runtime_py.report import table
-from runtime_py.session import Logits, Session, open_session
+from runtime_py.session import Logits, Session, import_runtime, open_session
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,24 @@ def check_logits(bundle: Path, manifest: Manifest, references: Mapping[str, Refe
         session = open_session(bundle, format)
         checks += check_session(session, plan, reference, format, limits_for(manifest, format))
     return checks
+
+
+def check_exact_twin(bundle: Path, manifest: Manifest, references: Mapping[str, Reference]) -> list[Check]:
+    """The .onnx with its integers multiplied in float32, one walk: the rounding of activations is the only thing
+    that keeps the file itself from float32's limits.
+
+    Writes into ``bundle`` for a moment, so it is for a bundle that is being made.
+    """
+    artifact = manifest.artifacts.get("onnx")
+    if artifact is None or limits_for(manifest, "onnx") is FLOAT_LIMITS:
+        return []
+    plan = make_plan(manifest)
+    first = next(iter(plan.walks))
+    plan = replace(plan, walks={f"{first}, multiplied in float32": plan.walks[first]})
+    log.info("validating .onnx multiplied in float32")
+    with exact_twin(bundle / artifact.file) as twin:
+        session = import_runtime("onnx")(twin, artifact.cache, manifest.model.vocab_size, None)
+        return check_session(session, plan, references[artifact.reference_activations], "onnx", FLOAT_LIMITS)
 
 
 def check_session(session: Session, plan: Plan, reference: Reference, artifact: str, limits: Limits) -> list[Check]:
