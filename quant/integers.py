@@ -9,9 +9,11 @@ bfloat16 (and refuses zero or subnormal ones at load), ARM KleidiAI truncates to
 float16. The bound on top is float16's 65504.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MIN_SCALE = 2.0**-17  # with bfloat16's 8 significant bits still exact as a float16 subnormal (2^−24 steps)
@@ -22,15 +24,19 @@ ROWS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """codes int8 [rows, columns] in −2^(bits−1) … 2^(bits−1) − 1; scales float32 [rows, groups]."""
+    """codes int8 [rows, columns] in −2^(bits−1) … 2^(bits−1) − 1; scales float32 [rows, groups].
+
+    ``group`` is given only where the groups' size does not divide the columns, and the last is shorter.
+    """
 
     codes: Tensor
     scales: Tensor
     bits: int
+    group: int | None = None
 
     @property
     def group_size(self) -> int:
-        return self.codes.shape[1] // self.scales.shape[1]
+        return self.group or self.codes.shape[1] // self.scales.shape[1]
 
     @property
     def per_channel(self) -> bool:
@@ -41,12 +47,18 @@ class IntegerWeight:
         """The codes at their bits plus two bytes a scale."""
         return self.codes.numel() * self.bits // 8 + 2 * self.scales.numel()
 
-    def dequantize(self, out: Tensor | None = None) -> Tensor:
-        """float32 [rows, columns]; in ``out`` (float32, contiguous) without further memory if given."""
-        values = torch.empty(self.codes.shape) if out is None else out
-        grouped = values.view(len(values), -1, self.group_size)
-        grouped.copy_(self.codes.view(grouped.shape)).mul_(self.scales[..., None])
-        return values
+    def dequantize(self) -> Tensor:
+        """float32 [rows, columns]."""
+        rows, columns = self.codes.shape
+        values = in_groups(self.codes, self.group_size).float() * self.scales[..., None]
+        return values.view(rows, -1)[:, :columns]
+
+
+def in_groups(values: Tensor, size: int) -> Tensor:
+    """[rows, groups, size] of [rows, columns]; a shorter last group is filled up with zeros."""
+    rows, columns = values.shape
+    padded = values if columns % size == 0 else F.pad(values, (0, -columns % size))
+    return padded.reshape(rows, -1, size)
 
 
 def bf16_grid(scales: Tensor) -> Tensor:
@@ -54,27 +66,52 @@ def bf16_grid(scales: Tensor) -> Tensor:
     return scales.float().clamp(MIN_SCALE, MAX_SCALE).to(torch.bfloat16).float()
 
 
-def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> IntegerWeight:
-    """Absmax scales snapped to the bfloat16 grid, then codes rounded to nearest under the snapped scale.
+def absmax_scales(grouped: Tensor, bits: int) -> Tensor:
+    """[rows, groups] of [rows, groups, size]: absmax / (2^(bits−1) − ½).
 
-    The scale is absmax / (2^(bits−1) − ½): the code range is used to its asymmetric end with at most half a step
-    clipped on the positive side. ``group_size`` None is per channel; it must divide the columns.
+    The code range is used to its asymmetric end, with at most half a step clipped on the positive side.
+    """
+    return grouped.abs().amax(-1) / (2 ** (bits - 1) - 0.5)
+
+
+def nearest_codes(grouped: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Integral floats [rows, groups, size] of values of that shape under scales [rows, groups]."""
+    limit = 2 ** (bits - 1)
+    return (grouped / scales[..., None]).round_().clamp_(-limit, limit - 1)
+
+
+def round_to_nearest(
+    weight: Tensor,
+    bits: int,
+    group_size: int | None,
+    *,
+    pad: bool = False,
+    choose_scales: Callable[[Tensor, int], Tensor] = absmax_scales,
+) -> IntegerWeight:
+    """Scales snapped to the bfloat16 grid, then codes rounded to nearest under the snapped scales.
+
+    ``group_size`` None is per channel. It must divide the columns, unless ``pad`` lets the last group be shorter.
     Raises ValueError on NaN or infinite weights.
     """
     rows, columns = weight.shape
     size = columns if group_size is None else group_size
-    if columns % size:
+    if columns % size and not pad:
         raise ValueError(f"{columns} columns do not divide into groups of {size}")
     codes = torch.empty(rows, columns, dtype=torch.int8)
-    scales = torch.empty(rows, columns // size)
-    limit = 2 ** (bits - 1)
+    scales = torch.empty(rows, -(-columns // size))
     # By rows, so that a table of 262 144 is never whole in float32.
     for start in range(0, rows, ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        grouped = weight[part].float().reshape(-1, columns // size, size)
-        if not torch.isfinite(grouped).all():
-            raise ValueError(f"{int((~torch.isfinite(grouped)).sum())} values are NaN or infinite")
-        scales[part] = bf16_grid(grouped.abs().amax(-1) / (limit - 0.5))
-        scaled = (grouped / scales[part, :, None]).round().clamp(-limit, limit - 1)
-        codes[part] = scaled.to(torch.int8).view(-1, columns)
-    return IntegerWeight(codes, scales, bits)
+        grouped = in_groups(weight[part].float(), size)
+        require_finite(grouped)
+        scales[part] = bf16_grid(choose_scales(grouped, bits))
+        rounded = nearest_codes(grouped, scales[part], bits)
+        codes[part] = rounded.to(torch.int8).view(len(grouped), -1)[:, :columns]
+    return IntegerWeight(codes, scales, bits, size if columns % size else None)
+
+
+def require_finite(weight: Tensor) -> None:
+    """Raises ValueError with the number of values that are NaN or infinite."""
+    count = weight.numel() - int(torch.isfinite(weight).sum())
+    if count:
+        raise ValueError(f"{count} values are NaN or infinite")

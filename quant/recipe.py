@@ -4,13 +4,16 @@ The network's file never hears of it: a recipe sees names and tensors. Every wei
 """
 
 import fnmatch
-from collections.abc import Iterable
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from quant.integers import IntegerWeight, round_to_nearest
-from quant.sfp8 import Sfp8Weight
+from quant.integers import IntegerWeight, require_finite, round_to_nearest
+from quant.sfp8 import Sfp8Weight, encode_weight
 
 # A weight as it is stored: kept, or quantized.
 Weight = Tensor | IntegerWeight | Sfp8Weight
@@ -23,19 +26,36 @@ class RecipeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """Integers of ``bits`` bits sharing a scale per ``group_size`` columns (None: per channel, one a row)."""
+class Integers:
+    """Integers of ``bits`` bits sharing a scale per ``group_size`` columns (None: per channel, one a row).
+
+    Columns that groups do not divide are refused, or with ``pad`` the last group is shorter.
+    """
 
     bits: int
     group_size: int | None
+    pad: bool = False
 
 
+@dataclass(frozen=True)
+class Sfp8:
+    """SFP8 codes over one scale a row, as the JAX library has it, or over one a tensor, as gemma.cpp has it."""
+
+    per_channel: bool
+
+
+Scheme = Integers | Sfp8 | None
+
+_GROUPED = {f"int{bits}-block{size}": Integers(bits, size) for bits in (4, 8) for size in (32, 128)}
 # How a weight can be stored. "float32" keeps it.
-SCHEMES: dict[str, Scheme | None] = {
+SCHEMES: dict[str, Scheme] = {
     "float32": None,
-    "int4-block32": Scheme(bits=4, group_size=32),
-    "int4-channel": Scheme(bits=4, group_size=None),
-    "int8-channel": Scheme(bits=8, group_size=None),
+    "int4-channel": Integers(bits=4, group_size=None),
+    "int8-channel": Integers(bits=8, group_size=None),
+    **_GROUPED,
+    **{f"{name}-padded": replace(scheme, pad=True) for name, scheme in _GROUPED.items()},
+    "sfp8": Sfp8(per_channel=False),
+    "sfp8-channel": Sfp8(per_channel=True),
 }
 
 
@@ -54,10 +74,17 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...]
 
+    def rule(self, name: str) -> Rule:
+        """The first rule that matches. Raises RecipeError when none does."""
+        for rule in self.rules:
+            if fnmatch.fnmatchcase(name, rule.pattern):
+                return rule
+        raise RecipeError(f"{name}: no rule of recipe {self.name} matches; add one (scheme 'float32' keeps it)")
+
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """``tensors``: every weight by name, integers or as it came. ``verdicts``: its scheme, or why it was kept."""
+    """``tensors``: every weight by name, quantized or as it came. ``verdicts``: its scheme, or why it was kept."""
 
     tensors: dict[str, Weight]
     verdicts: dict[str, str]
@@ -74,15 +101,22 @@ class QuantizedWeights:
         )
 
 
-EMBEDDING_SCHEMES = {"int8": "int8-channel", "int4": "int4-block32"}
-LINEAR_SCHEMES = {"fp32": "float32", "int4-block32": "int4-block32", "int4-channel": "int4-channel"}
+# What a command's --scheme and --embedding name: how the linears and the embedding table are stored.
+LINEAR_SCHEMES = {
+    "fp32": "float32",
+    "int4-block32": "int4-block32",
+    "int4-channel": "int4-channel",
+    "sfp8": "sfp8-channel",
+}
+EMBEDDING_SCHEMES = {"int8": "int8-channel", "int4": "int4-block32", "sfp8": "sfp8-channel"}
 
 
 def preset(scheme: str, embedding: str | None = None) -> Recipe:
     """The recipe that a command's ``--scheme`` and ``--embedding`` name.
 
     Linears get the scheme, norms stay, and the embedding table (with the head, tied or not) gets a setting of its
-    own: int8 per row unless said otherwise, because at int4 it costs a small model more than all its linears.
+    own. Unless said otherwise that is SFP8 with SFP8, and else int8 per row, because at int4 the table costs a
+    small model more than all its linears.
     """
     if scheme not in LINEAR_SCHEMES:
         raise RecipeError(f"scheme {scheme!r} is unknown; use one of {', '.join(LINEAR_SCHEMES)}")
@@ -90,26 +124,75 @@ def preset(scheme: str, embedding: str | None = None) -> Recipe:
         if embedding is not None:
             raise RecipeError(f"embedding {embedding!r} has no meaning with scheme fp32; leave it out")
         return Recipe("fp32", (Rule("*", "float32"),))
-    table = embedding or "int8"
-    if table not in EMBEDDING_SCHEMES:
-        raise RecipeError(f"embedding {table!r} is unknown; use one of {', '.join(EMBEDDING_SCHEMES)}")
-    return Recipe(
-        f"{scheme}+embedding-{table}",
-        (
-            Rule("*norm.weight", "float32"),
-            Rule("model.embed_tokens.weight", EMBEDDING_SCHEMES[table]),
-            Rule("lm_head.weight", EMBEDDING_SCHEMES[table]),
-            Rule("*_proj.weight", LINEAR_SCHEMES[scheme]),
-        ),
-    )
+    table = embedding or ("sfp8" if scheme == "sfp8" else "int8")
+    linears = Rule("*_proj.weight", LINEAR_SCHEMES[scheme])
+    return Recipe(f"{scheme}+embedding-{table}", (NORMS, *_table_rules(table), linears))
 
 
-# Rules of the presets that may stay unused: a tied model has no head of its own.
+NORMS = Rule("*norm.weight", "float32")
+# Rules that may stay unused: a tied model has no head of its own.
 OPTIONAL_PATTERNS = frozenset({"lm_head.weight"})
 
 
-def quantize(named_weights: Iterable[tuple[str, Tensor]], recipe: Recipe) -> QuantizedWeights:
-    """Round each weight to nearest under the first rule that matches its name.
+def _table_rules(embedding: str) -> tuple[Rule, Rule]:
+    if embedding not in EMBEDDING_SCHEMES:
+        raise RecipeError(f"embedding {embedding!r} is unknown; use one of {', '.join(EMBEDDING_SCHEMES)}")
+    scheme = EMBEDDING_SCHEMES[embedding]
+    return Rule("model.embed_tokens.weight", scheme), Rule("lm_head.weight", scheme)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe file: TOML with an ``embedding`` setting (as ``--embedding``; optional) and [[rule]] tables in order.
+
+        embedding = "int8"
+        [[rule]]
+        pattern = "*.layers.0.*_proj.weight"
+        scheme = "int8-channel"
+        [[rule]]
+        pattern = "*_proj.weight"
+        scheme = "int4-block32"
+
+    Norms stay float32, whatever the rules say. The recipe's name is the file's. Raises RecipeError for a file that
+    cannot be read, and for keys and schemes that there are not.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}; give a TOML file with [[rule]] tables") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from None
+    try:
+        if extra := data.keys() - {"embedding", "rule"}:
+            raise RecipeError(f"key {min(extra)!r} is unknown; use embedding and [[rule]]")
+        table = _table_rules(str(data["embedding"])) if "embedding" in data else ()
+        rules = data.get("rule")
+        if not isinstance(rules, list) or not rules:
+            raise RecipeError("there is no rule; write [[rule]] tables with pattern and scheme")
+        return Recipe(path.stem, (NORMS, *table, *map(_rule, rules)))
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def _rule(data: Any) -> Rule:
+    if not isinstance(data, dict) or data.keys() != {"pattern", "scheme"}:
+        seen = sorted(data) if isinstance(data, dict) else data
+        raise RecipeError(f"a rule has {seen}; it needs pattern and scheme, and nothing else")
+    pattern, scheme = str(data["pattern"]), str(data["scheme"])
+    if scheme not in SCHEMES:
+        raise RecipeError(f"scheme {scheme!r} of {pattern!r} is unknown; use one of {', '.join(SCHEMES)}")
+    return Rule(pattern, scheme)
+
+
+# Integers for a weight [rows, columns] by name, and in a few words how they were found.
+Method = Callable[[str, Tensor, Integers], tuple[IntegerWeight, str]]
+
+
+def rtn(_: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
+    return round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad), "round to nearest"
+
+
+def quantize(named_weights: Iterable[tuple[str, Tensor]], recipe: Recipe, method: Method = rtn) -> QuantizedWeights:
+    """Each weight in the scheme of the first rule that matches its name; integers are chosen by ``method``.
 
     Weights are taken one at a time, so that a memory-mapped checkpoint is never whole in memory. Raises
     RecipeError when no rule matches a weight, a rule matches none, or a weight cannot take its scheme.
@@ -118,19 +201,27 @@ def quantize(named_weights: Iterable[tuple[str, Tensor]], recipe: Recipe) -> Qua
     verdicts: dict[str, str] = {}
     unused = {rule.pattern for rule in recipe.rules} - OPTIONAL_PATTERNS
     for name, weight in named_weights:
-        rule = next((rule for rule in recipe.rules if fnmatch.fnmatchcase(name, rule.pattern)), None)
-        if rule is None:
-            raise RecipeError(f"{name}: no rule of recipe {recipe.name} matches; add one (scheme 'float32' keeps it)")
+        rule = recipe.rule(name)
         unused.discard(rule.pattern)
-        scheme = SCHEMES[rule.scheme]
-        if scheme is None:
-            tensors[name], verdicts[name] = weight, f"float32: kept by rule {rule.pattern}"
-            continue
         try:
-            tensors[name] = round_to_nearest(weight, scheme.bits, scheme.group_size)
+            tensors[name], how = _apply(name, weight, SCHEMES[rule.scheme], method)
         except ValueError as error:
             raise RecipeError(f"{name}: cannot be {rule.scheme}: {error}") from None
-        verdicts[name] = f"{rule.scheme}: round to nearest"
+        verdicts[name] = f"{rule.scheme}: {how or f'kept by rule {rule.pattern}'}"
     if unused:
         raise RecipeError(f"recipe {recipe.name}: rule {', '.join(sorted(unused))} matches no weight; remove it")
     return QuantizedWeights(tensors, verdicts)
+
+
+def _apply(name: str, weight: Tensor, scheme: Scheme, method: Method) -> tuple[Weight, str]:
+    if scheme is None:
+        require_finite(weight)
+        return weight, ""
+    if weight.dim() != 2:
+        raise ValueError(f"it is no matrix but {list(weight.shape)}")
+    if isinstance(scheme, Sfp8):
+        return encode_weight(weight, per_channel=scheme.per_channel), "encoded"
+    integers, how = method(name, weight, scheme)
+    if integers.group:
+        how += f", its last group {weight.shape[1] % integers.group} of {integers.group} columns"
+    return integers, how

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quant.integers import ROWS_AT_ONCE, require_finite
+
 LARGEST = 1.875
 THREE_BITS_FROM = 1.9375 * 2.0**-8
 DROPPED_BITS = 32 - 15
@@ -96,13 +98,16 @@ class Sfp8Weight:
         return decode(self.codes) * self.scale
 
 
-def encode_weight(weight: Tensor, scale: Tensor) -> Sfp8Weight:
-    """Codes of weight [rows, columns] over ``scale``, which ``tensor_scale`` or ``channel_scale`` made of it.
+def encode_weight(weight: Tensor, *, per_channel: bool) -> Sfp8Weight:
+    """Codes of weight [rows, columns] over its ``channel_scale``, or else its ``tensor_scale``.
 
     Raises ValueError on NaN or infinite weights.
     """
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        raise ValueError(f"{int((~finite).sum())} values are NaN or infinite")
-    scale = scale.view(-1, 1)
-    return Sfp8Weight(encode(weight.float() / scale), scale)
+    require_finite(weight)
+    scale = channel_scale(weight) if per_channel else tensor_scale(weight).view(1, 1)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    # By rows, so that a table of 262 144 is never whole in float32.
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        codes[part] = encode(weight[part].float() / (scale[part] if per_channel else scale))
+    return Sfp8Weight(codes, scale)

@@ -6,10 +6,12 @@
 
 Codes are int8 [rows, columns] (integers of 4 or 8 bits, a byte each) or uint8 (SFP8). Scales are bfloat16
 [rows, groups] for integers, whose scales are on that grid, and float32 [1, 1] or [rows, 1] for SFP8. The file's
-metadata says for each weight which it is. The same weights give the same bytes.
+metadata gives each weight's form: "float", "sfp8", or "int4/32" for integers of 4 bits in groups of 32 columns.
+The same weights give the same bytes.
 """
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ DTYPES = {
     "int8": (torch.int8, torch.bfloat16),
     "sfp8": (torch.uint8, torch.float32),
 }
+BITS = {"int4": 4, "int8": 8}
+GROUP_SIZE = re.compile("[1-9][0-9]{0,8}")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 CONFIG = "config.json"
@@ -85,7 +89,7 @@ def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, m
         elif isinstance(weight, IntegerWeight):
             scales = weight.scales.bfloat16()
             assert torch.equal(scales.float(), weight.scales), f"{name}: scales off the bfloat16 grid"
-            forms[name] = f"int{weight.bits}"
+            forms[name] = f"int{weight.bits}/{weight.group_size}"
             tensors |= {f"{name}.codes": weight.codes.contiguous(), f"{name}.scales": scales.contiguous()}
         else:
             forms[name] = "sfp8"
@@ -173,24 +177,24 @@ def _weight(name: str, form: str, tensors: dict[str, Tensor]) -> Weight:
             raise StoredError(f"{name} is {tensor.dtype}, not floating point")
         return tensor
     codes, scales = _take(f"{name}.codes", tensors), _take(f"{name}.scales", tensors)
-    if form not in DTYPES:
-        raise StoredError(f"{name} is stored as {form!r}; this program reads float, {', '.join(DTYPES)}")
-    if (codes.dtype, scales.dtype) != DTYPES[form]:
+    kind, _, size = form.partition("/")
+    if kind not in DTYPES or (kind != "sfp8" and not GROUP_SIZE.fullmatch(size)):
+        raise StoredError(f"{name} is stored as {form!r}; this program reads {', '.join(DTYPES)} and float")
+    if (codes.dtype, scales.dtype) != DTYPES[kind]:
         raise StoredError(f"{name} is {form} with {codes.dtype} codes and {scales.dtype} scales")
-    if not _fit(codes, scales, form):
+    if not _fit(codes, scales, size):
         raise StoredError(f"{name} is {form} with codes {list(codes.shape)} and scales {list(scales.shape)}")
     # Also false for NaN.
-    allowed = scales > 0 if form == "sfp8" else bf16_grid(scales) == scales.float()
+    allowed = scales > 0 if kind == "sfp8" else bf16_grid(scales) == scales.float()
     if not bool((allowed & torch.isfinite(scales)).all()):
         raise StoredError(f"{name} has scales that no quantizer of ours makes: {_range(scales)}")
-    if form == "sfp8":
+    if kind == "sfp8":
         if bool((codes == 0x80).any()):
             raise StoredError(f"{name} holds the code 0x80, which SFP8 does not have")
         return Sfp8Weight(codes, scales)
-    bits = int(form.removeprefix("int"))
-    if bits == 4 and bool((codes.amin() < -8) | (codes.amax() > 7)):
+    if kind == "int4" and bool((codes.amin() < -8) | (codes.amax() > 7)):
         raise StoredError(f"{name} is int4 with codes {_range(codes)}")
-    return IntegerWeight(codes, scales.float(), bits)
+    return IntegerWeight(codes, scales.float(), BITS[kind], int(size) if codes.shape[1] % int(size) else None)
 
 
 def _range(values: Tensor) -> str:
@@ -203,10 +207,11 @@ def _take(name: str, tensors: dict[str, Tensor]) -> Tensor:
     return tensors.pop(name)
 
 
-def _fit(codes: Tensor, scales: Tensor, form: str) -> bool:
-    """Are codes [rows, columns] and scales of shapes that go together?"""
-    if codes.dim() != 2 or scales.dim() != 2 or 0 in (*codes.shape, *scales.shape):
+def _fit(codes: Tensor, scales: Tensor, size: str) -> bool:
+    """Are codes [rows, columns] and scales of shapes that go together? ``size`` is that of groups, "" for SFP8."""
+    if codes.dim() != 2 or scales.dim() != 2 or 0 in codes.shape:
         return False
-    if form == "sfp8":
-        return scales.shape[1] == 1 and scales.shape[0] in (1, codes.shape[0])
-    return scales.shape[0] == codes.shape[0] and codes.shape[1] % scales.shape[1] == 0
+    rows, columns = codes.shape
+    if not size:
+        return scales.shape in ((1, 1), (rows, 1))
+    return scales.shape == (rows, -(-columns // int(size)))

@@ -5,18 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid, round_to_nearest
+from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid, in_groups, round_to_nearest
 
-weights = st.tuples(st.integers(1, 5), st.integers(1, 4)).flatmap(
+weights = st.tuples(st.integers(1, 4), st.integers(1, 3)).flatmap(
     lambda shape: arrays(
         np.float32,
-        (shape[0], 32 * shape[1]),
+        (shape[0], 128 * shape[1]),
         elements=st.floats(-(2.0**15), 2.0**15, width=32),
     )
 )
 
 
-@given(values=weights, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([32, None]))
+@given(values=weights, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([32, 128, None]))
 def test_round_to_nearest(values: np.ndarray, bits: int, group_size: int | None) -> None:
     weight = torch.from_numpy(values)
     result = round_to_nearest(weight, bits, group_size)
@@ -35,10 +35,10 @@ def test_round_to_nearest(values: np.ndarray, bits: int, group_size: int | None)
     assert ((result.dequantize() - weight).abs() <= step * (0.5 + limit * 2.0**-8)).all()
 
 
-@given(values=weights, group_size=st.sampled_from([32, None]))
-def test_integers_are_a_fixed_point(values: np.ndarray, group_size: int | None) -> None:
+@given(values=weights, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([32, 128, None]))
+def test_integers_are_a_fixed_point(values: np.ndarray, bits: int, group_size: int | None) -> None:
     """Codes read against their own scales are the same codes: nothing is quantized twice."""
-    once = round_to_nearest(torch.from_numpy(values), 4, group_size)
+    once = round_to_nearest(torch.from_numpy(values), bits, group_size)
     scales = once.scales.repeat_interleave(once.group_size, 1)
     assert torch.equal((once.dequantize() / scales).round().to(torch.int8), once.codes)
 
@@ -67,6 +67,19 @@ def test_not_finite(bad: float) -> None:
 def test_not_divisible() -> None:
     with pytest.raises(ValueError, match="40 columns do not divide into groups of 32"):
         round_to_nearest(torch.zeros(2, 40), 4, 32)
+
+
+@given(values=weights, cut=st.integers(1, 127), bits=st.sampled_from([4, 8]), group_size=st.sampled_from([32, 128]))
+def test_a_shorter_last_group(values: np.ndarray, cut: int, bits: int, group_size: int) -> None:
+    """Padding changes nothing: the same codes and scales as of the weight filled up with zeros."""
+    weight = torch.from_numpy(values)[:, :-cut]
+    short = round_to_nearest(weight, bits, group_size, pad=True)
+    filled = round_to_nearest(in_groups(weight, group_size).flatten(1), bits, group_size)
+    assert short.codes.shape == weight.shape
+    assert short.group_size == group_size
+    assert short.group == (None if weight.shape[1] % group_size == 0 else group_size)
+    assert torch.equal(short.scales, filled.scales)
+    assert torch.equal(short.dequantize(), filled.dequantize()[:, : weight.shape[1]])
 
 
 def test_shapes() -> None:

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from quant.integers import IntegerWeight
-from quant.recipe import Recipe, RecipeError, Rule, preset, quantize
+from quant.recipe import SCHEMES, Integers, Recipe, RecipeError, Rule, preset, quantize, read_recipe
+from quant.sfp8 import Sfp8Weight
 from tests.shapes import random_model, tiny_config
 
 
@@ -71,3 +74,99 @@ def test_unknown_names() -> None:
         preset("int4-block32", "int2")
     with pytest.raises(RecipeError, match="has no meaning with scheme fp32"):
         preset("fp32", "int8")
+
+
+def test_sfp8() -> None:
+    quantized = quantize(weights("untied"), preset("sfp8"))
+    assert all(isinstance(weight, Sfp8Weight) or "norm" in name for name, weight in quantized.tensors.items())
+    mixed = quantize(weights("untied"), preset("sfp8", "int4")).tensors
+    assert isinstance(mixed["model.layers.0.mlp.up_proj.weight"], Sfp8Weight)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        table = mixed[name]
+        assert isinstance(table, IntegerWeight)
+        assert table.bits == 4
+
+
+def test_sfp8_scales_by_name() -> None:
+    for scheme, rows in (("sfp8", 1), ("sfp8-channel", 2)):
+        weight = quantize([("a", torch.ones(2, 32))], Recipe("mine", (Rule("a", scheme),))).tensors["a"]
+        assert isinstance(weight, Sfp8Weight)
+        assert weight.scale.shape == (rows, 1)
+
+
+def test_scheme_names_say_what_they_are() -> None:
+    for name, scheme in SCHEMES.items():
+        if isinstance(scheme, Integers):
+            group = "channel" if scheme.group_size is None else f"block{scheme.group_size}"
+            assert name == f"int{scheme.bits}-{group}" + ("-padded" if scheme.pad else "")
+
+
+def test_padding_is_said_in_the_verdict() -> None:
+    quantized = quantize([("a", torch.ones(2, 40)), ("b", torch.ones(2, 64))], Recipe("", (Rule("*", PADDED),)))
+    assert quantized.verdicts == {
+        "a": f"{PADDED}: round to nearest, its last group 8 of 32 columns",
+        "b": f"{PADDED}: round to nearest",
+    }
+    assert quantized.integers["a"].scales.shape == (2, 2)
+
+
+PADDED = "int4-block32-padded"
+
+
+def test_vectors_and_kept_nonsense_are_refused() -> None:
+    for scheme in ("int4-channel", "sfp8"):
+        with pytest.raises(RecipeError, match=rf"a: cannot be {scheme}: it is no matrix but \[3\]"):
+            quantize([("a", torch.ones(3))], Recipe("mine", (Rule("*", scheme),)))
+    with pytest.raises(RecipeError, match="a: cannot be float32: 1 values are NaN"):
+        quantize([("a", torch.tensor([1.0, torch.nan]))], Recipe("mine", (Rule("*", "float32"),)))
+    with pytest.raises(RecipeError, match="a: cannot be sfp8: 2 values are NaN"):
+        quantize([("a", torch.full((1, 2), torch.inf))], Recipe("mine", (Rule("*", "sfp8"),)))
+
+
+def test_recipe_file(tmp_path: Path) -> None:
+    path = tmp_path / "first-layer.toml"
+    path.write_text("""
+        embedding = "int4"
+        [[rule]]
+        pattern = "model.layers.0.*_proj.weight"
+        scheme = "int8-channel"
+        [[rule]]
+        pattern = "*_proj.weight"
+        scheme = "int4-block128-padded"
+    """)
+    recipe = read_recipe(path)
+    assert recipe.name == "first-layer"
+    verdicts = quantize(weights(), recipe).verdicts
+    assert verdicts["model.embed_tokens.weight"].startswith("int4-block32:")
+    assert verdicts["model.layers.0.mlp.up_proj.weight"].startswith("int8-channel:")
+    assert verdicts["model.layers.1.mlp.up_proj.weight"].startswith("int4-block128-padded:")
+    assert verdicts["model.layers.0.self_attn.q_norm.weight"].startswith("float32:")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rule = [", "not TOML"),
+        ("", "there is no rule"),
+        ("rule = 3", "there is no rule"),
+        ("rule = [3]", "a rule has 3; it needs pattern and scheme"),
+        ("[[rule]]\npattern = 'a'", r"a rule has \['pattern'\]; it needs"),
+        ("[[rule]]\npattern = 'a'\nscheme = 'int3'", "scheme 'int3' of 'a' is unknown; use one of float32"),
+        ("[[rule]]\npattern = 'a'\nscheme = []", r"scheme '\[\]' of 'a' is unknown"),
+        ("embedding = 'int2'", "embedding 'int2' is unknown"),
+        ("embeding = 'int8'", "key 'embeding' is unknown"),
+    ],
+)
+def test_bad_recipe_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=f"{path}: {message}"):
+        read_recipe(path)
+
+
+def test_no_recipe_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none.toml: No such file"):
+        read_recipe(tmp_path / "none.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff")
+    with pytest.raises(RecipeError, match=r"bytes.toml: not TOML"):
+        read_recipe(tmp_path / "bytes.toml")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from quant.sfp8 import DECODE, LARGEST, channel_scale, decode, encode, tensor_scale
+from quant.sfp8 import DECODE, LARGEST, channel_scale, decode, encode, encode_weight, tensor_scale
 
 # 142 738 inputs and what gemma.cpp's own encoder makes of them.
 VECTORS = np.load(Path(__file__).parent / "sfp8_vectors.npz")
@@ -65,3 +65,20 @@ def test_scales() -> None:
     assert tensor_scale(torch.tensor([0.1, -0.2])) == 1.0
     assert tensor_scale(torch.tensor([0.1, -3.75])) == 2.0
     assert channel_scale(torch.tensor([[0.1, -3.75], [0.0, 0.0], [0.9375, 0.75]])).tolist() == [[2.0], [1.0], [0.5]]
+
+
+@given(
+    values=arrays(np.float32, (3, 8), elements=st.floats(-(2.0**20), 2.0**20, width=32)),
+    per_channel=st.booleans(),
+)
+def test_weights(values: np.ndarray, per_channel: bool) -> None:
+    weight = torch.from_numpy(values)
+    stored = encode_weight(weight, per_channel=per_channel)
+    scale = channel_scale(weight) if per_channel else tensor_scale(weight).view(1, 1)
+    assert torch.equal(stored.scale, scale)
+    assert torch.equal(stored.codes, encode(weight / scale))
+    assert torch.equal(stored.dequantize(), decode(stored.codes) * scale)
+    assert stored.ideal_bytes == 24 + 4 * (3 if per_channel else 1)
+    # What has been encoded is a fixed point of gemma.cpp's scale.
+    if not per_channel and scale == 1:
+        assert torch.equal(encode_weight(stored.dequantize(), per_channel=False).codes, stored.codes)

@@ -18,7 +18,7 @@ from torch import Tensor
 from quant.atomic import TargetError
 from quant.integers import IntegerWeight, round_to_nearest
 from quant.recipe import QuantizedWeights, Recipe, Rule
-from quant.sfp8 import Sfp8Weight, channel_scale, encode_weight, tensor_scale
+from quant.sfp8 import Sfp8Weight, encode_weight
 from quant.stored import FILE, METADATA_KEY, StoredError, StoredWeights, is_quantized, load_quantized, save_quantized
 
 RECIPE = Recipe("mine", (Rule("*_proj.weight", "int4-block32"), Rule("*", "float32")))
@@ -36,7 +36,11 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, IntegerWeight) and isinstance(other, IntegerWeight):
-        return one.bits == other.bits and same(one.codes, other.codes) and same(one.scales, other.scales)
+        return (
+            (one.bits, one.group) == (other.bits, other.group)
+            and same(one.codes, other.codes)
+            and same(one.scales, other.scales)
+        )
     assert isinstance(one, Sfp8Weight)
     assert isinstance(other, Sfp8Weight)
     return same(one.codes, other.codes) and same(one.scale, other.scale)
@@ -50,8 +54,9 @@ def weights_of(values: np.ndarray) -> QuantizedWeights:
         "block_proj.weight": round_to_nearest(weight, 4, 32),
         "row_proj.weight": round_to_nearest(weight, 4, None),
         "table.weight": round_to_nearest(weight, 8, None),
-        "sfp8.weight": encode_weight(weight, tensor_scale(weight)),
-        "rows.weight": encode_weight(weight, channel_scale(weight)),
+        "padded.weight": round_to_nearest(weight[:, :-3], 4, 32, pad=True),
+        "sfp8.weight": encode_weight(weight, per_channel=False),
+        "rows.weight": encode_weight(weight, per_channel=True),
     }
     return QuantizedWeights(tensors, {name: f"why {name}" for name in tensors})
 
@@ -145,10 +150,12 @@ DAMAGE = {
     "a_norm.weight is missing": lambda tensors, _: tensors.pop("a_norm.weight"),
     "spare belongs to no weight": put("spare", torch.ones(1)),
     "is torch.int8, not floating point": put("a_norm.weight", torch.ones(64, dtype=torch.int8)),
-    "int4 with torch.uint8 codes": put("row_proj.weight.codes", torch.zeros(3, 64, dtype=torch.uint8)),
-    r"int4 with codes \[2, 64\] and scales \[3, 1\]": put("row_proj.weight.codes", torch.zeros(2, 64).to(torch.int8)),
-    r"int4 with codes \[3, 63\] and scales \[3, 2\]": put("block_proj.weight.codes", torch.zeros(3, 63).char()),
-    r"int8 with codes \[0, 0\]": put("table.weight.codes", torch.zeros(0, 0).char()),
+    "int4/64 with torch.uint8 codes": put("row_proj.weight.codes", torch.zeros(3, 64, dtype=torch.uint8)),
+    r"int4/64 with codes \[2, 64\] and scales \[3, 1\]": put(
+        "row_proj.weight.codes", torch.zeros(2, 64).to(torch.int8)
+    ),
+    r"int4/32 with codes \[3, 65\] and scales \[3, 2\]": put("block_proj.weight.codes", torch.zeros(3, 65).char()),
+    r"int8/64 with codes \[0, 0\]": put("table.weight.codes", torch.zeros(0, 0).char()),
     "int4 with codes from 8 to 8": put("row_proj.weight.codes", torch.full((3, 64), 8).char()),
     "scales that no quantizer of ours makes: from 0.0": put("row_proj.weight.scales", torch.zeros(3, 1).bfloat16()),
     "makes: from nan": put("sfp8.weight.scales", torch.full((1, 1), torch.nan)),
@@ -160,9 +167,11 @@ DAMAGE = {
     r"rule in its header has the keys \[\]": head("recipe", "rules", value=[{"pattern": 1}]),
     r"recipe in its header has the keys": head("recipe", value=[]),
     "no name and list of rules": head("recipe", "rules", value={}),
-    "stored as 'int3'": head("forms", "table.weight", value="int3"),
+    "stored as 'int3/32'": head("forms", "table.weight", value="int3/32"),
+    "stored as 'int8/0'": head("forms", "table.weight", value="int8/0"),
+    "stored as 'int8'": head("forms", "table.weight", value="int8"),
     "forms in its header does not map": head("forms", value=["a"]),
-    "7 forms and 8 verdicts": head("verdicts", "more", value="why"),
+    "8 forms and 9 verdicts": head("verdicts", "more", value="why"),
     "header in its header has the keys": head("more", value="why"),
 }
 
