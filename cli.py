@@ -237,12 +237,12 @@ def demo(
     from gemma3.checkpoint import load_model, open_checkpoint, resolve_checkpoint
     from gemma3.tokenizer import Tokenizer
     from quant.recipe import preset
+    from runtime_py.accuracy import compare, stretches
     from runtime_py.bench import bench as measure
     from runtime_py.eager_session import EagerSession
-    from runtime_py.perplexity import measure_perplexity
-    from runtime_py.questions import answer, count_right, read_questions
+    from runtime_py.questions import answer, exact_match, read_questions, total
     from runtime_py.report import megabytes, table
-    from runtime_py.session import Session, open_session
+    from runtime_py.session import open_session
     from runtime_py.validate import check_bundle, worst_figures
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -257,13 +257,17 @@ def demo(
         asked = questions[:: max(1, len(questions) // DEMO_QUESTIONS)]
         held_out = tokenizer.encode((source / "heldout.txt").read_text(encoding="utf-8"), bos=False)[:DEMO_TOKENS]
         layout = cache_layout(manifest.model, "ring", manifest.context, manifest.chunk)
-        sessions: dict[str, Session] = {"full precision": EagerSession(load_model(open_checkpoint(source)), layout)}
-        sessions |= {f".{format}": open_session(bundle, format) for format in FORMATS}
-        perplexities, right = {}, {}
+        pieces = stretches(held_out, manifest.tokenizer.bos_id, manifest.context)
+        original = EagerSession(load_model(open_checkpoint(source)), layout)
+        sessions = {f".{format}": open_session(bundle, format) for format in FORMATS}
+        quality = {}
         for name, session in sessions.items():
-            log.info("%s: perplexity of %d held-out tokens, %d questions", name, len(held_out), len(asked))
-            perplexities[name] = measure_perplexity(session, held_out, manifest.tokenizer.bos_id)
-            right[name] = count_right(session, tokenizer, asked, stop_ids)
+            log.info("%s: accuracy over %d held-out tokens", name, len(held_out))
+            quality[name] = compare(session, {"original": original}, pieces)["original"]
+        right = {}
+        for name, session in {"original": original, **sessions}.items():
+            log.info("%s: asking %d questions", name, len(asked))
+            right[name] = total(exact_match(session, tokenizer, asked, stop_ids))
         for question in asked[:: len(asked) // 3]:
             print(f"> {question.prompt}")
             for format in FORMATS:
@@ -284,15 +288,21 @@ def demo(
         ("load", lambda name: f"{speeds[name].load_seconds:.2f} s"),
         ("peak RSS", lambda name: megabytes(speeds[name].peak_rss_bytes)),
     ]
-    names = list(sessions)
+    perplexities = [one.perplexity for one in quality.values()]
+    first, *_ = quality.values()
     print()
     print(
         table(
-            ("", *names),
+            ("", "original", *sessions),
             [
-                *((label, "", *(show(name) for name in names[1:])) for label, show in rows),
-                (f"perplexity, {len(held_out)} tokens", *(str(perplexities[name]) for name in names)),
-                (f"right answers of {len(asked)}", *(str(right[name]) for name in names)),
+                *((label, "", *(show(name) for name in sessions)) for label, show in rows),
+                (
+                    f"perplexity, {first.tokens} tokens",
+                    *(one.show(".3f") for one in (first.reference_perplexity, *perplexities)),
+                ),
+                ("ΔNLL to the original (paired), nats", "", *(one.delta_nll.show("+.4f") for one in quality.values())),
+                ("KL to the original, mean", "", *(one.kl.show(".3g") for one in quality.values())),
+                ("right answers", *map(str, right.values())),
             ],
         )
     )

@@ -1,15 +1,18 @@
-"""Short questions with one right answer each, asked through any session."""
+"""Short questions with one right answer each, asked through any session: exact match, by category."""
 
 import json
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma3.chat import encode_chat
 from gemma3.errors import BadInput
 from gemma3.tokenizer import Tokenizer
+from runtime_py.accuracy import Estimate
 from runtime_py.conversation import stream_text
 from runtime_py.generate import Sampler, generate
+from runtime_py.report import table
 from runtime_py.session import Session
 
 MAX_NEW_TOKENS = 48
@@ -23,11 +26,48 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """One JSON object a line with the fields of Question. Raises BadInput for anything else."""
+    """One JSON object a line with the fields of Question, all text. Raises BadInput for anything else."""
     try:
-        return [Question(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: not questions, one JSON object a line ({error})") from None
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
+    questions = [
+        _question(line, f"{path}: line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
+    ]
+    if not questions:
+        raise BadInput(f"{path}: holds no questions; give one JSON object a line")
+    return questions
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON ({error})") from None
+    if not (
+        isinstance(data, dict)
+        and data.keys() == {"category", "prompt", "answer"}
+        and all(isinstance(value, str) and value for value in data.values())
+    ):
+        raise BadInput(f"{where}: is {line[:60]!r}, expected text under 'category', 'prompt' and 'answer'")
+    return Question(**data)
+
+
+@dataclass(frozen=True)
+class Score:
+    right: int
+    asked: int
+
+    @property
+    def share(self) -> Estimate:
+        """Of right answers; the standard error is that of a proportion, questions taken as independent."""
+        share = self.right / self.asked
+        return Estimate(share, math.sqrt(share * (1 - share) / max(1, self.asked - 1)))
+
+    def __str__(self) -> str:
+        return f"{self.right} of {self.asked}, {self.share.show('.1f', 100)} %"
 
 
 def answer(session: Session, tokenizer: Tokenizer, prompt: str, stop_ids: Collection[int]) -> str:
@@ -38,8 +78,28 @@ def answer(session: Session, tokenizer: Tokenizer, prompt: str, stop_ids: Collec
     return "".join(stream_text(generation, tokenizer)).strip()
 
 
-def count_right(
-    session: Session, tokenizer: Tokenizer, questions: Sequence[Question], stop_ids: Collection[int]
-) -> int:
-    """How many answers are the expected ones to the letter."""
-    return sum(answer(session, tokenizer, one.prompt, stop_ids) == one.answer for one in questions)
+def exact_match(
+    session: Session,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    stop_ids: Collection[int],
+    progress: Callable[[int], None] = lambda asked: None,
+) -> dict[str, Score]:
+    """By category: answers equal to the expected ones to the letter. ``progress`` is told how many were asked."""
+    right: dict[str, list[bool]] = {}
+    for asked, question in enumerate(questions, 1):
+        correct = answer(session, tokenizer, question.prompt, stop_ids) == question.answer
+        right.setdefault(question.category, []).append(correct)
+        progress(asked)
+    return {category: Score(sum(ones), len(ones)) for category, ones in right.items()}
+
+
+def total(scores: Mapping[str, Score]) -> Score:
+    return Score(sum(one.right for one in scores.values()), sum(one.asked for one in scores.values()))
+
+
+def score_table(models: Mapping[str, Mapping[str, Score]]) -> str:
+    """One column a model, one row a category."""
+    categories = next(iter(models.values()))
+    rows = [(category, *(str(scores[category]) for scores in models.values())) for category in categories]
+    return table(("right answers", *models), [*rows, ("all", *(str(total(scores)) for scores in models.values()))])

@@ -1,0 +1,204 @@
+"""How much one model's predictions differ from another's on the same tokens, teacher-forced through any session.
+
+The statistics are those of llama.cpp's ``llama-perplexity --kl-divergence`` (tools/perplexity/perplexity.cpp), over
+every token of a stretch (llama.cpp: its second half), the whole vocabulary (llama.cpp leaves out what the reference
+gives less than e^−16) and logits as they are (llama.cpp keeps the reference's in 16 bits). Logarithms are natural:
+losses and divergences are in nats a token. Standard errors take tokens as independent.
+
+Two questions, never mixed: against the original full-precision model the figures say what quantization cost;
+against the file's own quantized eager model they say what the export changed.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gemma3.errors import BadInput, VerificationFailed
+from runtime_py.report import table
+from runtime_py.session import Logits, Session, chunks
+
+Floats = NDArray[np.float64]
+
+# Logits of a 262 144 vocabulary take a megabyte a position.
+ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error."""
+
+    value: float
+    error: float
+
+    @staticmethod
+    def of(values: ArrayLike) -> "Estimate":
+        """Of two or more independent values."""
+        sample = np.asarray(values, np.float64)
+        return Estimate(float(sample.mean()), float(sample.std(ddof=1)) / math.sqrt(len(sample)))
+
+    def exp(self) -> "Estimate":
+        """e to it, the error carried through to first order."""
+        value = math.exp(self.value)
+        return Estimate(value, value * self.error)
+
+    def sqrt(self) -> "Estimate":
+        """Its square root, the error carried through to first order; that of 0 is 0 ± 0."""
+        value = math.sqrt(self.value)
+        return Estimate(value, 0.5 / value * self.error if value else 0.0)
+
+    def show(self, format: str, scale: float = 1.0) -> str:
+        return f"{self.value * scale:{format}} ± {self.error * scale:.2g}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against a reference on the same tokens."""
+
+    tokens: int
+    perplexity: Estimate
+    reference_perplexity: Estimate
+    delta_nll: Estimate  # paired: the mean over tokens of (the model's loss − the reference's)
+    perplexity_ratio: Estimate  # e^ΔNLL, so that what both find hard cancels in its error too
+    kl: Estimate  # KL(reference ‖ model) over the whole vocabulary
+    kl_median: float
+    kl_99: float  # percentiles, linearly interpolated
+    kl_99_9: float
+    kl_max: float
+    same_top: Estimate  # share of tokens where both find the same id likeliest
+    rms_delta_p: Estimate  # root mean square change of the probability of the id that came
+
+
+class Prediction:
+    """What logits (float32 [V]) say of the next id."""
+
+    def __init__(self, logits: Logits) -> None:
+        wide = logits.astype(np.float64)
+        wide -= wide.max()
+        wide -= math.log(float(np.exp(wide).sum()))
+        self.log_probabilities: Floats = wide
+        self.top = int(logits.argmax())  # of the logits: subtracting can make ties
+
+
+@dataclass
+class Tally:
+    """What is kept of each token: four numbers, never its logits."""
+
+    nll: list[float] = field(default_factory=list)
+    reference_nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    same_top: list[bool] = field(default_factory=list)
+
+    def add(self, reference: Prediction, model: Prediction, token: int) -> None:
+        """One token that came, and what the two said before it did."""
+        log_p, log_q = reference.log_probabilities, model.log_probabilities
+        self.nll.append(-float(log_q[token]))
+        self.reference_nll.append(-float(log_p[token]))
+        self.kl.append(float(np.exp(log_p) @ (log_p - log_q)))
+        self.same_top.append(reference.top == model.top)
+
+    def comparison(self) -> Comparison:
+        """Of two or more tokens."""
+        nll, reference_nll = np.array(self.nll), np.array(self.reference_nll)
+        delta = Estimate.of(nll - reference_nll)
+        median, p99, p999 = np.quantile(self.kl, (0.5, 0.99, 0.999)).tolist()
+        return Comparison(
+            tokens=len(nll),
+            perplexity=Estimate.of(nll).exp(),
+            reference_perplexity=Estimate.of(reference_nll).exp(),
+            delta_nll=delta,
+            perplexity_ratio=delta.exp(),
+            kl=Estimate.of(self.kl),
+            kl_median=median,
+            kl_99=p99,
+            kl_99_9=p999,
+            kl_max=max(self.kl),
+            same_top=Estimate.of(self.same_top),
+            rms_delta_p=Estimate.of((np.exp(-nll) - np.exp(-reference_nll)) ** 2).sqrt(),
+        )
+
+
+def stretches(ids: Sequence[int], bos_id: int, context: int) -> list[list[int]]:
+    """``ids`` (without BOS) cut so that each piece, after a BOS of its own, is predicted within ``context``."""
+    return [[bos_id, *piece] for piece in chunks(ids, context)]
+
+
+@runtime_checkable
+class ChunkForced(Protocol):
+    """A session that can give the logits after every id of a chunk; graphs give the last one's only."""
+
+    def forced(self, ids: Sequence[int]) -> Logits:
+        """Feed at most ``chunk`` ids: float32 [len(ids), V]."""
+
+
+def every_position(session: Session, ids: Sequence[int]) -> Iterator[Logits]:
+    """Feed ``ids`` after what ``session`` holds: the logits [V] after each, few of them in memory."""
+    if isinstance(session, ChunkForced):
+        for piece in chunks(ids, min(session.chunk, ROWS_AT_ONCE)):
+            yield from session.forced(piece)
+    else:
+        for token in ids:
+            yield session.step(token)
+
+
+def compare(
+    model: Session,
+    references: Mapping[str, Session],
+    stretches: Iterable[Sequence[int]],
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Comparison]:
+    """``model`` against each of ``references`` at once, so that a slow one is run once.
+
+    Each stretch is fed from an empty cache; all its ids but the first are predicted. ``progress`` is told how many
+    have been. Raises BadInput when fewer than two are or a reference has another vocabulary, VerificationFailed
+    when logits are not finite.
+    """
+    sessions = (model, *references.values())
+    for name, reference in references.items():
+        if reference.vocab_size != model.vocab_size:
+            raise BadInput(
+                f"{name} has {reference.vocab_size} tokens, the model {model.vocab_size}; "
+                "compare models of one vocabulary"
+            )
+    tallies = {name: Tally() for name in references}
+    tokens = 0
+    for ids in stretches:
+        for session in sessions:
+            session.reset()
+        steps = zip(*(every_position(session, ids[:-1]) for session in sessions), strict=True)
+        for position, (token, logits) in enumerate(zip(ids[1:], steps, strict=True)):
+            for name, one in zip(("the model", *references), logits, strict=True):
+                if not np.isfinite(one).all():
+                    raise VerificationFailed(
+                        f"{name} gives NaN or infinite logits at position {position}; do not use it"
+                    )
+            mine, *theirs = map(Prediction, logits)
+            for tally, other in zip(tallies.values(), theirs, strict=True):
+                tally.add(other, mine, token)
+            tokens += 1
+            progress(tokens)
+    if tokens < 2:
+        raise BadInput("fewer than 2 tokens to predict; give more text")
+    return {name: tally.comparison() for name, tally in tallies.items()}
+
+
+def comparison_table(comparisons: Mapping[str, Comparison]) -> str:
+    """One column a model, all against the same reference on the same tokens."""
+    figures = comparisons.values()
+    rows = {
+        "perplexity": [one.perplexity.show(".4f") for one in figures],
+        "reference's perplexity": [one.reference_perplexity.show(".4f") for one in figures],
+        "perplexity ratio": [one.perplexity_ratio.show(".5f") for one in figures],
+        "ΔNLL, nats (paired)": [one.delta_nll.show("+.6f") for one in figures],
+        "KL divergence, nats": [one.kl.show(".3g") for one in figures],
+        "KL median": [f"{one.kl_median:.3g}" for one in figures],
+        "KL 99 %": [f"{one.kl_99:.3g}" for one in figures],
+        "KL 99.9 %": [f"{one.kl_99_9:.3g}" for one in figures],
+        "KL max": [f"{one.kl_max:.3g}" for one in figures],
+        "same top token, %": [one.same_top.show(".3f", 100) for one in figures],
+        "RMS Δp, %": [one.rms_delta_p.show(".3f", 100) for one in figures],
+    }
+    return table(("", *comparisons), [(label, *cells) for label, cells in rows.items()])
