@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -131,7 +132,7 @@ def test_ordinary_added_tokens_stay_ordinary(tmp_path: Path) -> None:
     assert Tokenizer(tmp_path).encode("\n\n", bos=False) == TOKENIZER.encode("\n\n", bos=False)
 
 
-def train(path: Path, **options: object) -> Path:
+def train(path: Path, **options: Any) -> Path:
     """A tiny SentencePiece model that is not Gemma's."""
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
