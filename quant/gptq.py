@@ -1,0 +1,204 @@
+"""GPTQ (arXiv 2210.17323): round a column, and let the columns not yet rounded make up for its error.
+
+What is made small is not the error of the weight but that of the products it gives on text: for a linear with
+inputs X [tokens, columns], the sum of (error · H · errorᵀ) over the rows, H = Xᵀ X ("Hessian" below). Each row is a
+problem of its own; one on which rounding to nearest does better keeps it, so no row is ever worse.
+
+Columns are taken in their order: groups of neighbours share a scale. It is set when the first column of the group
+is reached, from what the weight has become by then.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.integers import IntegerWeight, absmax_scales, bf16_grid, nearest_codes, round_to_nearest
+from quant.recipe import SCHEMES, Integers, Method, Recipe, rtn
+
+log = logging.getLogger(__name__)
+
+# Share of the mean of H's diagonal that is added to it, the paper's.
+DAMPING = 0.01
+# Corrections to columns beyond are made once for so many columns, as one matrix product.
+COLUMNS_AT_ONCE = 128
+
+# Runs the network's layers on token ids [B, S]; what it returns is not looked at.
+Run = Callable[[Tensor], object]
+
+
+def gptq(layers: Sequence[tuple[str, nn.Module]], run: Run, batches: Sequence[Tensor], recipe: Recipe) -> Method:
+    """A method for ``quant.recipe.quantize``: calibrated integers inside ``layers``, round to nearest elsewhere.
+
+    ``layers`` are the network's (name, module) in order. Each takes its predecessor's output as its first argument.
+    The weights in them are replaced by what their integers stand for, one after another, so that later ones are
+    calibrated on what the quantized network gives them. One linear's H is in memory at a time.
+    Raises ValueError when a weight is NaN or infinite, RecipeError when no rule matches it.
+    """
+    found: dict[str, tuple[IntegerWeight, float]] = {}
+    with torch.no_grad():
+        calls = [_calls(layers, run, batch) for batch in batches]
+        states = [call[0][0] for call in calls]
+        for index, (prefix, layer) in enumerate(layers):
+            log.info("gptq: %s", prefix)
+            inputs = [(x, *call[index][1:]) for x, call in zip(states, calls, strict=True)]
+            for linears in _sharing_inputs(layer, inputs[0]):
+                found |= _quantize_together(prefix, linears, layer, inputs, recipe)
+            states = [layer(*arguments) for arguments in inputs]
+
+    def method(name: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
+        if name not in found:
+            integers, how = rtn(name, weight, scheme)
+            return integers, f"{how} (not in a layer)"
+        integers, ratio = found[name]
+        return integers, f"gptq, {ratio:.3f} of the calibration error of round to nearest"
+
+    return method
+
+
+def _quantize_together(
+    prefix: str,
+    linears: Sequence[tuple[str, nn.Linear]],
+    layer: nn.Module,
+    inputs: Sequence[tuple[Any, ...]],
+    recipe: Recipe,
+) -> dict[str, tuple[IntegerWeight, float]]:
+    """Linears that are given the same input have the same H."""
+    schemes = {name: SCHEMES[recipe.rule(f"{prefix}.{name}.weight").scheme] for name, _ in linears}
+    if not any(isinstance(scheme, Integers) for scheme in schemes.values()):
+        return {}
+    h = hessian(layer, linears[0][1], inputs)
+    found = {}
+    for name, linear in linears:
+        scheme = schemes[name]
+        if isinstance(scheme, Integers):
+            integers, ratio = gptq_weight(linear.weight, h, scheme)
+            linear.weight.copy_(integers.dequantize())
+            found[f"{prefix}.{name}.weight"] = integers, ratio
+    return found
+
+
+def gptq_weight(weight: Tensor, hessian: Tensor, scheme: Integers) -> tuple[IntegerWeight, float]:
+    """Integers for weight [N, K] under hessian [K, K], and their error by it over that of round to nearest (≤ 1).
+
+    A column that no input ever used is rounded to nearest. Raises ValueError as ``round_to_nearest`` does.
+    """
+    plain = round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad)
+    integers = _corrected(weight.float(), _inverse_factor(hessian), plain)
+    errors, plain_errors = (_errors(weight, candidate, hessian) for candidate in (integers, plain))
+    better = (errors < plain_errors)[:, None]
+    codes = torch.where(better, integers.codes, plain.codes)
+    scales = torch.where(better, integers.scales, plain.scales)
+    total = float(plain_errors.sum())
+    ratio = float(torch.minimum(errors, plain_errors).sum()) / total if total else 1.0
+    return IntegerWeight(codes, scales, plain.bits, plain.group), ratio
+
+
+def _corrected(weight: Tensor, factor: Tensor, plain: IntegerWeight) -> IntegerWeight:
+    """The integers that GPTQ finds; ``plain`` gives the form, and the scales where there is one a row."""
+    rows, columns = weight.shape
+    size, bits = plain.group_size, plain.bits
+    at_once = COLUMNS_AT_ONCE if plain.per_channel else size * max(1, COLUMNS_AT_ONCE // size)
+    left = weight.T.clone()  # [K, N]: a column is contiguous
+    codes = torch.empty(columns, rows)
+    scales = plain.scales.T.clone()
+    for start in range(0, columns, at_once):
+        end = min(start + at_once, columns)
+        steps = torch.empty(end - start, rows)
+        for column in range(start, end):
+            group, place = divmod(column, size)
+            if place == 0 and not plain.per_channel:
+                members = left[column : column + size].T.unsqueeze(1)
+                scales[group] = bf16_grid(absmax_scales(members, bits))[:, 0]
+            scale = scales[group]
+            codes[column] = nearest_codes(left[column, :, None], scale, bits)[:, 0]
+            step = (left[column] - codes[column] * scale) / factor[column, column]
+            left[column + 1 : end].addr_(factor[column, column + 1 : end], step, alpha=-1)
+            steps[column - start] = step
+        left[end:].addmm_(factor[start:end, end:].T, steps, alpha=-1)
+    return IntegerWeight(codes.T.to(torch.int8).contiguous(), scales.T.contiguous(), bits, plain.group)
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """float32 upper triangle U with Uᵀ U = (hessian + damping)⁻¹."""
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    # Without any input every column is independent of the others.
+    diagonal += DAMPING * float(diagonal.mean()) or 1.0
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _errors(weight: Tensor, integers: IntegerWeight, hessian: Tensor) -> Tensor:
+    """float64 [rows]: error · hessian · errorᵀ of each row."""
+    error = (integers.dequantize() - weight.float()).double()
+    return ((error @ hessian.double()) * error).sum(-1)
+
+
+# Driving a network layer by layer.
+
+
+class _SeenEnough(Exception):
+    """The rest of the layer need not run."""
+
+
+def hessian(layer: nn.Module, linear: nn.Linear, inputs: Sequence[tuple[Any, ...]]) -> Tensor:
+    """float64 [K, K]: Σ xᵀ x over what ``linear`` is given when ``layer``, which it is part of, runs on ``inputs``."""
+    size = linear.in_features
+    total = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        x = arguments[0].reshape(-1, size).float()
+        total.add_(x.T @ x)
+        raise _SeenEnough
+
+    hook = linear.register_forward_pre_hook(add)
+    try:
+        for arguments in inputs:
+            try:
+                layer(*arguments)
+            except _SeenEnough:
+                continue
+    finally:
+        hook.remove()
+    return total
+
+
+def _sharing_inputs(layer: nn.Module, arguments: tuple[Any, ...]) -> list[list[tuple[str, nn.Linear]]]:
+    """The layer's linears in the order they run, those that are given the very same tensor together."""
+    together: dict[Tensor, list[tuple[str, nn.Linear]]] = {}
+    hooks = []
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def note(_: nn.Module, given: tuple[Any, ...], entry: tuple[str, nn.Linear] = (name, module)) -> None:
+                together.setdefault(given[0], []).append(entry)
+
+            hooks.append(module.register_forward_pre_hook(note))
+    try:
+        layer(*arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(together.values())
+
+
+def _calls(layers: Sequence[tuple[str, nn.Module]], run: Run, batch: Tensor) -> list[tuple[Any, ...]]:
+    """The arguments that each layer is given for ``batch``, were the layers before it the identity."""
+    calls = []
+
+    def pass_on(x: Tensor, *others: Any) -> Tensor:
+        calls.append((x, *others))
+        return x
+
+    try:
+        # A module's own attribute hides its class's forward. Hooks could not keep it from running.
+        for _, layer in layers:
+            layer.__dict__["forward"] = pass_on
+        run(batch)
+    finally:
+        for _, layer in layers:
+            layer.__dict__.pop("forward", None)
+    return calls
