@@ -156,9 +156,14 @@ def _specs(shapes: dict[str, Sequence[int | str]]) -> tuple[TensorSpec, ...]:
 
 
 def copy_tokenizer(source: Checkpoint, directory: Path) -> TokenizerInfo:
-    """Put the checkpoint's tokenizer.model into ``directory``. Raises BadInput when it is not the model's."""
+    """Put the checkpoint's tokenizer into ``directory``. Raises BadInput when it is not the model's.
+
+    tokenizer.json, which stock runners read, goes along where the checkpoint has one.
+    """
     Tokenizer(source.path)
-    shutil.copyfile(source.path / TOKENIZER, directory / TOKENIZER)
+    for name in (TOKENIZER, "tokenizer.json"):
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, directory / name)
     # Read where it has no neighbours: released text-only checkpoints list an image token past their own table.
     tokenizer = Tokenizer(directory / TOKENIZER)
     config = source.config
