@@ -31,7 +31,8 @@ class OnnxSession:
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             reason = str(error).splitlines()[0]
             raise BadInput(f"{path}: ONNX Runtime does not load it ({reason}); export it again") from None
-        _check_shapes(path, self._session, layout, vocab_size)
+        shapes = _cache_shapes(layout)
+        _check_shapes(path, self._session, shapes | {"logits": [1, 1, vocab_size]})
         self.context = layout.context
         self.chunk = layout.chunk
         self.vocab_size = vocab_size
@@ -42,8 +43,9 @@ class OnnxSession:
         self._logits = np.empty((1, 1, vocab_size), np.float32)
         self._binding = self._session.io_binding()
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
-        for name, shape in _cache_shapes(layout).items():
-            buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+        # Held here: a binding refers to memory that is not its own.
+        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in shapes.values()]
+        for name, buffer in zip(shapes, self._caches, strict=True):
             self._binding.bind_ortvalue_input(name, buffer)
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
 
@@ -76,9 +78,8 @@ def _cache_shapes(layout: CacheLayout) -> dict[str, list[int]]:
     }
 
 
-def _check_shapes(path: Path, session: ort.InferenceSession, layout: CacheLayout, vocab_size: int) -> None:
+def _check_shapes(path: Path, session: ort.InferenceSession, expected: dict[str, list[int]]) -> None:
     """What the file declares must be what the layout says: the buffers are allocated by the layout."""
-    expected = _cache_shapes(layout) | {"logits": [1, 1, vocab_size]}
     declared = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
     for name, shape in expected.items():
         if declared.get(name) != shape:
