@@ -260,7 +260,10 @@ class Embedding(nn.Module):
             self.register_buffer("table", table.float())
             return
         self.register_buffer("table", table.codes if table.bits == 8 else pack_embedding(table.codes))
-        self.register_buffer("scales", table.scales.flatten() if table.per_channel else table.scales)
+        # Every scale that quant.integers allows is exact in half precision, which the kernel reads as well.
+        scales = (table.scales.flatten() if table.per_channel else table.scales).half()
+        assert torch.equal(scales.float().view(table.scales.shape), table.scales)
+        self.register_buffer("scales", scales)
 
     def forward(self, tokens: Tensor) -> Tensor:
         table = self.get_buffer("table")

@@ -24,6 +24,7 @@ from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
 from executorch.exir._serialize._program import _get_extended_header
 from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
+from executorch.exir.scalar_type import ScalarType
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,6 +50,12 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Kernels that move no data: sizes, symbols and views.
 BOOKKEEPING = ("executorch_prim::", "aten::sym_size", "aten::_local_scalar_dense")
 HEADER_BYTES = 64
+DTYPES = {
+    ScalarType.BYTE: torch.uint8,
+    ScalarType.CHAR: torch.int8,
+    ScalarType.HALF: torch.float16,
+    ScalarType.FLOAT: torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,9 @@ class PteFile:
         segment = self.program.segments[index]
         return self.data[self.base + segment.offset :][: segment.size]
 
-    def constant(self, tensor: Any, dtype: torch.dtype) -> Tensor:
-        """A constant tensor of the program, of the dtype that the reader knows it to have."""
+    def constant(self, tensor: Any) -> Tensor:
+        """A constant tensor of the program."""
+        dtype = DTYPES[tensor.scalar_type]
         offset = self.program.constant_segment.offsets[tensor.data_buffer_idx]
         count = int(np.prod(tensor.sizes)) * dtype.itemsize
         data = self.segment(self.program.constant_segment.segment_index)[offset:][:count]
@@ -224,10 +232,10 @@ def stored_integers(file: PteFile) -> Iterator[tuple[str, IntegerWeight]]:
 def _embedding(file: PteFile, kernel: str, arguments: list[Any]) -> IntegerWeight:
     table, scales = arguments[:2]
     bits = 8 if "embedding_byte" in kernel else 4
-    codes = file.constant(table, torch.int8 if bits == 8 else torch.uint8)
+    codes = file.constant(table)
     if bits == 4:
         codes = unpack_nibbles(codes, first="high")
-    return IntegerWeight(codes, file.constant(scales, torch.float32).view(len(codes), -1), bits)
+    return IntegerWeight(codes, file.constant(scales).float().view(len(codes), -1), bits)
 
 
 def join_halves(first: IntegerWeight, second: IntegerWeight, head_dim: int) -> IntegerWeight:

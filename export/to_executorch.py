@@ -7,8 +7,7 @@ here, traces the whole model four times and runs XNNPACK's 17 graph passes (for 
 over every delegate: 128 s for six tiny layers, where the way below takes 12 s. What makes the difference:
 
 * ``to_edge`` with linears preserved decomposes once, ``to_backend`` then only partitions.
-* The partitioner names the operators it takes, and asks for the one pass that this graph needs
-  (``dqlinear_partitioner``, the compile option by which XNNPACK's backend selects it).
+* One pass of XNNPACK's instead of 17 (see export/xnnpack_partition.py).
 * Activations are two-dimensional in the model, since the fake linear of a three-dimensional input of dynamic
   length costs several symbolic reshapes.
 """
@@ -22,12 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs
-from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
-from executorch.exir.backend.canonical_partitioners.config_partitioner import ConfigerationBasedPartitioner
-from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.passes import MemoryPlanningPass
 from torch.export import Dim, ExportedProgram
 
@@ -41,6 +35,7 @@ from export.pte_file import (
     read_back_pte,
     stored_integers,
 )
+from export.xnnpack_partition import LevelPartitioner
 from gemma3.cache import CacheLayout
 from gemma3.config import TextConfig
 from gemma3.errors import VerificationFailed
@@ -49,20 +44,6 @@ from quant.integers import IntegerWeight
 __all__ = ["PteReport", "cache_bytes_pte", "export_pte", "read_back_pte"]
 
 log = logging.getLogger(__name__)
-
-# What XNNPACK takes: everything of the network but the embedding, the caches, attention and the step's indices.
-DELEGATED = (
-    gemm_configs.LinearConfig,
-    generic_node_configs.AddConfig,
-    generic_node_configs.CatConfig,
-    generic_node_configs.CosConfig,
-    generic_node_configs.MulConfig,
-    generic_node_configs.ReciprocalSquareRootConfig,
-    generic_node_configs.SigmoidConfig,
-    generic_node_configs.SinConfig,
-    generic_node_configs.SubConfig,
-    generic_node_configs.ViewCopyConfig,
-)
 
 
 @dataclass(frozen=True)
@@ -165,11 +146,7 @@ def lower(program: ExportedProgram, methods: dict[str, Any]) -> Any:
             preserve_ops=[torch.ops.aten.linear.default],
         ),
     )
-    one_pass = CompileSpec("dqlinear_partitioner", b"")
-    partitioner = ConfigerationBasedPartitioner(
-        DelegationSpec(XnnpackBackend.__name__, [one_pass]), [operator() for operator in DELEGATED]
-    )
-    return edge.to_backend(partitioner).to_executorch(
+    return edge.to_backend(LevelPartitioner()).to_executorch(
         # Inputs are the caller's memory: planned, they would be copied in.
         ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False))
     )
