@@ -1,7 +1,7 @@
 """Hugging Face checkpoint directories: memory-mapped safetensors, with every tensor accounted for."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def load_model(checkpoint: Checkpoint) -> Gemma3:
     """The float32 eager model with the checkpoint's weights, in eval mode and without gradients."""
+    return build_model(checkpoint.config, checkpoint.items())
+
+
+def build_model(config: TextConfig, named_weights: Iterable[tuple[str, Tensor]]) -> Gemma3:
+    """The float32 eager model of ``config`` with exactly these weights, in eval mode and without gradients.
+
+    Raises BadInput when one is missing, left over or of another shape.
+    """
+    state = {name: tensor.float() for name, tensor in named_weights}
+    expected = _expected(config, has_head="lm_head.weight" in state)
+    for name in sorted(expected.keys() ^ state.keys()):
+        problem = "is missing" if name in expected else "is not part of the model"
+        raise BadInput(f"weight {name} {problem} that config.json describes; they are not of one checkpoint")
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise BadInput(f"weight {name} has shape {list(state[name].shape)}, config.json asks for {list(shape)}")
     with torch.device("meta"):
-        model = Gemma3(checkpoint.config)
-    state = {name: tensor.float() for name, tensor in checkpoint.items()}
-    if checkpoint.config.tie_word_embeddings:
+        model = Gemma3(config)
+    if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
-    if checkpoint.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval().requires_grad_(False)
 

@@ -1,16 +1,20 @@
 """The reference session: the eager network with the ring cache, and the logits that files are compared with."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from export.manifest import Manifest
 from gemma3.cache import CacheLayout, cache_layout
-from gemma3.checkpoint import Checkpoint, load_model
+from gemma3.checkpoint import Checkpoint, build_model, load_model, open_checkpoint
+from gemma3.config import TextConfig, read_config
 from gemma3.model import Gemma3, new_cache
-from quant.activations import with_integer_weights
+from quant.activations import Activations, with_integer_weights
 from quant.recipe import QuantizedWeights
+from quant.stored import is_quantized, load_quantized
 from runtime_py.golden import Recorder, Reference
 from runtime_py.session import Logits, check_ids, chunks
 from runtime_py.validate import Plan
@@ -52,6 +56,29 @@ class EagerSession:
         logits = self._model(tokens, self._cache, self.position)
         self.position += len(ids)
         return np.asarray(logits[0].numpy(), np.float32)
+
+
+def open_eager(checkpoint: Path, context: int, chunk: int) -> EagerSession:
+    """The eager model of a float or quantized checkpoint directory, activations float.
+
+    Raises BadInput or StoredError for what cannot be loaded, DoesNotFit for a context that the model does not have.
+    """
+    config = read_config(checkpoint / "config.json")
+    layout = cache_layout(config, "ring", context, chunk)
+    if is_quantized(checkpoint):
+        return EagerSession(quantized_model(config, load_quantized(checkpoint).weights, "float"), layout)
+    return EagerSession(load_model(open_checkpoint(checkpoint)), layout)
+
+
+def quantized_model(config: TextConfig, weights: QuantizedWeights, activations: Activations) -> Gemma3:
+    """The eager model of exactly ``weights``: see ``with_integer_weights`` for ``activations``."""
+    floats = (
+        (name, weight if isinstance(weight, Tensor) else weight.dequantize())
+        for name, weight in weights.tensors.items()
+    )
+    model = build_model(config, floats)
+    with_integer_weights(model, weights.integers, activations)
+    return model
 
 
 def record(session: EagerSession, ids: Sequence[int], positions: Iterable[int]) -> Reference:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gemma3.checkpoint import build_model, open_checkpoint, resolve_checkpoint
 from gemma3.checkpoint import load_model as load
-from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
 from gemma3.config import parse_config
 from gemma3.errors import BadInput
 from tests.shapes import SHAPES, random_model, random_tokens
@@ -133,3 +133,17 @@ def test_resolve(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="is a file"):
         resolve_checkpoint(str(tmp_path / "file"))
+
+
+def test_a_model_is_built_of_exactly_its_weights() -> None:
+    config = parse_config(SHAPES["like-270m"])
+    weights = state("like-270m")
+    tokens = torch.tensor([random_tokens(config, 12)])
+    assert torch.equal(build_model(config, weights.items())(tokens), random_model(config)(tokens))
+    norm = "model.norm.weight"
+    with pytest.raises(BadInput, match=f"weight {norm} is missing"):
+        build_model(config, ((name, tensor) for name, tensor in weights.items() if name != norm))
+    with pytest.raises(BadInput, match="weight vision is not part of the model"):
+        build_model(config, [*weights.items(), ("vision", torch.ones(1))])
+    with pytest.raises(BadInput, match=rf"weight {norm} has shape \[65\], config.json asks for \[64\]"):
+        build_model(config, (weights | {norm: torch.ones(65)}).items())
