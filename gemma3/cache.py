@@ -19,9 +19,10 @@ from gemma3.config import SLIDING, LayerKind, TextConfig
 from gemma3.errors import BadInput, DoesNotFit
 
 CacheStyle = Literal["ring", "compacting"]
-# Rows beyond the window in a compacting cache. Each slack row is one decode step more between two moves of
-# the whole buffer.
-COMPACTING_SLACK = 64
+# Rows beyond the window in a compacting cache. More rows mean fewer moves of the window to the front, but every
+# step reads half of them on average. Milliseconds a token in 15 layers of W = 512, one KV head of 256 (one thread):
+# 0 rows 1.97, 8 1.84, 16 1.86, 32 1.94, 64 1.93, 128 2.06, 256 2.26.
+COMPACTING_SLACK = 16
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_refuses_ids_before_any_is_fed(tiny: TinyOnnx) -> None:
 
 def test_refuses_a_file_of_another_layout_or_vocabulary(tiny: TinyOnnx) -> None:
     longer = replace(tiny.layout, layers=tuple(replace(layer, slots=256) for layer in tiny.layout.layers))
-    with pytest.raises(BadInput, match=r"past_key_values\.0\.key is \[1, 1, 72, 32\], expected \[1, 1, 256, 32\]"):
+    with pytest.raises(BadInput, match=r"past_key_values\.0\.key is \[1, 1, 24, 32\], expected \[1, 1, 256, 32\]"):
         OnnxSession(tiny.path, longer, tiny.config.vocab_size)
     with pytest.raises(BadInput, match=r"logits is \[1, 1, 160\], expected \[1, 1, 161\]"):
         OnnxSession(tiny.path, tiny.layout, 161)
