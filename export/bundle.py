@@ -158,10 +158,10 @@ def _specs(shapes: dict[str, Sequence[int | str]]) -> tuple[TensorSpec, ...]:
 def copy_tokenizer(source: Checkpoint, directory: Path) -> TokenizerInfo:
     """Put the checkpoint's tokenizer into ``directory``. Raises BadInput when it is not the model's.
 
-    tokenizer.json, which stock runners read, goes along where the checkpoint has one.
+    tokenizer.json and tokenizer_config.json, which stock runners read, go along where the checkpoint has them.
     """
     Tokenizer(source.path)
-    for name in (TOKENIZER, "tokenizer.json"):
+    for name in (TOKENIZER, "tokenizer.json", "tokenizer_config.json"):
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, directory / name)
     # Read where it has no neighbours: released text-only checkpoints list an image token past their own table.

@@ -562,7 +562,10 @@ def cache_shapes_onnx(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def genai_config(config: TextConfig, layout: CacheLayout, filename: str = "model.onnx") -> dict[str, Any]:
-    """What onnxruntime-genai reads as genai_config.json; it also needs a tokenizer.json beside it."""
+    """What onnxruntime-genai reads as genai_config.json, beside tokenizer.json and tokenizer_config.json.
+
+    Its max_length must stay the context: the file fixes the caches' shapes.
+    """
     local = [index for index, kind in enumerate(config.layer_types) if kind == SLIDING]
     sliding = {
         "window_size": config.sliding_window,
