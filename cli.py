@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from export.bundle import Draft
     from export.manifest import Check, Format, Manifest
     from gemma3.tokenizer import Tokenizer
-    from quant.recipe import Recipe
+    from quant.recipe import QuantizedWeights, Recipe
+    from runtime_py.accuracy_report import Candidate
     from runtime_py.session import Session
 
 app = typer.Typer(
@@ -39,6 +40,8 @@ app = typer.Typer(
 log = logging.getLogger("cli")
 DEBUG = "GEMMA_EDGE_DEBUG"
 DEMO_TOKENS, DEMO_QUESTIONS = 4000, 60
+# What `accuracy` uses where no bundle says: the defaults of `export`.
+LARGEST_STRETCH, EAGER_CHUNK = 4096, 128
 
 Scheme = Literal["fp32", "int4-channel", "int4-block32"]
 OneFormat = Literal["pte", "onnx"]
@@ -228,6 +231,73 @@ def bench(
 
 
 @app.command()
+def accuracy(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundle, or a checkpoint, quantized or not.")],
+    reference: Annotated[
+        str, typer.Option("--reference", metavar="CHECKPOINT", help="The original, full-precision model.")
+    ],
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Plain text, or conversations (.jsonl).")],
+    baseline: Annotated[
+        list[str] | None, typer.Option("--baseline", metavar="MODEL", help="Another one, beside; may be repeated.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", help="What the bundle was exported from: measures the export by itself too."),
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option("--questions", metavar="FILE", help="Also count right answers to these (.jsonl).")
+    ] = None,
+    format: Annotated[OneFormat | None, typer.Option("--format", help="All of a bundle's if left out.")] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Positions a stretch of text may have [the most all models hold].")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Predict this many at most.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """What quantization cost, on the file that ships: its predictions beside the original's on the same tokens."""
+    from functools import partial
+
+    from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
+    from gemma3.tokenizer import Tokenizer
+    from quant.progress import Progress
+    from runtime_py.accuracy_report import measure, read_text
+    from runtime_py.eager_session import open_eager
+    from runtime_py.questions import exact_match, read_questions
+
+    source = open_checkpoint(resolve_checkpoint(reference))
+    tokenizer = Tokenizer(source.path)
+    asked = read_questions(questions) if questions else []
+    context = common_context([reference, model, *(baseline or [])], context)
+    text = read_text(data, tokenizer, context, tokens)
+    candidates = candidates_of(model, context, tokenizer, format, threads, checkpoint)
+    baselines: dict[str, Candidate] = {}
+    for one in baseline or []:
+        baselines |= candidates_of(one, context, tokenizer, format, threads)
+    stop_ids = (*source.config.eos_token_ids, tokenizer.end_of_turn_id)
+    bars: dict[str, Progress] = {}
+
+    def show(name: str, done: int) -> None:
+        bar = bars.get(name) or bars.setdefault(name, Progress(text.tokens))
+        bar.show(done, f"tokens, {name}")
+        if done == text.tokens:
+            bar.close()
+
+    report = measure(
+        candidates,
+        baselines,
+        open_eager(source.path, context, min(EAGER_CHUNK, context)),
+        text,
+        partial(exact_match, tokenizer=tokenizer, questions=asked, stop_ids=stop_ids) if asked else None,
+        show,
+    )
+    if as_json:
+        print(json.dumps({"reference": reference, "data": str(data), **report.to_dict()}))
+    else:
+        print(report.show())
+
+
+@app.command()
 def demo(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the bundle there.")] = None,
 ) -> None:
@@ -363,6 +433,87 @@ def check_against(bundle: Path, model: str) -> "list[Check]":
     weights = quantize_again(manifest, checkpoint)
     references = fresh_references(manifest, make_plan(manifest), checkpoint, weights)
     return [*check_integers(bundle, manifest, weights), *check_bundle(bundle, references)]
+
+
+def common_context(models: Sequence[str], wanted: int | None) -> int:
+    """The most positions that all of ``models`` hold, or ``wanted``. Raises DoesNotFit when that is more."""
+    from export.manifest import MANIFEST, read_manifest
+    from gemma3.checkpoint import resolve_checkpoint
+    from gemma3.config import read_config
+
+    held = {}
+    for model in models:
+        path = resolve_checkpoint(model)
+        if (path / MANIFEST).exists():
+            held[model] = read_manifest(path).context
+        else:
+            held[model] = read_config(path / "config.json").max_position_embeddings
+    least = min(held, key=lambda model: held[model])
+    if wanted is not None and wanted > held[least]:
+        raise DoesNotFit(
+            f"context {wanted} is over the {held[least]} positions of {least}; use --context {held[least]}"
+        )
+    return min(held[least], LARGEST_STRETCH) if wanted is None else wanted
+
+
+def candidates_of(
+    model: str,
+    context: int,
+    tokenizer: "Tokenizer",
+    format: "Format | None",
+    threads: int | None,
+    checkpoint: str | None = None,
+) -> "dict[str, Candidate]":
+    """What ``accuracy`` measures of a bundle (each of its graphs) or a checkpoint, by the name it shows.
+
+    ``checkpoint``: what a bundle was exported from. Raises BadInput for another vocabulary than ``tokenizer``'s,
+    VerificationFailed when the bundle does not hold that checkpoint's integers.
+    """
+    from functools import partial
+
+    from export.bundle import check_integers, require_passed
+    from export.manifest import MANIFEST, read_manifest
+    from gemma3.checkpoint import resolve_checkpoint
+    from gemma3.errors import BadInput
+    from gemma3.tokenizer import Tokenizer
+    from runtime_py.accuracy_report import Candidate
+    from runtime_py.eager_session import open_eager, open_own
+    from runtime_py.session import open_session
+
+    path = resolve_checkpoint(model)
+    name = path.resolve().name
+    bundle = (path / MANIFEST).exists()
+    if Tokenizer(path).sha256 != tokenizer.sha256:
+        raise BadInput(f"{path}: its tokenizer is not that of {tokenizer.path}; give the checkpoint it was made of")
+    if not bundle:
+        if checkpoint is not None:
+            raise BadInput(
+                f"{path}: is no bundle; leave out --checkpoint, which is for what a bundle was exported from"
+            )
+        return {name: Candidate(partial(open_eager, path, context, min(EAGER_CHUNK, context)))}
+    manifest = read_manifest(path)
+    formats = list(manifest.artifacts) if format is None else [format]
+    sessions = {one: partial(open_session, path, one, threads) for one in formats}
+    if checkpoint is None:
+        return {f"{name} .{one}": Candidate(session) for one, session in sessions.items()}
+    weights = weights_behind(manifest, checkpoint)
+    checks = check_integers(path, manifest, weights)
+    require_passed(checks)
+    integers = {check.artifact: check for check in checks}
+    return {
+        f"{name} .{one}": Candidate(session, partial(open_own, manifest, one, weights), integers.get(one))
+        for one, session in sessions.items()
+    }
+
+
+def weights_behind(manifest: "Manifest", model: str) -> "QuantizedWeights":
+    """The weights that a bundle was made of: a quantized checkpoint's, or a float one's by the bundle's own rules."""
+    from export.bundle import quantize_again
+    from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
+    from quant.stored import is_quantized, load_quantized
+
+    path = resolve_checkpoint(model)
+    return load_quantized(path).weights if is_quantized(path) else quantize_again(manifest, open_checkpoint(path))
 
 
 def open_bundle(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.manifest import Manifest
+from export.manifest import Format, Manifest
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.checkpoint import Checkpoint, build_model, load_model, open_checkpoint
 from gemma3.config import TextConfig, read_config
@@ -68,6 +68,13 @@ def open_eager(checkpoint: Path, context: int, chunk: int) -> EagerSession:
     if is_quantized(checkpoint):
         return EagerSession(quantized_model(config, load_quantized(checkpoint).weights, "float"), layout)
     return EagerSession(load_model(open_checkpoint(checkpoint)), layout)
+
+
+def open_own(manifest: Manifest, format: Format, weights: QuantizedWeights) -> EagerSession:
+    """The eager model that a bundle's graph was exported from: ``weights``, and the rounding its runtime does."""
+    layout = cache_layout(manifest.model, "ring", manifest.context, manifest.chunk)
+    activations = manifest.artifacts[format].reference_activations
+    return EagerSession(quantized_model(manifest.model, weights, activations), layout)
 
 
 def quantized_model(config: TextConfig, weights: QuantizedWeights, activations: Activations) -> Gemma3:

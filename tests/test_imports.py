@@ -18,7 +18,7 @@ ALLOWED = {
     "export": {"export", "gemma3", "quant"},
     "runtime_py": {
         "runtime_py",
-        *(f"gemma3.{module}" for module in ("config", "cache", "errors", "tokenizer", "chat")),
+        *(f"gemma3.{module}" for module in ("config", "cache", "errors", "tokenizer", "chat", "data")),
         *("export.manifest", "export.onnx_file"),
     },
 }
