@@ -1,0 +1,213 @@
+"""Fake quantization: a network that trains floats and computes with the very integers that will ship.
+
+Each quantized weight becomes a parametrization (torch.nn.utils.parametrize): the module holds the trained latent
+values, its ``weight`` gives what their codes stand for, and the gradient passes straight through the rounding.
+The network's file never hears of it. ``convert`` reads the codes out with the same rounding.
+
+A table shared by embedding and head is quantized by the embedding, and the head borrows it: under
+``parametrize.cached()`` it is computed once a pass.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+
+from quant.activations import Activations, fake_quantize_per_token
+from quant.integers import IntegerWeight, bf16_grid, in_groups, nearest_codes
+from quant.recipe import QuantizedWeights, Weight
+from quant.sfp8 import Sfp8Weight, encode_weight
+
+# Latents that start from given integers lie at most this far from them, in steps, so that they round to them.
+WITHIN = 0.49
+
+
+class RoundToIntegers(torch.autograd.Function):
+    """(weight [rows, columns], scales [rows, groups], bits, group size) → what the codes stand for [rows, columns].
+
+    The scales are put on the bf16 grid first. Backward: the weight's gradient passes straight through. A scale's is
+    that of learned step sizes (arXiv 1902.08153): the sum over its group of gradient · (code − weight / scale), of
+    gradient · code where the code is clipped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scales: Tensor, bits: int, size: int) -> Tensor:
+        ctx.bits, ctx.size = bits, size
+        ctx.save_for_backward(weight, scales)
+        scales = bf16_grid(scales)
+        values = nearest_codes(in_groups(weight, size), scales, bits).mul_(scales[..., None])
+        return values.view(len(weight), -1)[:, : weight.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        weight, scales = ctx.saved_tensors
+        scales, grouped = bf16_grid(scales), in_groups(weight, ctx.size)
+        codes = nearest_codes(grouped, scales, ctx.bits)
+        steps = grouped / scales[..., None]
+        limit = 2 ** (ctx.bits - 1)
+        clipped = (steps < -limit) | (steps > limit - 1)
+        error = torch.where(clipped, codes, codes - steps)
+        return grad, error.mul_(in_groups(grad, ctx.size)).sum(-1), None, None
+
+
+round_to_integers: Callable[..., Tensor] = RoundToIntegers.apply
+
+
+class FakeInteger(nn.Module):
+    """Parametrization by integers whose ``scales`` [rows, groups] train along, and are rounded to the bf16 grid."""
+
+    def __init__(self, start: IntegerWeight) -> None:
+        super().__init__()
+        self.bits, self.group_size, self.group = start.bits, start.group_size, start.group
+        self.scales = nn.Parameter(start.scales.clone())
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return round_to_integers(latent, self.scales, self.bits, self.group_size)
+
+    def encode(self, latent: Tensor) -> IntegerWeight:
+        """The codes of a whole latent, and the whole scales."""
+        scales = bf16_grid(whole(self.scales))
+        codes = nearest_codes(in_groups(latent, self.group_size), scales, self.bits).to(torch.int8)
+        return IntegerWeight(codes.view(len(latent), -1)[:, : latent.shape[1]], scales, self.bits, self.group)
+
+
+class StraightThrough(torch.autograd.Function):
+    """(x, its rounded values) → the rounded values; the gradient is x's as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+straight_through: Callable[[Tensor, Tensor], Tensor] = StraightThrough.apply
+
+
+class FakeSfp8(nn.Module):
+    """Parametrization by SFP8 codes. The scale is the latent's own at every step, a tensor's or a row's."""
+
+    def __init__(self, start: Sfp8Weight) -> None:
+        super().__init__()
+        self.per_channel = start.scale.shape[0] > 1
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return straight_through(latent, self.encode(latent).dequantize())
+
+    def encode(self, latent: Tensor) -> Sfp8Weight:
+        return encode_weight(latent.detach(), per_channel=self.per_channel)
+
+
+class BorrowedHead(nn.Module):
+    """A head without a weight of its own: logits by the embedding's table, as the embedding computes it."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self._lender = (embedding,)  # in a tuple, so that the table is listed and saved once, as the embedding's
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self._lender[0].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def prepare(model: nn.Module, start: QuantizedWeights, activations: Activations = "float") -> nn.Module:
+    """Make ``model``, in place, compute with the weights of ``start`` and train from them; returns it.
+
+    ``start`` names every parameter of the model (a tied one once): kept floats stay as they are, the model's values
+    become the latents of the rest, moved as little as it takes for them to round to the codes of ``start``.
+    With ``activations`` "int8" every linear with a quantized weight rounds its input, as XNNPACK's 8da4w does.
+    """
+    owners: dict[Tensor, nn.Module] = {}
+    for name, module, parameter in _weights(model):
+        if parameter in owners:
+            module = BorrowedHead(owners[parameter])
+            parent, _, child = name.removesuffix(".weight").rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+        else:
+            owners[parameter] = module
+            weight = start.tensors[name]
+            parameter.requires_grad_(True)
+            if isinstance(weight, Tensor):
+                continue
+            with torch.no_grad():
+                parameter.copy_(_latent(parameter, weight))
+            fake = FakeInteger(weight) if isinstance(weight, IntegerWeight) else FakeSfp8(weight)
+            parametrize.register_parametrization(module, "weight", fake.to(parameter.device), unsafe=True)
+        if activations == "int8" and (isinstance(module, BorrowedHead) or _is_quantized_linear(module)):
+            module.register_forward_pre_hook(_round_input)
+    return model
+
+
+def convert(model: nn.Module, start: QuantizedWeights) -> QuantizedWeights:
+    """The codes that a prepared ``model`` computes with, and its floats, under the names of ``start``.
+
+    Under FSDP2 every process must call it, and gets the whole.
+    """
+    tensors: dict[str, Weight] = {}
+    verdicts: dict[str, str] = {}
+    for name, verdict in start.verdicts.items():
+        module: Any = model.get_submodule(name.removesuffix(".weight"))
+        scheme = verdict.partition(":")[0]
+        if parametrize.is_parametrized(module, "weight"):
+            (fake,) = module.parametrizations.weight
+            latent = module.parametrizations.weight.original
+            with torch.no_grad():
+                tensors[name] = fake.encode(whole(latent))
+            verdicts[name] = f"{scheme}: trained"
+        else:
+            tensors[name] = whole(module.weight).clone()
+            verdicts[name] = verdict
+    return QuantizedWeights(tensors, verdicts)
+
+
+def head_input(head: nn.Module, x: Tensor) -> Tensor:
+    """What ``head`` multiplies with its weight when it is given x: x itself, or rounded to int8."""
+    for hook in head._forward_pre_hooks.values():
+        (x,) = hook(head, (x,))
+    return x
+
+
+def _weights(model: nn.Module) -> list[tuple[str, nn.Module, nn.Parameter]]:
+    """Every module with a weight; of two that share one, the embedding comes before the head."""
+    return [
+        (f"{prefix}.weight", module, module.weight)
+        for prefix, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+    ]
+
+
+def _latent(values: Tensor, start: IntegerWeight | Sfp8Weight) -> Tensor:
+    """The nearest to ``values`` that rounds to the codes of ``start``; the outermost codes have no outer bound."""
+    if isinstance(start, Sfp8Weight):
+        return values
+    limit = 2 ** (start.bits - 1)
+    codes, scales = in_groups(start.codes, start.group_size).float(), start.scales[..., None]
+    low = torch.where(codes > -limit, codes - WITHIN, -torch.inf) * scales
+    high = torch.where(codes < limit - 1, codes + WITHIN, torch.inf) * scales
+    return in_groups(values, start.group_size).clamp(low, high).view(len(values), -1)[:, : values.shape[1]]
+
+
+def _is_quantized_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight")
+
+
+def _round_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    (x,) = inputs
+    with torch.no_grad():
+        rounded = fake_quantize_per_token(x)
+    return (straight_through(x, rounded),)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what FSDP2 has sharded, put together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

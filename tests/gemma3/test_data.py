@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemma3.chat import encode_chat
+from gemma3.data import pack
+from gemma3.errors import BadInput
+from gemma3.tokenizer import Tokenizer
+from scripts.random_checkpoint import made_up_tokenizer
+
+VOCABULARY = 640
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(made_up_tokenizer(VOCABULARY))
+    return Tokenizer(path)
+
+
+def written(path: Path, data: str | bytes) -> Path:
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def test_text_in_rows_that_begin_with_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "some text <end_of_turn>\n\nand more"
+    ids = tokenizer.encode(text, bos=False)
+    rows = pack([written(tmp_path / "a.txt", text)], tokenizer, 7, VOCABULARY)
+    assert rows.dtype == np.int32
+    assert rows.shape == (len(ids) // 6, 7)
+    assert (rows[:, 0] == tokenizer.bos_id).all()
+    assert rows[:, 1:].ravel().tolist() == ids[: 6 * len(rows)]
+
+
+def test_documents_follow_one_another_each_with_its_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chats = [
+        [{"role": "user", "content": "line\u2028separator"}, {"role": "assistant", "content": "<bos>"}],
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+    ]
+    lines = "\n".join(json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats)
+    files = [written(tmp_path / "a.txt", "one"), written(tmp_path / "b.jsonl", lines + "\n\n"), tmp_path / "a.txt"]
+    stream = tokenizer.encode("one", bos=True)
+    for chat in chats:
+        stream += encode_chat(tokenizer, chat, add_generation_prompt=False)  # type: ignore[arg-type]
+    stream += tokenizer.encode("one", bos=True)
+    (row,) = pack(files, tokenizer, len(stream), VOCABULARY)
+    assert row.tolist() == stream
+    assert stream.count(tokenizer.bos_id) == 4
+
+
+def test_a_document_that_begins_with_a_row_gets_no_second_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.txt", "abcd")
+    length = len(tokenizer.encode("abcd", bos=True))
+    rows = pack([path, path], tokenizer, length, VOCABULARY)
+    assert rows[0].tolist() == rows[1].tolist() == tokenizer.encode("abcd", bos=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.txt", "", "holds no text"),
+        ("a.txt", " \n", "holds no text"),
+        ("a.jsonl", "", "holds no text"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8 text (byte 0 is 0xff)"),
+        ("a.txt", b"text\0more", "NUL character at 4"),
+        ("a.txt", "a", "less than one row of 8"),
+        ("a.jsonl", "text", "line 1: not JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", "[1]", 'line 1: no list under "messages"'),
+        ("a.jsonl", '{"messages": "a"}', 'line 1: no list under "messages"'),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": 1}]}', "line 1: a message is"),
+        ("a.jsonl", '{"messages": [3]}', "line 1: a message is 3"),
+        ("a.jsonl", '{"messages": []}', "line 1: the conversation has no user message"),
+        ("a.jsonl", '\n{"messages": [{"role": "assistant", "content": ""}]}', "line 2: message 1"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 1: text has a lone surrogate"),
+    ],
+)
+def test_data_that_cannot_be_used(
+    tokenizer: Tokenizer, tmp_path: Path, name: str, data: str | bytes, words: str
+) -> None:
+    path = written(tmp_path / name, data)
+    with pytest.raises(BadInput) as caught:
+        pack([path], tokenizer, 8, VOCABULARY)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("length", "vocabulary", "words"), [(1, VOCABULARY, "rows of 1"), (8, 300, "vocabulary of 300")]
+)
+def test_settings_that_do_not_fit(
+    tokenizer: Tokenizer, tmp_path: Path, length: int, vocabulary: int, words: str
+) -> None:
+    path: Any = written(tmp_path / "a.txt", "words of ordinary text")
+    with pytest.raises(BadInput, match=words):
+        pack([path], tokenizer, length, vocabulary)
+
+
+def test_a_file_that_is_not_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot be read"):
+        pack([tmp_path / "none.txt"], tokenizer, 8, VOCABULARY)
