@@ -1,7 +1,9 @@
 """The reference session: the eager network with the ring cache, and the logits that files are compared with."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ class EagerSession:
     """``layout`` must be of the ring style. The model is not copied: several sessions can share one."""
 
     def __init__(self, model: Gemma3, layout: CacheLayout) -> None:
-        self._model = model.eval()
+        self.model = model.eval()
         self._layout = layout
         self.context = layout.context
         self.chunk = layout.chunk
@@ -53,7 +55,7 @@ class EagerSession:
     def forced(self, ids: Sequence[int]) -> Logits:
         """Feed at most ``chunk`` ids and return the logits after each: float32 [len(ids), V]."""
         tokens = torch.tensor(ids, dtype=torch.int64)[None]
-        logits = self._model(tokens, self._cache, self.position)
+        logits = self.model(tokens, self._cache, self.position)
         self.position += len(ids)
         return np.asarray(logits[0].numpy(), np.float32)
 
@@ -91,12 +93,37 @@ def quantized_model(config: TextConfig, weights: QuantizedWeights, activations: 
 def record(session: EagerSession, ids: Sequence[int], positions: Iterable[int]) -> Reference:
     """The logits of ``session`` (at position 0) after ``ids``, kept at ``positions``."""
     recorder, wanted = Recorder(ids, session.vocab_size), set(positions)
+    for position, logits in every_logit(session, ids):
+        if position in wanted:
+            recorder.add(position, logits)
+    return recorder.reference()
+
+
+def every_logit(session: EagerSession, ids: Sequence[int]) -> Iterator[tuple[int, Logits]]:
+    """(position, logits) after each of ``ids``."""
     for piece in chunks(ids, min(session.chunk, RECORDED_ROWS)):
         start = session.position
-        for offset, logits in enumerate(session.forced(piece)):
-            if start + offset in wanted:
-                recorder.add(start + offset, logits)
-    return recorder.reference()
+        yield from enumerate(session.forced(piece), start)
+
+
+def with_noise(reference: Reference, session: EagerSession) -> Reference:
+    """``reference`` with its ``noise_kl``: how far it is from ``session`` (the same model, at position 0) when the
+    embeddings are changed by one unit in the last place.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(_: torch.nn.Module, __: Any, output: Tensor) -> Tensor:
+        signs = torch.randint(-1, 2, output.shape, generator=generator)
+        return output * (1 + torch.finfo(torch.float32).eps * signs)
+
+    hook = session.model.model.embed_tokens.register_forward_hook(nudge)
+    try:
+        ids = reference.ids.tolist()
+        compared = (reference.compare(position, logits) for position, logits in every_logit(session, ids))
+        noise = [difference.kl for difference in compared if difference is not None]
+    finally:
+        hook.remove()
+    return replace(reference, noise_kl=np.asarray(noise, np.float32))
 
 
 def fresh_references(
@@ -113,5 +140,8 @@ def fresh_references(
     # "float" sorts first: rounding activations, once hooked in, stays.
     for activations in sorted({artifact.reference_activations for artifact in manifest.artifacts.values()}):
         with_integer_weights(model, weights.integers, activations)
-        references[activations] = record(EagerSession(model, layout), plan.ids, plan.positions)
+        reference = record(EagerSession(model, layout), plan.ids, plan.positions)
+        if activations == "int8":
+            reference = with_noise(reference, EagerSession(model, layout))
+        references[activations] = reference
     return references

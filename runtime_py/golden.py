@@ -48,6 +48,9 @@ class Reference:
     top_values: NDArray[np.float32]  # [P, K]
     log_sum_exp: NDArray[np.float32]  # [P], over the whole vocabulary
     argmax: NDArray[np.int32]  # [P]
+    # [P] KL divergence to the same model after a change of one unit in the last place of its inputs. Without int8
+    # activations next to nothing, and left 0.
+    noise_kl: NDArray[np.float32]
 
     def at(self, positions: Iterable[int]) -> "Reference":
         """The rows of those of ``positions`` that are here."""
@@ -61,6 +64,7 @@ class Reference:
             self.top_values[rows],
             self.log_sum_exp[rows],
             self.argmax[rows],
+            self.noise_kl[rows],
         )
 
     def compare(self, position: int, logits: Logits) -> Difference | None:
@@ -132,6 +136,7 @@ class Recorder:
             top_values=np.stack(top_values),
             log_sum_exp=np.asarray(totals, np.float32),
             argmax=np.asarray(argmax, np.int32),
+            noise_kl=np.zeros(len(positions), np.float32),
         )
 
 

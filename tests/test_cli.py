@@ -355,3 +355,29 @@ def test_bench_measures_in_a_process_of_its_own(gemma_edge: Cli, bundle: Path) -
 )
 def test_bench_refuses(gemma_edge: Cli, bundle: Path, options: tuple[str, ...], code: int, word: str) -> None:
     assert_refused(gemma_edge("bench", bundle, *options), code, word)
+
+
+# Both formats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["fp32", "int4-block32", "int4-channel"])
+def test_both_formats_are_proven_and_agree(gemma_edge: Cli, checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+    both = tmp_path / "both"
+    result = gemma_edge("export", checkpoint, "-o", both, "--scheme", scheme, *EXPORT)
+    assert result.code == 0, result.err
+    assert "every check passed" in result.err
+    report = json.loads((both / MANIFEST).read_text())["artifacts"]["pte"]["report"]
+    assert report["delegates"] >= 1
+    assert gemma_edge("validate", both).code == 0
+    answers = {
+        format: gemma_edge("generate", both, "--chat", "hello", "-n", "12", "--format", format).out
+        for format in ("pte", "onnx")
+    }
+    if scheme == "fp32":
+        assert answers["pte"] == answers["onnx"]
+
+    data = bytearray((both / "model.pte").read_bytes())
+    data[len(data) * 3 // 4] ^= 0x44
+    (both / "model.pte").write_bytes(data)
+    assert gemma_edge("validate", both).code == 5

@@ -3,23 +3,28 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from export.manifest import Artifact, Check, Manifest, TokenizerInfo
-from gemma3.cache import cache_layout
+from gemma3.cache import COMPACTING_SLACK, cache_layout
 from gemma3.config import TextConfig
 from gemma3.model import Gemma3
-from runtime_py.eager_session import EagerSession, record
+from quant.activations import with_integer_weights
+from quant.integers import round_to_nearest
+from runtime_py.eager_session import EagerSession, record, with_noise
 from runtime_py.golden import Reference
 from runtime_py.session import Logits
 from runtime_py.validate import (
     FLOAT_LIMITS,
     INTEGER_LIMITS,
+    NOISE,
     Limits,
     Plan,
     check_session,
     limits_for,
     make_plan,
     validation_table,
+    with_noise_limits,
 )
 from tests.shapes import random_model, tiny_config
 
@@ -83,9 +88,10 @@ def test_every_walk_feeds_the_whole_sequence_in_order(plan: Plan) -> None:
 def test_landmarks_are_the_window_and_the_wraps(plan: Plan) -> None:
     positions = plan.landmarks
     assert (positions["W−1"], positions["W"], positions["W+1"], positions["2W"]) == (11, 12, 13, 24)
-    # 12 + 8 − 1 slots, rounded up to 8; and 12 + 64
+    # 12 + 8 − 1 slots, rounded up to 8; and the window with its slack
     assert [positions[f"wrap {turn} of 24 slots"] for turn in (1, 2, 3)] == [24, 48, 72]
-    assert positions["wrap 1 of 76 slots"] == 76
+    compacting = WINDOW + COMPACTING_SLACK
+    assert positions[f"wrap 2 of {compacting} slots"] == 2 * compacting
     assert positions["last"] == CONTEXT - 1
 
 
@@ -182,6 +188,27 @@ def test_golden_positions_alone_catch_it_too(model: Gemma3, plan: Plan, referenc
     other = Gemma3(replace(model.config, sliding_window=WINDOW - 1)).requires_grad_(False)
     other.load_state_dict(model.state_dict())
     assert failed(check_session(session_of(other), plan, golden, "onnx", INTEGER_LIMITS["onnx"]))
+
+
+def test_rounded_activations_get_the_noise_that_the_reference_itself_has(model: Gemma3, plan: Plan) -> None:
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    integers = {name: round_to_nearest(model.get_parameter(name), 8, None) for name in linears if "lm_head" not in name}
+    rounded = random_model(model.config)
+    with_integer_weights(rounded, integers, "int8")
+    reference = record(session_of(rounded), plan.ids, plan.positions)
+    assert with_noise_limits(INTEGER_LIMITS["pte"], reference) == INTEGER_LIMITS["pte"]
+
+    noisy = with_noise(reference, session_of(rounded))
+    limits = with_noise_limits(INTEGER_LIMITS["pte"], noisy)
+    assert limits.kl_mean == max(1e-5, NOISE * float(noisy.noise_kl.mean()))
+    assert limits.kl_max == max(1e-4, NOISE * float(noisy.noise_kl.max()))
+    assert 1e-12 < noisy.noise_kl.max() < 1e-2
+    checks = check_session(session_of(rounded), plan, noisy, "pte", INTEGER_LIMITS["pte"])
+    assert not failed(checks)
+    assert any("nudged" in check.name for check in checks)
+    # The nudge is gone again, and a model that rounds nothing is told apart.
+    assert (record(session_of(rounded), plan.ids, plan.positions).values == reference.values).all()
+    assert failed(check_session(session_of(model), plan, noisy, "pte", INTEGER_LIMITS["pte"]))
 
 
 def test_limits_follow_the_weights() -> None:
