@@ -5,7 +5,8 @@ inputs X [tokens, columns], the sum of (error · H · errorᵀ) over the rows, H
 problem of its own; one on which rounding to nearest does better keeps it, so no row is ever worse.
 
 Columns are taken in their order: groups of neighbours share a scale. It is set when the first column of the group
-is reached, from what the weight has become by then.
+is reached, from what the weight has become by then: of absmax's and some smaller ones, the one with the least error
+by what each column's error will cost. (Absmax alone left 1.15 times the KL divergence on the demo checkpoint.)
 """
 
 import logging
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # Share of the mean of H's diagonal that is added to it, the paper's.
 DAMPING = 0.01
+SHARES_OF_ABSMAX = [1 - step / 64 for step in range(20)]
 # Corrections to columns beyond are made once for so many columns, as one matrix product.
 COLUMNS_AT_ONCE = 128
 
@@ -97,21 +99,22 @@ def gptq_weight(weight: Tensor, hessian: Tensor, scheme: Integers) -> tuple[Inte
 
 
 def _corrected(weight: Tensor, factor: Tensor, plain: IntegerWeight) -> IntegerWeight:
-    """The integers that GPTQ finds; ``plain`` gives the form, and the scales where there is one a row."""
+    """The integers that GPTQ finds, in the form of ``plain``."""
     rows, columns = weight.shape
     size, bits = plain.group_size, plain.bits
     at_once = COLUMNS_AT_ONCE if plain.per_channel else size * max(1, COLUMNS_AT_ONCE // size)
     left = weight.T.clone()  # [K, N]: a column is contiguous
     codes = torch.empty(columns, rows)
-    scales = plain.scales.T.clone()
+    scales = torch.empty(plain.scales.shape[1], rows)
+    # What GPTQ makes small, column by column: Σ (error / factor's diagonal)².
+    cost = factor.diagonal() ** -2
     for start in range(0, columns, at_once):
         end = min(start + at_once, columns)
         steps = torch.empty(end - start, rows)
         for column in range(start, end):
             group, place = divmod(column, size)
-            if place == 0 and not plain.per_channel:
-                members = left[column : column + size].T.unsqueeze(1)
-                scales[group] = bf16_grid(absmax_scales(members, bits))[:, 0]
+            if place == 0:
+                scales[group] = least_costly_scales(left[column : column + size].T, cost[column : column + size], bits)
             scale = scales[group]
             codes[column] = nearest_codes(left[column, :, None], scale, bits)[:, 0]
             step = (left[column] - codes[column] * scale) / factor[column, column]
@@ -119,6 +122,16 @@ def _corrected(weight: Tensor, factor: Tensor, plain: IntegerWeight) -> IntegerW
             steps[column - start] = step
         left[end:].addmm_(factor[start:end, end:].T, steps, alpha=-1)
     return IntegerWeight(codes.T.to(torch.int8).contiguous(), scales.T.contiguous(), bits, plain.group)
+
+
+def least_costly_scales(values: Tensor, cost: Tensor, bits: int) -> Tensor:
+    """float32 [rows] on the bfloat16 grid, for values [rows, size] whose squared errors weigh cost [size]."""
+    grouped = values.unsqueeze(1)
+    absmax = absmax_scales(grouped, bits)
+    candidates = torch.stack([bf16_grid(absmax * share) for share in SHARES_OF_ABSMAX])  # [shares, rows, 1]
+    errors = [(nearest_codes(grouped, scales, bits) * scales[..., None] - grouped).square() for scales in candidates]
+    costs = torch.stack([(error * cost).sum(-1) for error in errors])
+    return candidates.gather(0, costs.argmin(0, keepdim=True))[0, :, 0]
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
