@@ -189,8 +189,8 @@ def comparison_table(comparisons: Mapping[str, Comparison]) -> str:
     """One column a model, all against the same reference on the same tokens."""
     figures = comparisons.values()
     rows = {
-        "perplexity": [one.perplexity.show(".4f") for one in figures],
-        "reference's perplexity": [one.reference_perplexity.show(".4f") for one in figures],
+        "perplexity": [one.perplexity.show(".5g") for one in figures],
+        "reference's perplexity": [one.reference_perplexity.show(".5g") for one in figures],
         "perplexity ratio": [one.perplexity_ratio.show(".5f") for one in figures],
         "ΔNLL, nats (paired)": [one.delta_nll.show("+.6f") for one in figures],
         "KL divergence, nats": [one.kl.show(".3g") for one in figures],
