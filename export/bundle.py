@@ -161,11 +161,12 @@ def copy_tokenizer(source: Checkpoint, directory: Path) -> TokenizerInfo:
     tokenizer.json and tokenizer_config.json, which stock runners read, go along where the checkpoint has them.
     """
     Tokenizer(source.path)
-    for name in (TOKENIZER, "tokenizer.json", "tokenizer_config.json"):
+    shutil.copyfile(source.path / TOKENIZER, directory / TOKENIZER)
+    # Read while it has no neighbours: released text-only checkpoints list an image token past their own table.
+    tokenizer = Tokenizer(directory / TOKENIZER)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, directory / name)
-    # Read where it has no neighbours: released text-only checkpoints list an image token past their own table.
-    tokenizer = Tokenizer(directory / TOKENIZER)
     config = source.config
     if tokenizer.vocab_size > config.vocab_size or tokenizer.bos_id != config.bos_token_id:
         raise BadInput(

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 from pathlib import Path
@@ -141,6 +142,15 @@ def test_another_models_tokenizer(tmp_path: Path) -> None:
     (larger / "tokenizer.model").replace(checkpoint / "tokenizer.model")
     with pytest.raises(BadInput, match=r"has 700 tokens and BOS 2, config\.json 640 and 2"):
         export(checkpoint, tmp_path / "out")
+
+
+def test_a_token_that_only_the_tokenizer_has(tmp_path: Path) -> None:
+    # As in the released text-only checkpoints: the image token is one past their embedding table.
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    added = {"640": {"content": "<image_soft_token>", "special": True}}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    export(checkpoint, tmp_path / "out")
+    assert "tokenizer_config.json" in read_manifest(tmp_path / "out").files
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
