@@ -71,8 +71,9 @@ INTEGER_LIMITS = {
 # Once one int8 activation has gone the other way, later layers and positions see inputs that differ by its step, and
 # more go the other way: in a deep model any change, however small, ends in a difference of the same size. How large
 # is measured on the reference itself, which is nudged by one unit in the last place (``Reference.noise_kl``). Two
-# such runs of one model differ by that much, so a file may, with a factor for the spread of so few positions.
-NOISE = 2.0
+# such runs of one model differ by that much, so a file may, with factors for the spread of a mean over a few
+# positions and of a maximum (demo checkpoint: the nudged reference 1.2e-4 and 8e-4, the .pte 1.8e-4 and 1.3e-3).
+NOISE, PEAK_NOISE = 2.0, 4.0
 
 
 def with_noise_limits(limits: Limits, reference: Reference) -> Limits:
@@ -80,7 +81,7 @@ def with_noise_limits(limits: Limits, reference: Reference) -> Limits:
     if limits.kl_mean is None or limits.kl_max is None:
         return limits
     mean, peak = float(reference.noise_kl.mean()), float(reference.noise_kl.max())
-    return replace(limits, kl_mean=max(limits.kl_mean, NOISE * mean), kl_max=max(limits.kl_max, NOISE * peak))
+    return replace(limits, kl_mean=max(limits.kl_mean, NOISE * mean), kl_max=max(limits.kl_max, PEAK_NOISE * peak))
 
 
 def limits_for(manifest: Manifest, format: str) -> Limits:
@@ -142,7 +143,11 @@ def local_slots(layout: CacheLayout) -> int:
 
 
 def probe_ids(manifest: Manifest, length: int) -> list[int]:
-    """BOS, then ids drawn evenly from the whole vocabulary: every row of the table may come up."""
+    """BOS, then ids drawn evenly from the whole vocabulary: every row of the table may come up.
+
+    Text hides faults. On the demo checkpoint a window off by one costs a mean KL divergence of 2.8e-3 over these ids
+    and 2.7e-4 over held-out text, which is within the noise of int8 activations.
+    """
     random = np.random.default_rng(SEED)
     return [manifest.tokenizer.bos_id, *random.integers(manifest.model.vocab_size, size=length - 1).tolist()]
 

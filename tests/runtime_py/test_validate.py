@@ -18,6 +18,7 @@ from runtime_py.validate import (
     FLOAT_LIMITS,
     INTEGER_LIMITS,
     NOISE,
+    PEAK_NOISE,
     Limits,
     Plan,
     check_session,
@@ -201,7 +202,7 @@ def test_rounded_activations_get_the_noise_that_the_reference_itself_has(model: 
     noisy = with_noise(reference, session_of(rounded))
     limits = with_noise_limits(INTEGER_LIMITS["pte"], noisy)
     assert limits.kl_mean == max(1e-5, NOISE * float(noisy.noise_kl.mean()))
-    assert limits.kl_max == max(1e-4, NOISE * float(noisy.noise_kl.max()))
+    assert limits.kl_max == max(1e-4, PEAK_NOISE * float(noisy.noise_kl.max()))
     assert 1e-12 < noisy.noise_kl.max() < 1e-2
     checks = check_session(session_of(rounded), plan, noisy, "pte", INTEGER_LIMITS["pte"])
     assert not failed(checks)
