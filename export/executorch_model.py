@@ -281,12 +281,6 @@ def pack_embedding(codes: Tensor) -> Tensor:
     return nibbles[:, 0::2] << 4 | nibbles[:, 1::2]
 
 
-def unpack_embedding(packed: Tensor) -> Tensor:
-    """The inverse of pack_embedding: int8 [V, E]."""
-    nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).view(packed.shape[0], -1)
-    return nibbles.to(torch.int8) - 8
-
-
 class ExecutorchModel(nn.Module):
     """tokens int64 [1, S] at positions start_pos (int64 [1]) onwards → logits float32 [1, 1, V] of the last one."""
 

@@ -23,8 +23,8 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XN
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
 from executorch.exir._serialize._program import _get_extended_header
-from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
 from executorch.exir.scalar_type import ScalarType
+from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
 from numpy.typing import NDArray
 from torch import Tensor
 

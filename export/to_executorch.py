@@ -127,9 +127,10 @@ def export_pte(
 
 def trace(model: ExecutorchModel, layout: CacheLayout) -> ExportedProgram:
     """The model as a graph whose token count is a symbol."""
-    length = Dim("length", min=1, max=layout.chunk)
-    dynamic = {"tokens": {1: length}, "start_pos": None} if layout.chunk > 1 else None
     example = (torch.zeros(1, min(3, layout.chunk), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    dynamic = None
+    if layout.chunk > 1:
+        dynamic = {"tokens": {1: Dim("length", min=1, max=layout.chunk)}, "start_pos": None}
     return torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
 
 
@@ -147,8 +148,12 @@ def lower(program: ExportedProgram, methods: dict[str, Any]) -> Any:
         ),
     )
     return edge.to_backend(LevelPartitioner()).to_executorch(
-        # Inputs are the caller's memory: planned, they would be copied in.
-        ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False))
+        ExecutorchBackendConfig(
+            # Inputs are the caller's memory: planned, they would be copied in.
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            # So that a session can look into the caches by name.
+            emit_mutable_buffer_names=True,
+        )
     )
 
 
@@ -162,7 +167,7 @@ def constant_methods(config: TextConfig, layout: CacheLayout, eos_ids: Sequence[
         "get_eos_ids": list(eos_ids),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
+        "enable_dynamic_shape": layout.chunk > 1,
         # Ours: which name the head's weight goes by when the file is read back.
         "tie_word_embeddings": config.tie_word_embeddings,
     }

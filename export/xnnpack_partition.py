@@ -66,7 +66,8 @@ class LevelPartitioner(Partitioner):  # type: ignore[misc]
 
     def members(self, node: Node, program: ExportedProgram) -> list[Node]:
         """A delegated operator and the nodes that go with it; nothing for what stays outside."""
+        assert callable(node.target)
         operator = self.operators.get(format_target_name(node.target.__name__))
         if operator is None or not operator.check_constraints(node, program):
             return []
-        return operator.get_partition(node, program)  # type: ignore[no-any-return]
+        return operator.get_partition(node, program)

@@ -34,8 +34,8 @@ for package, library in OPERATORS.items():
     found = next(Path(spec.submodule_search_locations[0]).glob(library))
     torch.ops.load_library(str(found))  # type: ignore[no-untyped-call]
 
-# ExecuTorch looks for files of ARM machines on every machine, and says so on stderr.
-NOISE = b"[cpuinfo_utils.cpp"
+# ExecuTorch looks for files of ARM machines on every machine and says so on stderr, like every change of its threads.
+NOISE = (b"[cpuinfo_utils.cpp", b"Resetting threadpool")
 
 
 class PteSession:
@@ -46,9 +46,9 @@ class PteSession:
     """
 
     def __init__(self, path: Path, layout: CacheLayout, vocab_size: int, threads: int | None = None) -> None:
-        if threads is not None:
-            runtime._unsafe_reset_threadpool(threads)
         with native_errors(path):
+            if threads is not None:
+                runtime._unsafe_reset_threadpool(threads)
             program = runtime._load_program(str(path), program_verification=runtime.Verification.InternalConsistency)
             self._forward = program.load_method("forward")
             methods = {program.get_method_name(index) for index in range(program.num_methods())}
@@ -68,6 +68,12 @@ class PteSession:
         self.vocab_size = vocab_size
         self.position = 0
         self.logits: Logits = np.empty(0, np.float32)
+
+    def cache(self, layer: int) -> tuple[Logits, Logits]:
+        """The keys and values [1, slots, K, D] that one layer holds now: copies of the program's own buffers."""
+        names = (f"layers.{layer}.attention.keys", f"layers.{layer}.attention.values")
+        keys, values = (self._forward.get_attribute(name).numpy().copy() for name in names)
+        return keys, values
 
     def reset(self) -> None:
         """The caches keep their bytes: masks and causality hide every slot not written since."""
@@ -106,7 +112,7 @@ def native_errors(path: Path) -> Iterator[None]:
             os.dup2(original, 2)
             os.close(original)
         caught.seek(0)
-        lines = [line for line in caught if NOISE not in line]
+        lines = [line for line in caught if not any(noise in line for noise in NOISE)]
     if failed:
         reason = lines[-1].decode(errors="replace").strip() if lines else "no reason given"
         raise BadInput(f"{path}: ExecuTorch does not load it ({reason}); export it again")

@@ -1,0 +1,51 @@
+"""Tiny models as .pte files, for the tests of the exporter and of the session."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from export.to_executorch import PteReport, export_pte
+from gemma3.cache import CacheLayout, cache_layout
+from gemma3.config import TextConfig
+from gemma3.model import Gemma3
+from quant.activations import with_integer_weights
+from quant.recipe import QuantizedWeights, preset, quantize
+from runtime_py.pte_session import PteSession
+from tests.shapes import random_model
+
+CHUNK = 8
+
+
+@dataclass(frozen=True)
+class TinyPte:
+    path: Path
+    config: TextConfig
+    layout: CacheLayout
+    weights: QuantizedWeights
+    report: PteReport
+
+    def session(self, threads: int | None = None) -> PteSession:
+        return PteSession(self.path, self.layout, self.config.vocab_size, threads)
+
+    def eager(self) -> Gemma3:
+        """The same integers, with the inputs of integer linears rounded to int8 as XNNPACK does."""
+        return with_integer_weights(random_model(self.config), self.weights.integers, "int8")
+
+    def eager_logits(self, ids: list[int]) -> torch.Tensor:
+        """[len(ids), V]"""
+        with torch.no_grad():
+            return self.eager()(torch.tensor([ids]))[0]
+
+
+def tiny_pte(
+    config: TextConfig, directory: Path, scheme: str = "fp32", embedding: str | None = None, *, context: int = 128
+) -> TinyPte:
+    state = random_model(config).state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    weights = quantize(state.items(), preset(scheme, embedding))
+    layout = cache_layout(config, "ring", context, CHUNK)
+    path = directory / "model.pte"
+    report = export_pte(config, weights.tensors, layout, path, eos_ids=[1, 106])
+    return TinyPte(path, config, layout, weights, report)
