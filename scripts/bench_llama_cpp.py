@@ -118,7 +118,7 @@ def write_gguf(bundle: Path, path: Path) -> int:
     def q4_0(weight: IntegerWeight) -> np.ndarray:
         """Blocks of 32: float16 scale, then code + 8 of elements j and j + 16 in the low and high nibble."""
         if weight.bits != 4 or weight.group_size != 32:
-            raise SystemExit("export with --scheme int4-block32 --embedding int4: Q4_0 has nothing else")
+            raise SystemExit("error: export with --scheme int4-block32 --embedding int4: Q4_0 has nothing else")
         rows, columns = weight.codes.shape
         codes = (weight.codes.to(torch.int16) + 8).to(torch.uint8).view(rows, columns // 32, 2, 16)
         scales = weight.scales.half().view(torch.uint8).view(rows, columns // 32, 2)
@@ -311,9 +311,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="decode steps a round")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
     arguments = parser.parse_args()
+    from gemma3.errors import UserError
+
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        weight_bytes = write_gguf(arguments.bundle, directory / "model.gguf")
+        try:
+            weight_bytes = write_gguf(arguments.bundle, directory / "model.gguf")
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from None
         for threads in arguments.threads:
             compare(arguments, threads, directory, weight_bytes)
 
