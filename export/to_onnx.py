@@ -39,8 +39,10 @@ from gemma3.config import SLIDING, LayerKind, TextConfig
 from gemma3.errors import BadInput, VerificationFailed
 from gemma3.model import inverse_frequencies
 from quant.integers import IntegerWeight
+from quant.recipe import Weight
+from quant.sfp8 import DECODE, Sfp8Weight
 
-Weights = Mapping[str, Tensor | IntegerWeight]
+Weights = Mapping[str, Weight]
 
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 23, MICROSOFT: 1}  # 23 brought RMSNormalization and RotaryEmbedding
@@ -75,7 +77,9 @@ def export_onnx(
 ) -> OnnxReport:
     """Write ``path`` and its external data ``path``.data, then read the integers back and compare.
 
-    ``weights`` by checkpoint name: float tensors (written as float32) or IntegerWeight of 4 or 8 bits.
+    ``weights`` by checkpoint name: float tensors (written as float32), IntegerWeight of 4 or 8 bits, or Sfp8Weight,
+    whose codes go into the file as they are and are looked up when it is loaded (4 bytes a weight in memory: to
+    validate with, see export/reexpress.py for what ships).
     ``layout`` must be of the compacting style. ``accuracy_level`` is MatMulNBits': 4 multiplies in int8 after
     rounding the activations by block, 1 in float32 with the weights exact.
     Raises BadInput for weights that do not fit the configuration or the runtime's kernels, and
@@ -116,8 +120,7 @@ def export_onnx(
         outputs={value.name or "": _dims(value) for value in outputs},
         files={file.name: file.stat().st_size for file in (path, data_path)},
         ideal_bytes=sum(
-            weight.ideal_bytes if isinstance(weight, IntegerWeight) else 4 * weight.numel()
-            for weight in weights.values()
+            4 * weight.numel() if isinstance(weight, Tensor) else weight.ideal_bytes for weight in weights.values()
         ),
         integers_equal=equal,
         integers_unequal=unequal,
@@ -206,6 +209,8 @@ def embed(graph: "GraphBuilder", config: TextConfig, ids: ir.Value) -> ir.Value:
     weight = graph.take(name)
     if isinstance(weight, Tensor):
         return graph.op.Gather(graph.float_matrix([name], [weight]), ids)
+    if isinstance(weight, Sfp8Weight):
+        return graph.op.Gather(graph.sfp8_matrix(name, weight), ids)
     rows, columns = weight.codes.shape
     block = block_size(name, weight)
     codes, scales = graph.integer_matrix([name], [weight], block)
@@ -337,6 +342,7 @@ class GraphBuilder:
         self._constants: dict[str, ir.Value] = {}
         self._matrices: dict[str, ir.Value] = {}
         self._scales: dict[str, ir.Value] = {}
+        self._decoded: dict[str, ir.Value] = {}
 
     def ints(self, values: int | list[int]) -> ir.Value:
         return self._constant(np.array(values, np.int64))
@@ -351,7 +357,7 @@ class GraphBuilder:
             self._constants[key] = self.op.initializer(ir.tensor(array), name=f"constant_{len(self._constants)}")
         return self._constants[key]
 
-    def take(self, name: str) -> Tensor | IntegerWeight:
+    def take(self, name: str) -> Weight:
         """Raises BadInput when the weight is missing."""
         if name not in self._weights:
             raise BadInput(f"weight {name} is missing")
@@ -391,8 +397,12 @@ class GraphBuilder:
                     "accuracy_level": self._accuracy_level,
                 },
             )
-        else:
+        elif len(names) > 1:
             return [part for name in names for part in self.linear(x, name)]
+        else:
+            (weight,) = weights
+            assert isinstance(weight, Sfp8Weight)
+            return [self.op.FusedMatMul(x, self.sfp8_matrix(names[0], weight), transB=1, domain=MICROSOFT)]
         if len(names) == 1:
             return [product]
         parts: list[ir.Value] = self.op.Split(product, self.ints(rows), axis=-1, outputs=len(names))
@@ -420,6 +430,15 @@ class GraphBuilder:
                 wide = self.op.Expand(wide, self.ints(list(grid)))
             self._scales[label] = wide
         return codes, self._scales[label]
+
+    def sfp8_matrix(self, name: str, weight: Sfp8Weight) -> ir.Value:
+        """float32 [rows, columns], from one byte a value in the file."""
+        if name not in self._decoded:
+            codes = self._stored(name + ".codes", lambda: weight.codes.numpy())
+            scale = self._stored(name + ".scale", lambda: weight.scale.numpy())
+            values = self.op.Gather(self.floats(DECODE.tolist()), self.op.Cast(codes, to=ir.DataType.INT32))
+            self._decoded[name] = self.op.Mul(values, scale)
+        return self._decoded[name]
 
     def integer_node(
         self, kind: str, inputs: Sequence[ir.Value], rows: dict[str, int], columns: int, attributes: dict[str, int]
@@ -543,12 +562,16 @@ def stored_integers(path: Path) -> Iterator[tuple[str, IntegerWeight]]:
         if WEIGHTS_KEY not in notes:
             continue
         note = json.loads(notes[WEIGHTS_KEY])
-        bits = next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+        bits, block = (
+            next(attribute.i for attribute in node.attribute if attribute.name == name)
+            for name in ("bits", "block_size")
+        )
         codes = unpack(read(node.input[0 if node.op_type == "GatherBlockQuantized" else 1]), bits, note["columns"])
         scales = torch.from_numpy(read(node.input[2]).astype(np.float32))
+        shorter_last = block if scales.shape[1] > 1 and note["columns"] % block else None
         start = 0
         for name, rows in note["rows"].items():
-            yield name, IntegerWeight(codes[start : start + rows], scales[start : start + rows], bits)
+            yield name, IntegerWeight(codes[start : start + rows], scales[start : start + rows], bits, shorter_last)
             start += rows
 
 

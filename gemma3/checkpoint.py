@@ -1,7 +1,7 @@
 """Hugging Face checkpoint directories: memory-mapped safetensors, with every tensor accounted for."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,7 @@ def build_model(config: TextConfig, named_weights: Iterable[tuple[str, Tensor]])
     Raises BadInput when one is missing, left over or of another shape.
     """
     state = {name: tensor.float() for name, tensor in named_weights}
-    expected = _expected(config, has_head="lm_head.weight" in state)
-    for name in sorted(expected.keys() ^ state.keys()):
-        problem = "is missing" if name in expected else "is not part of the model"
-        raise BadInput(f"weight {name} {problem} that config.json describes; they are not of one checkpoint")
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise BadInput(f"weight {name} has shape {list(state[name].shape)}, config.json asks for {list(shape)}")
+    check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
     with torch.device("meta"):
         model = Gemma3(config)
     if config.tie_word_embeddings:
@@ -136,6 +130,17 @@ def build_model(config: TextConfig, named_weights: Iterable[tuple[str, Tensor]])
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval().requires_grad_(False)
+
+
+def check_shapes(config: TextConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises BadInput when a weight of ``config``'s model is missing, left over or of another shape."""
+    expected = _expected(config, has_head="lm_head.weight" in shapes)
+    for name in sorted(expected.keys() ^ shapes.keys()):
+        problem = "is missing" if name in expected else "is not part of the model"
+        raise BadInput(f"weight {name} {problem} that config.json describes; they are not of one checkpoint")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise BadInput(f"weight {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}")
 
 
 def _expected(config: TextConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
