@@ -48,8 +48,8 @@ class Reference:
     top_values: NDArray[np.float32]  # [P, K]
     log_sum_exp: NDArray[np.float32]  # [P], over the whole vocabulary
     argmax: NDArray[np.int32]  # [P]
-    # [P] KL divergence to the same model after a change of one unit in the last place of its inputs. Without int8
-    # activations next to nothing, and left 0.
+    # KL divergence, at every position that was recorded, to the same model after a change of one unit in the last
+    # place of its inputs. Without int8 activations next to nothing, and left 0.
     noise_kl: NDArray[np.float32]
 
     def at(self, positions: Iterable[int]) -> "Reference":
@@ -64,7 +64,7 @@ class Reference:
             self.top_values[rows],
             self.log_sum_exp[rows],
             self.argmax[rows],
-            self.noise_kl[rows],
+            self.noise_kl,  # of them all: it says how the model is, not how these rows are
         )
 
     def compare(self, position: int, logits: Logits) -> Difference | None:

@@ -38,6 +38,10 @@ GOLDEN_NEAR = 1
 SEED = 20_250_312
 
 ONE_BY_ONE = "one by one"
+METRICS = (
+    *("equal", "max_abs", "mean_abs", "relative_rms"),
+    *("kl_mean", "kl_max", "kl_worst_position", "top1_agreement"),
+)
 AT_LEAST = ("top1_agreement", "equal")  # metrics whose limit is a minimum
 
 
@@ -323,14 +327,20 @@ def worst_figures(checks: Sequence[Check], artifact: str) -> dict[str, float]:
 
 
 def validation_table(checks: Sequence[Check]) -> str:
-    """One row a check, its figures side by side; a figure over its limit is marked with the limit."""
+    """One row a check, its figures side by side; a figure over its limit is marked. Below, the limits."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
+    limits: dict[str, set[str]] = {}
     for check in checks:
-        shown = f"{check.value:.3g}" + ("" if check.passed else f" FAILED, limit {check.limit:.3g}")
+        shown = f"{check.value:.3g}" + ("" if check.passed else " FAILED")
         rows.setdefault((check.artifact, check.name), {})[check.metric] = shown
-    metrics = list(dict.fromkeys(check.metric for check in checks))
-    return table(
+        if check.limit is not None:
+            sign = "≥" if check.metric in AT_LEAST else "≤"
+            limits.setdefault(check.artifact, set()).add(f"{check.metric} {sign} {check.limit:.3g}")
+    metrics = sorted({check.metric for check in checks}, key=METRICS.index)
+    figures = table(
         ("artifact", "check", *metrics),
-        [(*key, *(figures.get(metric, "") for metric in metrics)) for key, figures in rows.items()],
+        [(*key, *(values.get(metric, "") for metric in metrics)) for key, values in rows.items()],
         left=2,
     )
+    notes = [f"{artifact} must keep {', '.join(sorted(kept))}" for artifact, kept in limits.items()]
+    return "\n".join((figures, "", *notes))

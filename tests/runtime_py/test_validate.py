@@ -204,6 +204,7 @@ def test_rounded_activations_get_the_noise_that_the_reference_itself_has(model: 
     assert limits.kl_mean == max(1e-5, NOISE * float(noisy.noise_kl.mean()))
     assert limits.kl_max == max(1e-4, PEAK_NOISE * float(noisy.noise_kl.max()))
     assert 1e-12 < noisy.noise_kl.max() < 1e-2
+    assert with_noise_limits(INTEGER_LIMITS["pte"], noisy.at([5])) == limits
     checks = check_session(session_of(rounded), plan, noisy, "pte", INTEGER_LIMITS["pte"])
     assert not failed(checks)
     assert any("nudged" in check.name for check in checks)
@@ -219,8 +220,11 @@ def test_limits_follow_the_weights() -> None:
 
 
 def test_the_table_marks_what_failed() -> None:
-    text = validation_table(
-        [Check("pte", "walk", "kl_mean", 0.5, 1e-3, False), Check("pte", "walk", "x", 1, None, True)]
-    )
-    assert "0.5 FAILED, limit 0.001" in text
-    assert text.count("\n") == 2
+    checks = [Check("pte", "walk", "kl_mean", 0.5, 1e-3, False), Check("pte", "walk", "max_abs", 1, None, True)]
+    assert validation_table(checks).splitlines() == [
+        "| artifact | check | max_abs |    kl_mean |",
+        "| -------- | ----- | ------: | ---------: |",
+        "| pte      | walk  |       1 | 0.5 FAILED |",
+        "",
+        "pte must keep kl_mean ≤ 0.001",
+    ]
