@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from export.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -274,7 +276,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def _check_disk(directory: Path, weights: QuantizedWeights, formats: Sequence[Format]) -> None:
     """Raises DoesNotFit when the files cannot have room. A .pte holds the embedding table a second time."""
     table = weights.tensors["model.embed_tokens.weight"]
-    table_bytes = table.ideal_bytes if isinstance(table, IntegerWeight) else 4 * table.numel()
+    table_bytes = 4 * table.numel() if isinstance(table, Tensor) else table.ideal_bytes
     needed = SMALL_FILES_BYTES + len(formats) * weights.ideal_bytes + (table_bytes if "pte" in formats else 0)
     free = shutil.disk_usage(directory).free
     if free < needed:
