@@ -40,7 +40,7 @@ SEED = 20_250_312
 ONE_BY_ONE = "one by one"
 METRICS = (
     *("equal", "max_abs", "mean_abs", "relative_rms"),
-    *("kl_mean", "kl_max", "kl_worst_position", "top1_agreement"),
+    *("kl_mean", "kl_max", "kl_worst_position", "top1_agreement", "decibels"),
 )
 AT_LEAST = ("top1_agreement", "equal")  # metrics whose limit is a minimum
 
@@ -316,14 +316,10 @@ def limited(artifact: str, name: str, metric: str, value: float, limits: Limits)
     return Check(artifact, name, metric, value, limit, passed)  # NaN compares false: it does not pass
 
 
-def worst_figures(checks: Sequence[Check], artifact: str) -> dict[str, float]:
-    """Of each metric, the worst value that any check of ``artifact`` has."""
-    figures: dict[str, float] = {}
-    for check in checks:
-        if check.artifact == artifact:
-            worse = min if check.metric in AT_LEAST else max
-            figures[check.metric] = worse(figures.get(check.metric, check.value), check.value)
-    return figures
+def stepped_figures(checks: Sequence[Check], artifact: str) -> dict[str, float]:
+    """By metric, what the walk over single positions showed of ``artifact``."""
+    walk_name = f"{ONE_BY_ONE} ("
+    return {one.metric: one.value for one in checks if one.artifact == artifact and one.name.startswith(walk_name)}
 
 
 def validation_table(checks: Sequence[Check]) -> str:
