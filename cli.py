@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from export.bundle import Draft
     from export.manifest import Check, Format, Manifest
     from gemma3.tokenizer import Tokenizer
-    from quant.recipe import QuantizedWeights, Recipe
+    from quant.recipe import Recipe
     from runtime_py.accuracy_report import Candidate
     from runtime_py.session import Session
 
@@ -43,11 +43,22 @@ DEMO_TOKENS, DEMO_QUESTIONS = 4000, 60
 # What `accuracy` uses where no bundle says: the defaults of `export`.
 LARGEST_STRETCH, EAGER_CHUNK = 4096, 128
 
-Scheme = Literal["fp32", "int4-channel", "int4-block32"]
+Scheme = Literal["fp32", "int4-channel", "int4-block32", "sfp8"]
 OneFormat = Literal["pte", "onnx"]
 
 Model = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory, or 'demo'.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `gemma-edge export` wrote.")]
+SchemeOption = Annotated[
+    Scheme | None,
+    typer.Option("--scheme", help="How linear layers are stored [int4-block32; a quantized checkpoint's own]."),
+]
+EmbeddingOption = Annotated[
+    Literal["int8", "int4", "sfp8"] | None,
+    typer.Option("--embedding", help="How the embedding table is stored [int8; sfp8 and fp32 with those schemes]."),
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="A recipe (.toml) instead of --scheme and --embedding.")
+]
 Which = Annotated[
     OneFormat | None, typer.Option("--format", help="Which of the bundle's graphs to run; its first if left out.")
 ]
@@ -96,25 +107,60 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's directory; must not exist.")],
     format: Annotated[Literal["pte", "onnx", "both"], typer.Option("--format")] = "both",
-    scheme: Annotated[Scheme, typer.Option("--scheme", help="How the linear layers are stored.")] = "int4-block32",
-    embedding: Annotated[
-        Literal["int8", "int4"] | None,
-        typer.Option("--embedding", help="How the embedding table is stored (int8 unless the scheme is fp32)."),
-    ] = None,
+    scheme: SchemeOption = None,
+    embedding: EmbeddingOption = None,
+    recipe: RecipeOption = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Positions the caches hold [the model's, at most 4096].")
     ] = None,
     chunk: Annotated[
         int | None, typer.Option("--chunk", help="Tokens per prefill call [128, at most the context].")
     ] = None,
+    exact_sfp8: Annotated[
+        bool, typer.Option("--exact-sfp8", help="Keep SFP8's codes in the .onnx: exact but slow, to validate with.")
+    ] = False,
 ) -> None:
-    """Quantize a checkpoint, export it, prove the files against the eager model; the bundle appears if they pass."""
-    from quant.recipe import preset
+    """Export a checkpoint, quantized or to be rounded to nearest; the bundle appears once its files are proven."""
     from runtime_py.validate import validation_table
 
-    manifest = export_proven(model, preset(scheme, embedding), out, formats_of(format), context, chunk)
+    wanted = recipe_of(scheme, embedding, recipe)
+    manifest = export_proven(model, wanted, out, formats_of(format), context, chunk, exact_sfp8)
     print(validation_table(manifest.validation))
     print(bundle_line(out, manifest), file=sys.stderr)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The quantized checkpoint's directory; must not exist.")],
+    method: Annotated[
+        Literal["rtn", "gptq", "hqq"],
+        typer.Option("--method", help="Round to nearest; GPTQ, which looks at text; HQQ's scales, without data."),
+    ] = "rtn",
+    scheme: SchemeOption = None,
+    embedding: EmbeddingOption = None,
+    recipe: RecipeOption = None,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", metavar="FILE", help="Text, or conversations (.jsonl), for gptq.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How much of the text gptq looks at.")] = 65_536,
+) -> None:
+    """Quantize a checkpoint without training; `gemma-edge export` takes the result as it is."""
+    from export.calibrate import quantize_checkpoint
+    from export.source import DEFAULT_SCHEME
+    from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
+    from quant.atomic import refuse_existing
+    from quant.recipe import preset
+    from quant.stored import save_quantized
+
+    refuse_existing(out)
+    wanted = recipe_of(scheme, embedding, recipe) or preset(DEFAULT_SCHEME)
+    checkpoint = open_checkpoint(resolve_checkpoint(model))
+    weights = quantize_checkpoint(checkpoint, wanted, method, data or [], tokens)
+    save_quantized(out, weights, wanted, method, source=checkpoint.path)
+    for name, verdict in weights.verdicts.items():
+        print(f"{name}: {verdict}")
+    log.info("%s: %s by %s, %.1f MB of weights at best", out, wanted.name, method, weights.ideal_bytes / 1e6)
 
 
 @app.command()
@@ -317,7 +363,7 @@ def demo(
 
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch) / "bundle" if out is None else out
-        manifest = export_proven("demo", preset("int4-block32"), bundle, FORMATS, None, None)
+        manifest = export_proven("demo", preset("int4-block32"), bundle, FORMATS)
         log.info("replaying the golden vectors, as `gemma-edge validate` does anywhere")
         require_passed(check_bundle(bundle))
 
@@ -389,14 +435,40 @@ def formats_of(choice: str) -> "list[Format]":
     return [format for format in FORMATS if choice in (format, "both")]
 
 
+def recipe_of(scheme: str | None, embedding: str | None, file: Path | None) -> "Recipe | None":
+    """What the options ask for; None if they ask for nothing. Raises RecipeError, BadInput for a file and more."""
+    from export.source import DEFAULT_SCHEME
+    from gemma3.errors import BadInput
+    from quant.recipe import preset, read_recipe
+
+    if file is not None:
+        if scheme or embedding:
+            raise BadInput(f"{file}: a recipe says it all; leave out --scheme and --embedding")
+        return read_recipe(file)
+    return preset(scheme or DEFAULT_SCHEME, embedding) if scheme or embedding else None
+
+
 def export_proven(
-    model: str, recipe: "Recipe", out: Path, formats: "Sequence[Format]", context: int | None, chunk: int | None
+    model: str,
+    recipe: "Recipe | None",
+    out: Path,
+    formats: "Sequence[Format]",
+    context: int | None = None,
+    chunk: int | None = None,
+    exact_sfp8: bool = False,
 ) -> "Manifest":
     from export.bundle import export_bundle
     from gemma3.checkpoint import resolve_checkpoint
 
     return export_bundle(
-        resolve_checkpoint(model), recipe, out, formats=formats, context=context, chunk=chunk, prove=prove
+        resolve_checkpoint(model),
+        recipe,
+        out,
+        formats=formats,
+        context=context,
+        chunk=chunk,
+        exact_sfp8=exact_sfp8,
+        prove=prove,
     )
 
 
@@ -409,7 +481,7 @@ def prove(draft: "Draft") -> "list[Check]":
     from runtime_py.validate import check_exact_twin, check_logits, make_plan
 
     plan = make_plan(draft.manifest)
-    references = fresh_references(draft.manifest, plan, draft.checkpoint, draft.weights)
+    references = fresh_references(draft.manifest, plan, draft.weights)
     golden = {key: reference.at(plan.golden_positions) for key, reference in references.items()}
     save_golden(draft.directory / GOLDEN, golden)
     integers = check_integers(draft.directory, draft.manifest, draft.weights)
@@ -421,17 +493,16 @@ def prove(draft: "Draft") -> "list[Check]":
 
 
 def check_against(bundle: Path, model: str) -> "list[Check]":
-    """``validate --checkpoint``: quantize the checkpoint again by the bundle's own rules and compare everything."""
-    from export.bundle import check_integers, quantize_again
+    """``validate --checkpoint``: compare everything with the weights that the bundle was made of."""
+    from export.bundle import check_integers, weights_behind
     from export.manifest import read_manifest
-    from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
+    from gemma3.checkpoint import resolve_checkpoint
     from runtime_py.eager_session import fresh_references
     from runtime_py.validate import check_bundle, make_plan
 
     manifest = read_manifest(bundle)
-    checkpoint = open_checkpoint(resolve_checkpoint(model))
-    weights = quantize_again(manifest, checkpoint)
-    references = fresh_references(manifest, make_plan(manifest), checkpoint, weights)
+    weights = weights_behind(manifest, resolve_checkpoint(model))
+    references = fresh_references(manifest, make_plan(manifest), weights)
     return [*check_integers(bundle, manifest, weights), *check_bundle(bundle, references)]
 
 
@@ -471,7 +542,7 @@ def candidates_of(
     """
     from functools import partial
 
-    from export.bundle import check_integers, require_passed
+    from export.bundle import check_integers, require_passed, weights_behind
     from export.manifest import MANIFEST, read_manifest
     from gemma3.checkpoint import resolve_checkpoint
     from gemma3.errors import BadInput
@@ -496,24 +567,14 @@ def candidates_of(
     sessions = {one: partial(open_session, path, one, threads) for one in formats}
     if checkpoint is None:
         return {f"{name} .{one}": Candidate(session) for one, session in sessions.items()}
-    weights = weights_behind(manifest, checkpoint)
+    weights = weights_behind(manifest, resolve_checkpoint(checkpoint))
     checks = check_integers(path, manifest, weights)
     require_passed(checks)
     integers = {check.artifact: check for check in checks}
     return {
-        f"{name} .{one}": Candidate(session, partial(open_own, manifest, one, weights), integers.get(one))
+        f"{name} .{one}": Candidate(session, partial(open_own, manifest, one, weights[one]), integers.get(one))
         for one, session in sessions.items()
     }
-
-
-def weights_behind(manifest: "Manifest", model: str) -> "QuantizedWeights":
-    """The weights that a bundle was made of: a quantized checkpoint's, or a float one's by the bundle's own rules."""
-    from export.bundle import quantize_again
-    from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
-    from quant.stored import is_quantized, load_quantized
-
-    path = resolve_checkpoint(model)
-    return load_quantized(path).weights if is_quantized(path) else quantize_again(manifest, open_checkpoint(path))
 
 
 def open_bundle(

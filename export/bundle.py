@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -31,12 +31,16 @@ from export.manifest import (
     TokenizerInfo,
     describe_files,
 )
+from export.reexpress import STAND_INS, reexpressed
+from export.source import open_source
 from gemma3.cache import CacheLayout, CacheStyle, cache_layout
-from gemma3.checkpoint import Checkpoint, open_checkpoint
+from gemma3.config import TextConfig, read_config
 from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
 from gemma3.tokenizer import Tokenizer
 from quant.integers import IntegerWeight
-from quant.recipe import QuantizedWeights, Recipe, Rule, quantize
+from quant.recipe import QuantizedWeights, Recipe, Rule
+from quant.sfp8 import Sfp8Weight
+from quant.stored import CONFIG, is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +59,7 @@ class Draft:
 
     directory: Path
     manifest: Manifest
-    checkpoint: Checkpoint
-    weights: QuantizedWeights
+    weights: dict[Format, QuantizedWeights]
 
 
 # Writes the golden vectors into the draft's directory and returns what validation measured.
@@ -65,41 +68,45 @@ Prove = Callable[[Draft], Sequence[Check]]
 
 def export_bundle(
     checkpoint: Path,
-    recipe: Recipe,
+    recipe: Recipe | None,
     out: Path,
     *,
     formats: Sequence[Format],
     context: int | None = None,
     chunk: int | None = None,
+    exact_sfp8: bool = False,
     prove: Prove,
 ) -> Manifest:
-    """Quantize ``checkpoint``, export it in each of ``formats``, prove the files, and let ``out`` appear.
+    """Export ``checkpoint`` in each of ``formats``, prove the files, and let ``out`` appear.
 
-    ``context`` defaults to the model's, at most 4096 positions; ``chunk`` to 128 tokens, at most the context.
+    A float checkpoint is rounded to nearest in ``recipe``; a quantized one keeps the integers it has (see
+    ``open_source``). SFP8 weights become 8-bit integers, unless ``exact_sfp8`` keeps their codes, which only .onnx
+    can. ``context`` defaults to the model's, at most 4096 positions; ``chunk`` to 128 tokens, at most the context.
     Raises BadInput or DoesNotFit for what cannot be exported (before any work where it can be known), and
     VerificationFailed when a check does not pass. On any error nothing is left behind.
     """
     refuse_target(out)
-    source = open_checkpoint(checkpoint)
-    config = source.config
+    config = read_config(checkpoint / CONFIG)
     context = min(config.max_position_embeddings, 4096) if context is None else context
     chunk = min(128, context) if chunk is None else chunk
     layouts = {format: cache_layout(config, STYLES[format], context, chunk) for format in formats}
     with staging(out) as directory:
-        tokenizer = copy_tokenizer(source, directory)
-        log.info("quantizing %d weights: %s", len(source.names), recipe.name)
-        weights = quantize(source.items(), recipe)
-        _check_disk(directory, weights, formats)
+        tokenizer = copy_tokenizer(checkpoint, config, directory)
+        source = open_source(checkpoint, recipe)
+        weights, stand_ins = as_the_files_hold_them(source.weights, formats, exact_sfp8)
+        _check_disk(directory, weights)
         artifacts = {}
         for format, layout in layouts.items():
             log.info("exporting .%s", format)
-            artifacts[format] = export_artifact(format, source, weights, layout, tokenizer.eos_ids, directory)
+            artifact = export_artifact(format, config, weights[format], layout, tokenizer.eos_ids, directory)
+            artifacts[format] = replace(artifact, stand_ins=stand_ins[format])
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model=config,
-            recipe=recipe.name,
-            rules={rule.pattern: rule.scheme for rule in recipe.rules},
-            weights=weights.verdicts,
+            recipe=source.recipe.name,
+            rules={rule.pattern: rule.scheme for rule in source.recipe.rules},
+            method=source.method,
+            weights=source.weights.verdicts,
             context=context,
             chunk=chunk,
             reference_dtype="float32",
@@ -109,7 +116,7 @@ def export_bundle(
             validation=(),
         )
         write_manifest(directory, manifest)
-        checks = tuple(prove(Draft(directory, manifest, source, weights)))
+        checks = (*stand_in_checks(manifest), *prove(Draft(directory, manifest, weights)))
         require_passed(checks)
         manifest = replace(manifest, files=describe_files(directory), validation=checks)
         write_manifest(directory, manifest)
@@ -118,7 +125,7 @@ def export_bundle(
 
 def export_artifact(
     format: Format,
-    source: Checkpoint,
+    config: TextConfig,
     weights: QuantizedWeights,
     layout: CacheLayout,
     eos_ids: Sequence[int],
@@ -130,13 +137,13 @@ def export_artifact(
     if format == "onnx":
         from export.to_onnx import export_onnx, genai_config
 
-        report = export_onnx(source.config, weights.tensors, layout, path).to_dict()
-        genai = json.dumps(genai_config(source.config, layout, path.name), indent=1)
+        report = export_onnx(config, weights.tensors, layout, path).to_dict()
+        genai = json.dumps(genai_config(config, layout, path.name), indent=1)
         (directory / "genai_config.json").write_text(genai + "\n", encoding="utf-8")
     else:
         from export.to_executorch import export_pte
 
-        report = export_pte(source.config, weights.tensors, layout, path, eos_ids=eos_ids).to_dict()
+        report = export_pte(config, without_sfp8(weights), layout, path, eos_ids=eos_ids).to_dict()
     stored = sum(file.stat().st_size for file in directory.glob(f"{path.name}*"))
     quantized_in_the_runtime = format == "pte" and bool(weights.integers)
     return Artifact(
@@ -149,6 +156,7 @@ def export_artifact(
         bytes=stored,
         ideal_bytes=weights.ideal_bytes,
         peak_memory_estimate=stored + layout.total_bytes,
+        stand_ins={},
         report=report,
     )
 
@@ -157,22 +165,58 @@ def _specs(shapes: dict[str, Sequence[int | str]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tuple(shape)) for name, shape in shapes.items())
 
 
-def copy_tokenizer(source: Checkpoint, directory: Path) -> TokenizerInfo:
+def as_the_files_hold_them(
+    weights: QuantizedWeights, formats: Iterable[Format], exact_sfp8: bool
+) -> tuple[dict[Format, QuantizedWeights], dict[Format, dict[str, float]]]:
+    """What each format's file is made of, and which of it stands in for SFP8 (see ``export.reexpress``)."""
+    ready: dict[Format, QuantizedWeights] = {}
+    stand_ins: dict[Format, dict[str, float]] = {}
+    for format in formats:
+        ready[format], stand_ins[format] = (weights, {}) if exact_sfp8 else reexpressed(weights, format)
+    return ready, stand_ins
+
+
+def stand_in_checks(manifest: Manifest) -> list[Check]:
+    """How far the worst of the integers that stand in for SFP8 are from it: a figure, not a limit."""
+    return [
+        Check(
+            format,
+            f"{len(artifact.stand_ins)} SFP8 weights as {STAND_INS[format]}: the farthest from its values",
+            "decibels",
+            min(artifact.stand_ins.values()),
+            None,
+            True,
+        )
+        for format, artifact in manifest.artifacts.items()
+        if artifact.stand_ins
+    ]
+
+
+def without_sfp8(weights: QuantizedWeights) -> dict[str, Tensor | IntegerWeight]:
+    """Raises BadInput where SFP8's codes were to be kept, for a runtime that cannot."""
+    found = {}
+    for name, weight in weights.tensors.items():
+        if isinstance(weight, Sfp8Weight):
+            raise BadInput(f"{name}: only .onnx can hold SFP8's own codes; leave out --exact-sfp8, or --format onnx")
+        found[name] = weight
+    return found
+
+
+def copy_tokenizer(checkpoint: Path, config: TextConfig, directory: Path) -> TokenizerInfo:
     """Put the checkpoint's tokenizer into ``directory``. Raises BadInput when it is not the model's.
 
     tokenizer.json and tokenizer_config.json, which stock runners read, go along where the checkpoint has them.
     """
-    Tokenizer(source.path)
-    shutil.copyfile(source.path / TOKENIZER, directory / TOKENIZER)
+    Tokenizer(checkpoint)
+    shutil.copyfile(checkpoint / TOKENIZER, directory / TOKENIZER)
     # Read while it has no neighbours: released text-only checkpoints list an image token past their own table.
     tokenizer = Tokenizer(directory / TOKENIZER)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (source.path / name).is_file():
-            shutil.copyfile(source.path / name, directory / name)
-    config = source.config
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, directory / name)
     if tokenizer.vocab_size > config.vocab_size or tokenizer.bos_id != config.bos_token_id:
         raise BadInput(
-            f"{source.path}: {TOKENIZER} has {tokenizer.vocab_size} tokens and BOS {tokenizer.bos_id}, config.json "
+            f"{checkpoint}: {TOKENIZER} has {tokenizer.vocab_size} tokens and BOS {tokenizer.bos_id}, config.json "
             f"{config.vocab_size} and {config.bos_token_id}; they are not of the same model"
         )
     # Chat-tuned files end a turn with <end_of_turn>, which some configurations leave out of eos_token_id.
@@ -186,23 +230,33 @@ def copy_tokenizer(source: Checkpoint, directory: Path) -> TokenizerInfo:
     )
 
 
-def quantize_again(manifest: Manifest, source: Checkpoint) -> QuantizedWeights:
-    """The weights a bundle was made of, from the checkpoint it was made of. Raises BadInput for another one."""
-    if source.config != manifest.model:
-        raise BadInput(f"{source.path}: not the checkpoint of this bundle, whose manifest has another configuration")
+def weights_behind(manifest: Manifest, checkpoint: Path) -> dict[Format, QuantizedWeights]:
+    """What each file of a bundle was made of, from the checkpoint that the bundle was made of.
+
+    Raises BadInput for a checkpoint that cannot be that one.
+    """
+    if read_config(checkpoint / CONFIG) != manifest.model:
+        raise BadInput(f"{checkpoint}: not the checkpoint of this bundle, whose manifest has another configuration")
+    if manifest.method != "rtn" and not is_quantized(checkpoint):
+        raise BadInput(
+            f"{checkpoint}: is not quantized; give the checkpoint that the bundle's {manifest.method} integers are of"
+        )
     rules = tuple(Rule(pattern, scheme) for pattern, scheme in manifest.rules.items())
-    return quantize(source.items(), Recipe(manifest.recipe, rules))
+    weights = open_source(checkpoint, Recipe(manifest.recipe, rules)).weights
+    exact_sfp8 = not any(artifact.stand_ins for artifact in manifest.artifacts.values())
+    return as_the_files_hold_them(weights, manifest.artifacts, exact_sfp8)[0]
 
 
-def check_integers(directory: Path, manifest: Manifest, weights: QuantizedWeights) -> list[Check]:
+def check_integers(directory: Path, manifest: Manifest, weights: Mapping[Format, QuantizedWeights]) -> list[Check]:
     """Are the codes and scales in each file those of ``weights``? The share of weights that are, one by one."""
     checks = []
     for format, artifact in manifest.artifacts.items():
-        if not weights.integers:
+        integers = weights[format].integers
+        if not integers:
             continue
         stored = read_back(format, directory / artifact.file)
-        equal = sum(_equal_codes(stored.get(name), weight) for name, weight in weights.integers.items())
-        total = sum(weight.codes.numel() for weight in weights.integers.values())
+        equal = sum(_equal_codes(stored.get(name), weight) for name, weight in integers.items())
+        total = sum(weight.codes.numel() for weight in integers.values())
         name = f"integers in the file are the quantizer's ({equal} of {total})"
         checks.append(Check(format, name, "equal", equal / total, 1.0, equal == total))
     return checks
@@ -223,7 +277,8 @@ def _equal_codes(stored: IntegerWeight | None, weight: IntegerWeight) -> int:
     """How many weights have the same code under the same scale."""
     if stored is None or stored.codes.shape != weight.codes.shape or stored.scales.shape != weight.scales.shape:
         return 0
-    same = (stored.scales == weight.scales).repeat_interleave(weight.group_size, dim=1)
+    columns = weight.codes.shape[1]
+    same = (stored.scales == weight.scales).repeat_interleave(weight.group_size, dim=1)[:, :columns]
     return int((same & (stored.codes == weight.codes)).sum())
 
 
@@ -273,11 +328,12 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _check_disk(directory: Path, weights: QuantizedWeights, formats: Sequence[Format]) -> None:
+def _check_disk(directory: Path, weights: Mapping[Format, QuantizedWeights]) -> None:
     """Raises DoesNotFit when the files cannot have room. A .pte holds the embedding table a second time."""
-    table = weights.tensors["model.embed_tokens.weight"]
-    table_bytes = 4 * table.numel() if isinstance(table, Tensor) else table.ideal_bytes
-    needed = SMALL_FILES_BYTES + len(formats) * weights.ideal_bytes + (table_bytes if "pte" in formats else 0)
+    needed = SMALL_FILES_BYTES + sum(own.ideal_bytes for own in weights.values())
+    if "pte" in weights:
+        table = weights["pte"].tensors["model.embed_tokens.weight"]
+        needed += 4 * table.numel() if isinstance(table, Tensor) else table.ideal_bytes
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise DoesNotFit(

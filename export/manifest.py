@@ -64,6 +64,8 @@ class Artifact:
     bytes: int  # the graph and its external data
     ideal_bytes: int  # the weights at their bits plus two bytes a scale, each stored once
     peak_memory_estimate: int  # bytes: weights as stored plus the cache
+    # SFP8 weights that the file holds as 8-bit integers: how far those are from the SFP8 values, in dB.
+    stand_ins: dict[str, float]
     report: dict[str, Any]  # what the exporter says about the file: delegates, undelegated operations, copies
 
 
@@ -94,6 +96,7 @@ class Manifest:
     model: TextConfig
     recipe: str
     rules: dict[str, str]  # the recipe's: pattern → scheme, the first match wins
+    method: str  # how the weights came to their integers: "rtn", "gptq", "qat", …
     weights: dict[str, str]  # each weight's verdict: its scheme, or why it was left alone
     context: int
     chunk: int

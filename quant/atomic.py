@@ -20,7 +20,7 @@ def appearing(directory: Path) -> Iterator[Path]:
 
     Raises TargetError when ``directory`` exists, on entry or by the end, or its parent cannot be written.
     """
-    _refuse_existing(directory)
+    refuse_existing(directory)
     partial = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir()
@@ -31,7 +31,7 @@ def appearing(directory: Path) -> Iterator[Path]:
         for path in partial.iterdir():
             _sync(path)
         _sync(partial)
-        _refuse_existing(directory)  # rename would silently replace an empty directory
+        refuse_existing(directory)  # rename would silently replace an empty directory
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -39,7 +39,8 @@ def appearing(directory: Path) -> Iterator[Path]:
     _sync(directory.parent)
 
 
-def _refuse_existing(directory: Path) -> None:
+def refuse_existing(directory: Path) -> None:
+    """Raises TargetError when there is something at ``directory``."""
     if directory.exists() or directory.is_symlink():
         raise TargetError(f"{directory}: exists; remove it or choose another -o")
 

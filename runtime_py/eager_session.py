@@ -1,6 +1,6 @@
 """The reference session: the eager network with the ring cache, and the logits that files are compared with."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from export.manifest import Format, Manifest
 from gemma3.cache import CacheLayout, cache_layout
-from gemma3.checkpoint import Checkpoint, build_model, load_model, open_checkpoint
+from gemma3.checkpoint import build_model, load_model, open_checkpoint
 from gemma3.config import TextConfig, read_config
 from gemma3.model import Gemma3, new_cache
 from quant.activations import Activations, with_integer_weights
@@ -127,21 +127,21 @@ def with_noise(reference: Reference, session: EagerSession) -> Reference:
 
 
 def fresh_references(
-    manifest: Manifest, plan: Plan, checkpoint: Checkpoint, weights: QuantizedWeights
+    manifest: Manifest, plan: Plan, weights: Mapping[Format, QuantizedWeights]
 ) -> dict[str, Reference]:
-    """What each artifact of ``manifest`` is compared with, by its ``reference_activations``.
+    """What each artifact of ``manifest``, made of its ``weights``, is compared with, by its ``reference_activations``.
 
-    The eager model is gone when this returns: no more than one copy of it is ever in memory, and none beside a
-    runtime's.
+    No more than one eager model is ever in memory, and none beside a runtime's.
     """
-    layout = cache_layout(manifest.model, "ring", manifest.context, manifest.chunk)
-    model = load_model(checkpoint)
-    references: dict[str, Reference] = {}
-    # "float" sorts first: rounding activations, once hooked in, stays.
-    for activations in sorted({artifact.reference_activations for artifact in manifest.artifacts.values()}):
-        with_integer_weights(model, weights.integers, activations)
-        reference = record(EagerSession(model, layout), plan.ids, plan.positions)
-        if activations == "int8":
-            reference = with_noise(reference, EagerSession(model, layout))
-        references[activations] = reference
-    return references
+    # Artifacts whose references treat activations alike are made of the same weights.
+    formats = {artifact.reference_activations: format for format, artifact in manifest.artifacts.items()}
+    return {activations: _fresh(manifest, plan, format, weights[format]) for activations, format in formats.items()}
+
+
+def _fresh(manifest: Manifest, plan: Plan, format: Format, weights: QuantizedWeights) -> Reference:
+    session = open_own(manifest, format, weights)
+    reference = record(session, plan.ids, plan.positions)
+    if manifest.artifacts[format].reference_activations == "int8":
+        session.reset()
+        reference = with_noise(reference, session)
+    return reference

@@ -40,7 +40,7 @@ SEED = 20_250_312
 ONE_BY_ONE = "one by one"
 METRICS = (
     *("equal", "max_abs", "mean_abs", "relative_rms"),
-    *("kl_mean", "kl_max", "kl_worst_position", "top1_agreement"),
+    *("kl_mean", "kl_max", "kl_worst_position", "top1_agreement", "decibels"),
 )
 AT_LEAST = ("top1_agreement", "equal")  # metrics whose limit is a minimum
 

@@ -53,7 +53,7 @@ def test_what_is_proven_is_a_readable_bundle(checkpoint: Path, tmp_path: Path) -
         return ()
 
     export(checkpoint, tmp_path / "out", prove)
-    assert drafts[0].weights.integers
+    assert drafts[0].weights["onnx"].integers
     assert drafts[0].directory.parent == tmp_path
 
 

@@ -35,13 +35,14 @@ CONTEXT, CHUNK, WINDOW = 96, 8, 12
 def manifest_of(config: TextConfig, context: int = CONTEXT, chunk: int = CHUNK, verdict: str = "float32") -> Manifest:
     def artifact(style: str) -> Artifact:
         layout = cache_layout(config, style, context, chunk)  # type: ignore[arg-type]
-        return Artifact("model", layout, (), "float", {}, {}, 1, 1, 1, {})
+        return Artifact("model", layout, (), "float", {}, {}, 1, 1, 1, {}, {})
 
     return Manifest(
         schema_version=1,
         model=config,
         recipe="",
         rules={},
+        method="rtn",
         weights={"a": verdict},
         context=context,
         chunk=chunk,
