@@ -1,10 +1,10 @@
 """A .pte run by ExecuTorch on the CPU, with the XNNPACK delegate and threads of the Python wheel."""
 
+import io
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +35,7 @@ for package, library in OPERATORS.items():
     torch.ops.load_library(str(found))  # type: ignore[no-untyped-call]
 
 # ExecuTorch looks for files of ARM machines on every machine and says so on stderr, like every change of its threads.
-NOISE = (b"[cpuinfo_utils.cpp", b"Resetting threadpool")
+NOISE = ("[cpuinfo_utils.cpp", "Resetting threadpool")
 
 
 class PteSession:
@@ -96,24 +96,21 @@ class PteSession:
 
 @contextmanager
 def native_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to load ``path`` into BadInput with the reason that native code writes to stderr.
+    """Turn a failure to load ``path`` into BadInput with the reason that ExecuTorch writes to stderr.
 
     Without a failure what it writes is passed on, but for NOISE.
     """
-    failed = False
-    with tempfile.TemporaryFile() as caught:
-        original = os.dup(2)
-        os.dup2(caught.fileno(), 2)
-        try:
+    written = io.StringIO()
+    try:
+        with redirect_stderr(written):  # ExecuTorch's bindings write through Python's
             yield
-        except RuntimeError:
-            failed = True
-        finally:
-            os.dup2(original, 2)
-            os.close(original)
-        caught.seek(0)
-        lines = [line for line in caught if not any(noise in line for noise in NOISE)]
+    except RuntimeError:
+        failed = True
+    else:
+        failed = False
+    lines = [line for line in written.getvalue().splitlines() if not any(noise in line for noise in NOISE)]
     if failed:
-        reason = lines[-1].decode(errors="replace").strip() if lines else "no reason given"
+        reason = lines[-1] if lines else "no reason given"
         raise BadInput(f"{path}: ExecuTorch does not load it ({reason}); export it again")
-    sys.stderr.write(b"".join(lines).decode(errors="replace"))
+    for line in lines:
+        print(line, file=sys.stderr)

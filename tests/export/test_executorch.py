@@ -286,8 +286,9 @@ def test_one_linear_is_exact_to_float_rounding(bits: int, group: int | None, tmp
     x = spread_rows(64, 640)
     found = run_one_linear(weight, x, tmp_path / "linear.pte").double()
     expected = fake_quantize_per_token(x).double() @ weight.dequantize().double().T
-    scale = x.double().norm(dim=1, keepdim=True)
-    assert ((found - expected).abs() <= 3e-7 * scale).all()
+    # For a row of zeros XNNPACK's step is 1 and its zero point 127, which blockwise sums cancel but for 3e-5.
+    size = torch.where(x.any(1), x.double().norm(dim=1), 1000.0)[:, None]
+    assert ((found - expected).abs() <= 1e-7 * size).all()
 
 
 def test_kinds_of_integers_without_a_kernel_are_refused() -> None:
