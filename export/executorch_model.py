@@ -66,6 +66,15 @@ def rope_half(heads: int, dim: int, half: int) -> Tensor:
     return torch.arange(heads * dim).view(heads, 2, dim // 2)[:, half].reshape(-1)
 
 
+def require_whole_groups(weight: IntegerWeight) -> None:
+    """Raises BadInput for a last group that is shorter than the others."""
+    if weight.group:
+        raise BadInput(
+            f"{weight.codes.shape[1]} columns in groups of {weight.group} end in a shorter one, for which there is no "
+            "kernel in a .pte; use one scale a channel"
+        )
+
+
 class Linear(nn.Module):
     """A weight [N, K] in float32 or as integers that XNNPACK multiplies with int8 activations.
 
@@ -91,6 +100,7 @@ class Linear(nn.Module):
                 f"groups of {self.group_size} have no XNNPACK kernel; use multiples of {GROUP_MULTIPLE} "
                 "or one scale a channel"
             )
+        require_whole_groups(weight)
         scales = weight.scales.flatten() if weight.per_channel else weight.scales
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", scales)
@@ -259,6 +269,7 @@ class Embedding(nn.Module):
         if not isinstance(table, IntegerWeight):
             self.register_buffer("table", table.float())
             return
+        require_whole_groups(table)
         self.register_buffer("table", table.codes if table.bits == 8 else pack_embedding(table.codes))
         # Every scale that quant.integers allows is exact in half precision, which the kernel reads as well.
         scales = (table.scales.flatten() if table.per_channel else table.scales).half()

@@ -94,7 +94,7 @@ def round_to_nearest(
     Raises ValueError on NaN or infinite weights.
     """
     rows, columns = weight.shape
-    size = columns if group_size is None else group_size
+    size = columns if group_size is None or (pad and group_size > columns) else group_size
     if columns % size and not pad:
         raise ValueError(f"{columns} columns do not divide into groups of {size}")
     codes = torch.empty(rows, columns, dtype=torch.int8)

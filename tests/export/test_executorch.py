@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export.executorch_model import GELU_A, GELU_B, Linear, pack_embedding, project, rope_half, rows
+from export.executorch_model import GELU_A, GELU_B, Embedding, Linear, pack_embedding, project, rope_half, rows
 from export.pte_file import PteFile, cache_bytes_pte, join_halves, read_back_pte, stored_integers, unpack_nibbles
 from export.to_executorch import compare_integers, export_pte, lower
 from gemma3.cache import cache_layout
@@ -297,6 +297,13 @@ def test_kinds_of_integers_without_a_kernel_are_refused() -> None:
         Linear(round_to_nearest(weight, 8, 16))
     with pytest.raises(BadInput, match="groups of 16 have no XNNPACK kernel"):
         Linear(round_to_nearest(weight, 4, 16))
+
+
+def test_a_shorter_last_group_is_refused() -> None:
+    weight = round_to_nearest(torch.ones(4, 48), 4, 32, pad=True)
+    for module in (Linear, Embedding):
+        with pytest.raises(BadInput, match="48 columns in groups of 32 end in a shorter one"):
+            module(weight)
 
 
 @given(seed=st.integers(0, 1000), heads=st.integers(1, 4), half=st.integers(1, 5))
