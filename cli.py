@@ -149,13 +149,17 @@ def quantize(
     from export.calibrate import quantize_checkpoint
     from export.source import DEFAULT_SCHEME
     from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
+    from gemma3.errors import BadInput
     from quant.atomic import refuse_existing
     from quant.recipe import preset
-    from quant.stored import save_quantized
+    from quant.stored import is_quantized, save_quantized
 
     refuse_existing(out)
     wanted = recipe_of(scheme, embedding, recipe) or preset(DEFAULT_SCHEME)
-    checkpoint = open_checkpoint(resolve_checkpoint(model))
+    source = resolve_checkpoint(model)
+    if is_quantized(source):
+        raise BadInput(f"{source}: is quantized already; give the checkpoint it was made of")
+    checkpoint = open_checkpoint(source)
     weights = quantize_checkpoint(checkpoint, wanted, method, data or [], tokens)
     save_quantized(out, weights, wanted, method, source=checkpoint.path)
     for name, verdict in weights.verdicts.items():

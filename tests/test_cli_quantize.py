@@ -1,0 +1,145 @@
+"""`gemma-edge quantize`, and `export` of what it wrote: the same integers all the way into the files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.manifest import read_manifest
+from export.to_onnx import read_back_onnx
+from quant.recipe import preset
+from quant.stored import load_quantized
+from tests.bundles import EXPORT, Run, run, write_checkpoint
+
+Cli = Callable[..., Run]
+
+
+@pytest.fixture
+def gemma_edge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("Some words, and then the same ones in another order; words and more words. " * 12)
+    return path
+
+
+def assert_refused(result: Run, *words: str) -> None:
+    assert result.code == 3
+    assert result.err.strip().splitlines()[-1].startswith("error: ")
+    for word in words:
+        assert word in result.err
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "hqq"])
+def test_quantized_integers_reach_the_file(
+    gemma_edge: Cli, checkpoint: Path, text: Path, tmp_path: Path, method: str
+) -> None:
+    data = ("--data", text) if method == "gptq" else ()
+    scheme = ("--scheme", "int4-channel", "--embedding", "int4")
+    result = gemma_edge("quantize", checkpoint, "-o", tmp_path / "made", "--method", method, *scheme, *data)
+    assert result.code == 0, result.err
+    assert "model.norm.weight: float32: kept by rule *norm.weight" in result.out
+    stored = load_quantized(tmp_path / "made")
+    assert (stored.method, stored.recipe) == (method, preset("int4-channel", "int4"))
+
+    result = gemma_edge("export", tmp_path / "made", "-o", tmp_path / "bundle", "--format", "onnx", *EXPORT)
+    assert result.code == 0, result.err
+    found = read_back_onnx(tmp_path / "bundle" / "model.onnx")
+    assert found.keys() == stored.weights.integers.keys()
+    for name, weight in stored.weights.integers.items():
+        assert torch.equal(found[name].codes, weight.codes)
+        assert torch.equal(found[name].scales, weight.scales)
+    manifest = read_manifest(tmp_path / "bundle")
+    assert (manifest.method, manifest.weights) == (method, stored.weights.verdicts)
+
+    result = gemma_edge("validate", tmp_path / "bundle", "--checkpoint", tmp_path / "made", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["passed"]
+    if method != "rtn":
+        result = gemma_edge("validate", tmp_path / "bundle", "--checkpoint", checkpoint)
+        assert_refused(result, f"give the checkpoint that the bundle's {method} integers are of")
+
+
+def test_a_quantized_checkpoint_keeps_its_scheme(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    assert gemma_edge("quantize", checkpoint, "-o", tmp_path / "made", "--scheme", "int4-channel").code == 0
+    result = gemma_edge("export", tmp_path / "made", "-o", tmp_path / "out", "--scheme", "int4-block32", *EXPORT)
+    assert_refused(result, "quantized as int4-channel+embedding-int8 already, not int4-block32+embedding-int8")
+    assert_refused(gemma_edge("quantize", tmp_path / "made", "-o", tmp_path / "again"), "is quantized already")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_recipe_file(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        'embedding = "int8"\n[[rule]]\npattern = "*.mlp.*"\nscheme = "int8-channel"\n'
+        '[[rule]]\npattern = "*_proj.weight"\nscheme = "int4-block32"\n'
+    )
+    options = ("--format", "onnx", "--recipe", recipe, *EXPORT)
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "out", *options)
+    assert result.code == 0, result.err
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.recipe == "mine"
+    assert manifest.weights["model.layers.0.mlp.up_proj.weight"] == "int8-channel: round to nearest"
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "no", "--scheme", "fp32", *options)
+    assert_refused(result, "a recipe says it all; leave out --scheme and --embedding")
+    recipe.write_text(recipe.read_text() + '[[rule]]\npattern = "*.vision.*"\nscheme = "float32"\n')
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "no", *options)
+    assert_refused(result, "rule *.vision.* matches no weight")
+
+
+def test_sfp8_as_integers_and_exact(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--scheme", "sfp8", "--format", "onnx", *EXPORT)
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "integers", *options)
+    assert result.code == 0, result.err
+    assert "SFP8 weights as int8-block32" in result.out
+    manifest = read_manifest(tmp_path / "integers")
+    linears = [name for name, verdict in manifest.weights.items() if verdict.startswith("sfp8")]
+    assert manifest.artifacts["onnx"].stand_ins.keys() == set(linears)
+    assert all(40 < decibels < 60 for decibels in manifest.artifacts["onnx"].stand_ins.values())
+    result = gemma_edge("validate", tmp_path / "integers", "--checkpoint", checkpoint, "--json")
+    assert result.code == 0, result.err
+
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "exact", "--exact-sfp8", *options)
+    assert result.code == 0, result.err
+    exact = read_manifest(tmp_path / "exact").artifacts["onnx"]
+    assert exact.stand_ins == {}
+    assert exact.bytes < 1.2 * exact.ideal_bytes
+    assert gemma_edge("validate", tmp_path / "exact", "--checkpoint", checkpoint).code == 0
+
+    options = ("--scheme", "sfp8", "--format", "pte", "--exact-sfp8", *EXPORT)
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "pte", *options)
+    assert_refused(result, "only .onnx can hold SFP8's own codes")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exact", "integers"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--method", "gptq"), ("method gptq needs text (--data)",)),
+        (("--method", "rtn", "--data", "TEXT"), ("method rtn does not look at text (--data)",)),
+        (("--method", "gptq", "--data", "missing.txt"), ("missing.txt", "cannot be read")),
+        (("--scheme", "fp32", "--embedding", "int8"), ("no meaning with scheme fp32",)),
+        (("--recipe", "none.toml"), ("none.toml", "No such file")),
+    ],
+)
+def test_refusals(
+    gemma_edge: Cli, checkpoint: Path, text: Path, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    given = [text if option == "TEXT" else option for option in options]
+    assert_refused(gemma_edge("quantize", checkpoint, "-o", tmp_path / "out", *given), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target(gemma_edge: Cli, tmp_path: Path) -> None:
+    result = gemma_edge("quantize", "no checkpoint is even looked for", "-o", tmp_path)
+    assert_refused(result, "exists; remove it")
