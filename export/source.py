@@ -4,8 +4,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from gemma3.checkpoint import check_shapes, open_checkpoint
 from gemma3.config import TextConfig, read_config
 from gemma3.errors import BadInput
@@ -46,13 +44,11 @@ def open_source(path: Path, recipe: Recipe | None = None) -> Source:
             "the checkpoint it was made of"
         )
     config = read_config(path / CONFIG)
-    shapes = {
-        name: tuple(weight.shape if isinstance(weight, Tensor) else weight.codes.shape)
-        for name, weight in stored.weights.tensors.items()
-    }
     try:
-        check_shapes(config, shapes)
+        check_shapes(config, stored.weights.shapes)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
-    log.info("%d weights are quantized already: %s by %s", len(shapes), stored.recipe.name, stored.method)
+    log.info(
+        "%d weights are quantized already: %s by %s", len(stored.weights.tensors), stored.recipe.name, stored.method
+    )
     return Source(path, config, stored.weights, stored.recipe, stored.method)

@@ -122,14 +122,23 @@ def build_model(config: TextConfig, named_weights: Iterable[tuple[str, Tensor]])
     """
     state = {name: tensor.float() for name, tensor in named_weights}
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    return fill(empty_model(config), state)
+
+
+def empty_model(config: TextConfig) -> Gemma3:
+    """The model without memory for its weights, in eval mode and without gradients: see ``fill``."""
     with torch.device("meta"):
-        model = Gemma3(config)
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
+        return Gemma3(config).eval().requires_grad_(False)
+
+
+def fill(model: Gemma3, state: Mapping[str, Tensor]) -> Gemma3:
+    """Give an empty model its weights, which are not copied; a tied head is its table's."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    tied = model.config.tie_word_embeddings and table in state
+    model.load_state_dict({**state, head: state[table]} if tied else state, assign=True)
+    if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 def check_shapes(config: TextConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

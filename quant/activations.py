@@ -1,14 +1,16 @@
 """The quantized eager model: the reference that an exported file is compared with.
 
-Weights become their dequantized values in place; for runtimes that multiply in int8 (XNNPACK's 8da4w), each
-quantized linear's input is first rounded the way the runtime rounds it.
+Weights are the integers' values; for runtimes that multiply in int8 (XNNPACK's 8da4w), each quantized linear's input
+is first rounded the way the runtime rounds it. Weights are dequantized when they are used, by rows: the reference of
+a model with a vocabulary of 262 144 then fits beside it.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.integers import ROWS_AT_ONCE, IntegerWeight
@@ -41,27 +43,47 @@ def fake_quantize_per_token(x: Tensor) -> Tensor:
 def with_integer_weights(
     model: nn.Module, integers: Mapping[str, IntegerWeight], activations: Activations
 ) -> nn.Module:
-    """Put the dequantized ``integers`` (by parameter name) into ``model``, and return it.
+    """Let the linears and embeddings whose parameters ``integers`` names compute with those, and return ``model``.
 
-    With ``activations`` "int8" every linear whose weight is in ``integers`` rounds its input first. A table
-    shared by embedding and head is one parameter: whichever name it is given by, both see it.
+    With ``activations`` "int8" every such linear rounds its input first. A table shared by embedding and head is
+    one parameter: whichever name it is given by, both use the integers.
     """
-    shared: dict[Tensor, IntegerWeight] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, weight in integers.items():
-            # By rows, so that a table of 262 144 is not in float32 twice.
-            for start in range(0, len(weight.codes), ROWS_AT_ONCE):
-                part = slice(start, start + ROWS_AT_ONCE)
-                rows = replace(weight, codes=weight.codes[part], scales=weight.scales[part])
-                parameters[name][part] = rows.dequantize()
-            shared[parameters[name]] = weight
-    if activations == "int8":
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module.weight in shared:
-                module.register_forward_pre_hook(_round_input)
+    shared: dict[Tensor, IntegerWeight] = {parameters[name]: weight for name, weight in integers.items()}
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module.weight in shared:
+            model.set_submodule(path, IntegerLinear(shared[module.weight], activations))
+        elif isinstance(module, nn.Embedding) and module.weight in shared:
+            model.set_submodule(path, IntegerEmbedding(shared[module.weight]))
     return model
 
 
-def _round_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (fake_quantize_per_token(inputs[0]), *inputs[1:])
+class IntegerLinear(nn.Module):
+    """x [..., K] → [..., N] with a weight [N, K] that is never whole in float32, only some rows at a time."""
+
+    def __init__(self, weight: IntegerWeight, activations: Activations) -> None:
+        super().__init__()
+        self.integers = weight
+        self._activations = activations
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._activations == "int8":
+            x = fake_quantize_per_token(x)
+        rows = range(0, len(self.integers.codes), ROWS_AT_ONCE)
+        parts = (_rows(self.integers, slice(start, start + ROWS_AT_ONCE)) for start in rows)
+        return torch.cat([F.linear(x, part.dequantize()) for part in parts], dim=-1)
+
+
+class IntegerEmbedding(nn.Module):
+    """Rows of a table [V, E]: ids [...] → float32 [..., E]."""
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__()
+        self.integers = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _rows(self.integers, ids.flatten()).dequantize().view(*ids.shape, -1)
+
+
+def _rows(weight: IntegerWeight, index: slice | Tensor) -> IntegerWeight:
+    return replace(weight, codes=weight.codes[index], scales=weight.scales[index])

@@ -94,6 +94,13 @@ class QuantizedWeights:
         return {name: weight for name, weight in self.tensors.items() if isinstance(weight, IntegerWeight)}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(weight.shape if isinstance(weight, Tensor) else weight.codes.shape)
+            for name, weight in self.tensors.items()
+        }
+
+    @property
     def ideal_bytes(self) -> int:
         """The bare weights: quantized ones with their scales, floats at four bytes."""
         return sum(

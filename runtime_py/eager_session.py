@@ -11,10 +11,11 @@ from torch import Tensor
 
 from export.manifest import Format, Manifest
 from gemma3.cache import CacheLayout, cache_layout
-from gemma3.checkpoint import build_model, load_model, open_checkpoint
+from gemma3.checkpoint import check_shapes, empty_model, fill, load_model, open_checkpoint
 from gemma3.config import TextConfig, read_config
 from gemma3.model import Gemma3, new_cache
 from quant.activations import Activations, with_integer_weights
+from quant.integers import IntegerWeight
 from quant.recipe import QuantizedWeights
 from quant.stored import is_quantized, load_quantized
 from runtime_py.golden import Recorder, Reference
@@ -81,13 +82,17 @@ def open_own(manifest: Manifest, format: Format, weights: QuantizedWeights) -> E
 
 def quantized_model(config: TextConfig, weights: QuantizedWeights, activations: Activations) -> Gemma3:
     """The eager model of exactly ``weights``: see ``with_integer_weights`` for ``activations``."""
-    floats = (
-        (name, weight if isinstance(weight, Tensor) else weight.dequantize())
-        for name, weight in weights.tensors.items()
-    )
-    model = build_model(config, floats)
+    check_shapes(config, weights.shapes)
+    model = empty_model(config)
     with_integer_weights(model, weights.integers, activations)
-    return model
+    return fill(
+        model,
+        {
+            name: (weight if isinstance(weight, Tensor) else weight.dequantize()).float()
+            for name, weight in weights.tensors.items()
+            if not isinstance(weight, IntegerWeight)
+        },
+    )
 
 
 def record(session: EagerSession, ids: Sequence[int], positions: Iterable[int]) -> Reference:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from quant.activations import fake_quantize_per_token, with_integer_weights
+from quant.activations import IntegerLinear, fake_quantize_per_token, with_integer_weights
 from quant.recipe import preset, quantize
 from tests.shapes import random_model, random_tokens, tiny_config
 
@@ -41,10 +41,13 @@ def test_weights_go_in_and_the_shared_table_once() -> None:
     plain = random_model(config)(tokens)
     exact = with_integer_weights(random_model(config), quantized.integers, "float")
     rounded = with_integer_weights(random_model(config), quantized.integers, "int8")
-    table = quantized.integers["model.embed_tokens.weight"].dequantize()
-    assert torch.equal(exact.lm_head.weight, table)
-    assert exact.lm_head.weight is exact.model.embed_tokens.weight
+    table = quantized.integers["model.embed_tokens.weight"]
+    assert exact.lm_head.integers is table
+    assert exact.model.embed_tokens.integers is table
+    dequantized = random_model(config)
+    dequantized.load_state_dict({name: w.dequantize() for name, w in quantized.integers.items()}, strict=False)
+    assert (exact(tokens) - dequantized(tokens)).abs().max() <= 1e-5
     scale = plain.std()
     assert 0.01 * scale < (exact(tokens) - plain).abs().mean() < scale
     assert 1e-4 * scale < (rounded(tokens) - exact(tokens)).abs().mean() < 0.1 * scale
-    assert len([m for m in rounded.modules() if m._forward_pre_hooks]) == 7 * config.num_layers + 1
+    assert len([m for m in rounded.modules() if isinstance(m, IntegerLinear)]) == 7 * config.num_layers + 1
