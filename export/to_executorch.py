@@ -4,7 +4,7 @@
 
 The constant methods are those that ExecuTorch's stock runners ask for. ``to_edge_transform_and_lower``, the usual way
 here, traces the whole model four times and runs XNNPACK's 17 graph passes (for images, batch norms, stock attention)
-over every delegate: 128 s for six tiny layers, where the way below takes 12 s. What makes the difference:
+over every delegate: 128 s for six tiny layers, where the way below takes under 20 s. What makes the difference:
 
 * ``to_edge`` with linears preserved decomposes once, ``to_backend`` then only partitions.
 * One pass of XNNPACK's instead of 17 (see export/xnnpack_partition.py).
