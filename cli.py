@@ -150,11 +150,11 @@ def quantize(
     from export.source import DEFAULT_SCHEME
     from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
     from gemma3.errors import BadInput
-    from quant.atomic import refuse_existing
+    from quant.atomic import refuse_target
     from quant.recipe import preset
     from quant.stored import is_quantized, save_quantized
 
-    refuse_existing(out)
+    refuse_target(out)
     wanted = recipe_of(scheme, embedding, recipe) or preset(DEFAULT_SCHEME)
     source = resolve_checkpoint(model)
     if is_quantized(source):

@@ -6,11 +6,8 @@ inputs give the same bytes: nothing in a bundle depends on the time, the place o
 
 import json
 import logging
-import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +34,7 @@ from gemma3.cache import CacheLayout, CacheStyle, cache_layout
 from gemma3.config import TextConfig, read_config
 from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
 from gemma3.tokenizer import Tokenizer
+from quant.atomic import refuse_target, staging
 from quant.integers import IntegerWeight
 from quant.recipe import QuantizedWeights, Recipe, Rule
 from quant.sfp8 import Sfp8Weight
@@ -293,37 +291,6 @@ def require_passed(checks: Sequence[Check]) -> None:
         )
 
 
-def refuse_target(out: Path) -> None:
-    """Raises BadInput unless ``out`` can be created: it must not exist, its parent must be writable."""
-    if out.exists() or out.is_symlink():
-        raise BadInput(f"{out}: exists; remove it or choose another -o")
-    if not out.parent.is_dir():
-        raise BadInput(f"{out.parent}: no such directory; create it or choose another -o")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise BadInput(f"{out.parent}: not writable; choose another -o")
-
-
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A new directory beside ``out`` that becomes ``out`` if the block ends, and vanishes if it raises."""
-    directory = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
-        directory.mkdir()
-    except OSError as error:
-        raise BadInput(f"{out.parent}: cannot write there ({error.strerror}); choose another -o") from None
-    try:
-        yield directory
-        for path in directory.iterdir():
-            _sync(path)
-        _sync(directory)
-        refuse_target(out)  # rename would silently replace an empty directory
-        directory.rename(out)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-    _sync(out.parent)
-
-
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
@@ -340,11 +307,3 @@ def _check_disk(directory: Path, weights: Mapping[Format, QuantizedWeights]) -> 
             f"{directory.parent}: {free >> 20} MiB free, the bundle needs {needed >> 20} MiB; "
             "make room or choose another -o"
         )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

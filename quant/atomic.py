@@ -14,35 +14,39 @@ class TargetError(ValueError):
     exit_code = 3
 
 
+def refuse_target(out: Path) -> None:
+    """Raises TargetError unless ``out`` can be created: it must not exist, its parent must be writable."""
+    if out.exists() or out.is_symlink():
+        raise TargetError(f"{out}: exists; remove it or choose another -o")
+    if not out.parent.is_dir():
+        raise TargetError(f"{out.parent}: no such directory; create it or choose another -o")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise TargetError(f"{out.parent}: not writable; choose another -o")
+
+
 @contextmanager
-def appearing(directory: Path) -> Iterator[Path]:
-    """A new directory beside ``directory`` that is synced and becomes it if the block ends, and vanishes if it raises.
+def staging(out: Path) -> Iterator[Path]:
+    """A new directory beside ``out`` that is synced and becomes ``out`` if the block ends, and vanishes if it raises.
 
-    Raises TargetError when ``directory`` exists, on entry or by the end, or its parent cannot be written.
+    Raises TargetError when ``out`` cannot be created, on entry or by the end.
     """
-    refuse_existing(directory)
-    partial = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
+    refuse_target(out)
+    directory = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
-        partial.mkdir()
+        directory.mkdir()
     except OSError as error:
-        raise TargetError(f"{directory.parent}: cannot write there ({error.strerror}); choose another -o") from None
+        raise TargetError(f"{out.parent}: cannot write there ({error.strerror}); choose another -o") from None
     try:
-        yield partial
-        for path in partial.iterdir():
+        yield directory
+        for path in directory.iterdir():
             _sync(path)
-        _sync(partial)
-        refuse_existing(directory)  # rename would silently replace an empty directory
-        partial.rename(directory)
+        _sync(directory)
+        refuse_target(out)  # rename would silently replace an empty directory
+        directory.rename(out)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         raise
-    _sync(directory.parent)
-
-
-def refuse_existing(directory: Path) -> None:
-    """Raises TargetError when there is something at ``directory``."""
-    if directory.exists() or directory.is_symlink():
-        raise TargetError(f"{directory}: exists; remove it or choose another -o")
+    _sync(out.parent)
 
 
 def _sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant.atomic import appearing
+from quant.atomic import staging
 from quant.integers import IntegerWeight, bf16_grid
 from quant.recipe import QuantizedWeights, Recipe, Rule, Weight
 from quant.sfp8 import Sfp8Weight
@@ -101,7 +101,7 @@ def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, m
         "forms": forms,
         "verdicts": weights.verdicts,
     }
-    with appearing(directory) as partial:
+    with staging(directory) as partial:
         shutil.copyfile(source / CONFIG, partial / CONFIG)
         for name in COMPANIONS:
             if (source / name).is_file():

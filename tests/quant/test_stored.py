@@ -103,7 +103,7 @@ def test_an_existing_target_is_left_alone(saved: Path, tmp_path: Path) -> None:
     stored = load_quantized(saved)
     with pytest.raises(TargetError, match="exists; remove it"):
         save_quantized(saved, stored.weights, stored.recipe, "rtn", source=saved)
-    with pytest.raises(TargetError, match="cannot write there"):
+    with pytest.raises(TargetError, match="no such directory"):
         save_quantized(tmp_path / "a" / "b", stored.weights, stored.recipe, "rtn", source=saved)
 
 
