@@ -168,6 +168,69 @@ def quantize(
 
 
 @app.command()
+def qat(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The quantized checkpoint's directory; must not exist.")],
+    scheme: SchemeOption = None,
+    embedding: EmbeddingOption = None,
+    recipe: RecipeOption = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="FILE", help="Text, or conversations (.jsonl) [demo: a sample of its own]."),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps")] = 300,
+    batch: Annotated[int, typer.Option("--batch", help="Rows a step.")] = 4,
+    length: Annotated[int, typer.Option("--length", help="Tokens a row.")] = 256,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", min=1, help="Rows at once; the rest of a step's is accumulated.")
+    ] = None,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate, in root mean squares of each weight.")] = 1e-3,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps until the peak.")] = 10,
+    loss: Annotated[
+        Literal["full", "sampled"],
+        typer.Option("--loss", help="The teacher's probabilities over the whole vocabulary, or 256 samples of them."),
+    ] = "full",
+    activations: Annotated[
+        Literal["float", "int8"], typer.Option("--activations", help="int8: as the .pte's linears round their inputs.")
+    ] = "float",
+    init: Annotated[
+        Path | None, typer.Option("--init", metavar="DIR", help="Start from what `quantize` wrote [round to nearest].")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="CHECKPOINT", help="Whom to agree with [the checkpoint itself].")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Multiply in bfloat16.")] = False,
+    seed: Seed = 0,
+    save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved states.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state saved beside --out.")] = False,
+) -> None:
+    """Train a checkpoint with the integers it will ship; `gemma-edge export` takes the result as it is.
+
+    On several GPUs or machines: torchrun … -m cli qat … with the same options.
+    """
+    from export.distill import distill_checkpoint
+    from export.source import DEFAULT_SCHEME
+    from gemma3.checkpoint import resolve_checkpoint
+    from quant.qat import Settings
+    from quant.recipe import preset
+
+    settings = Settings(steps, batch, lr, warmup, loss=loss, activations=activations, bf16=bf16, seed=seed)
+    distill_checkpoint(
+        resolve_checkpoint(model),
+        recipe_of(scheme, embedding, recipe) or preset(DEFAULT_SCHEME),
+        out,
+        settings,
+        data=data or [],
+        length=length,
+        init=init,
+        teacher=None if teacher is None else resolve_checkpoint(teacher),
+        micro_batch=micro_batch,
+        save_every=save_every,
+        resume=resume,
+    )
+
+
+@app.command()
 def validate(
     bundle: Bundle,
     checkpoint: Annotated[

@@ -71,7 +71,7 @@ class FakeInteger(nn.Module):
 
     def encode(self, latent: Tensor) -> IntegerWeight:
         """The codes of a whole latent, and the whole scales."""
-        scales = bf16_grid(whole(self.scales))
+        scales = bf16_grid(whole(self.scales)).to(latent.device)
         codes = nearest_codes(in_groups(latent, self.group_size), scales, self.bits).to(torch.int8)
         return IntegerWeight(codes.view(len(latent), -1)[:, : latent.shape[1]], scales, self.bits, self.group)
 
@@ -123,8 +123,8 @@ class BorrowedHead(nn.Module):
 def prepare(model: nn.Module, start: QuantizedWeights, activations: Activations = "float") -> nn.Module:
     """Make ``model``, in place, compute with the weights of ``start`` and train from them; returns it.
 
-    ``start`` names every parameter of the model (a tied one once): kept floats stay as they are, the model's values
-    become the latents of the rest, moved as little as it takes for them to round to the codes of ``start``.
+    ``start`` names every parameter of the model (a tied one once). Kept floats are left alone and do not train; the
+    model's values become the latents of the rest, moved as little as it takes to round to the codes of ``start``.
     With ``activations`` "int8" every linear with a quantized weight rounds its input, as XNNPACK's 8da4w does.
     """
     owners: dict[Tensor, nn.Module] = {}
@@ -136,7 +136,7 @@ def prepare(model: nn.Module, start: QuantizedWeights, activations: Activations 
         else:
             owners[parameter] = module
             weight = start.tensors[name]
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(not isinstance(weight, Tensor))
             if isinstance(weight, Tensor):
                 continue
             with torch.no_grad():
@@ -149,24 +149,20 @@ def prepare(model: nn.Module, start: QuantizedWeights, activations: Activations 
 
 
 def convert(model: nn.Module, start: QuantizedWeights) -> QuantizedWeights:
-    """The codes that a prepared ``model`` computes with, and its floats, under the names of ``start``.
+    """``start`` with the codes that a prepared ``model`` computes with.
 
     Under FSDP2 every process must call it, and gets the whole.
     """
     tensors: dict[str, Weight] = {}
     verdicts: dict[str, str] = {}
-    for name, verdict in start.verdicts.items():
-        module: Any = model.get_submodule(name.removesuffix(".weight"))
-        scheme = verdict.partition(":")[0]
-        if parametrize.is_parametrized(module, "weight"):
-            (fake,) = module.parametrizations.weight
-            latent = module.parametrizations.weight.original
+    for name, weight in start.tensors.items():
+        tensors[name], verdicts[name] = weight, start.verdicts[name]
+        if not isinstance(weight, Tensor):
+            trained: Any = model.get_submodule(name.removesuffix(".weight")).parametrizations
+            (fake,) = trained.weight
             with torch.no_grad():
-                tensors[name] = fake.encode(whole(latent))
-            verdicts[name] = f"{scheme}: trained"
-        else:
-            tensors[name] = whole(module.weight).clone()
-            verdicts[name] = verdict
+                tensors[name] = fake.encode(whole(trained.weight.original).cpu())
+            verdicts[name] = f"{verdicts[name].partition(':')[0]}: trained"
     return QuantizedWeights(tensors, verdicts)
 
 

@@ -208,6 +208,8 @@ def train(
         sharded = dict(student.named_parameters())
         for group, name in zip(groups, order, strict=True):
             group["params"] = [sharded[name]]
+    if not groups:
+        raise TrainingError("the recipe quantizes nothing, so there is nothing to train; choose another")
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     done = 0
     if saved is not None:
