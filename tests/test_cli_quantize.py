@@ -143,3 +143,24 @@ def test_refusals(
 def test_an_existing_target(gemma_edge: Cli, tmp_path: Path) -> None:
     result = gemma_edge("quantize", "no checkpoint is even looked for", "-o", tmp_path)
     assert_refused(result, "exists; remove it")
+
+
+@pytest.mark.slow
+def test_schemes_side_by_side_in_both_formats(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """Kept, SFP8 and integers of both kinds within one layer: each file is proven, all integers equal."""
+    recipe = tmp_path / "mixed.toml"
+    schemes = {
+        "*.o_proj.weight": "float32",
+        "*.1.self_attn.q_proj.weight": "float32",
+        "*.mlp.down_proj.weight": "int8-channel",
+        "*.mlp.*": "sfp8",
+        "*_proj.weight": "int4-channel",
+    }
+    rules = (f'[[rule]]\npattern = "{pattern}"\nscheme = "{scheme}"\n' for pattern, scheme in schemes.items())
+    recipe.write_text("\n".join(('embedding = "int4"', *rules)))
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "out", "--recipe", recipe, *EXPORT)
+    assert result.code == 0, result.err
+    manifest = read_manifest(tmp_path / "out")
+    equal = [check for check in manifest.validation if check.metric == "equal"]
+    assert {check.artifact for check in equal} == {"pte", "onnx"}
+    assert all(check.value == 1 for check in equal)

@@ -116,7 +116,7 @@ PTE_FORMS: list[tuple[int, int | None]] = [(4, 32), (4, 128), (4, None), (8, Non
 @settings(max_examples=5)
 @given(
     linears=st.lists(weights(PTE_FORMS), min_size=6, max_size=6),
-    tables=st.tuples(weights([(4, 32), (8, None)]), weights([(4, 32), (8, None)])),
+    tables=st.tuples(weights(PTE_FORMS), weights(PTE_FORMS)),
 )
 def test_pte(
     linears: list[IntegerWeight], tables: tuple[IntegerWeight, ...], tmp_path_factory: pytest.TempPathFactory
