@@ -2,7 +2,8 @@
 
 Each quantized weight becomes a parametrization (torch.nn.utils.parametrize): the module holds the trained latent
 values, its ``weight`` gives what their codes stand for, and the gradient passes straight through the rounding.
-The network's file never hears of it. ``convert`` reads the codes out with the same rounding.
+The network's file never hears of it. ``convert`` reads the codes out with the same rounding. Scales of integers are
+those that training starts from: learning them too (arXiv 1902.08153) gained nothing on the demo checkpoint.
 
 A table shared by embedding and head is quantized by the embedding, and the head borrows it: under
 ``parametrize.cached()`` it is computed once a pass.
@@ -26,56 +27,6 @@ from quant.sfp8 import Sfp8Weight, encode_weight
 WITHIN = 0.49
 
 
-class RoundToIntegers(torch.autograd.Function):
-    """(weight [rows, columns], scales [rows, groups], bits, group size) → what the codes stand for [rows, columns].
-
-    The scales are put on the bf16 grid first. Backward: the weight's gradient passes straight through. A scale's is
-    that of learned step sizes (arXiv 1902.08153): the sum over its group of gradient · (code − weight / scale), of
-    gradient · code where the code is clipped.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scales: Tensor, bits: int, size: int) -> Tensor:
-        ctx.bits, ctx.size = bits, size
-        ctx.save_for_backward(weight, scales)
-        scales = bf16_grid(scales)
-        values = nearest_codes(in_groups(weight, size), scales, bits).mul_(scales[..., None])
-        return values.view(len(weight), -1)[:, : weight.shape[1]]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        weight, scales = ctx.saved_tensors
-        scales, grouped = bf16_grid(scales), in_groups(weight, ctx.size)
-        codes = nearest_codes(grouped, scales, ctx.bits)
-        steps = grouped / scales[..., None]
-        limit = 2 ** (ctx.bits - 1)
-        clipped = (steps < -limit) | (steps > limit - 1)
-        error = torch.where(clipped, codes, codes - steps)
-        return grad, error.mul_(in_groups(grad, ctx.size)).sum(-1), None, None
-
-
-round_to_integers: Callable[..., Tensor] = RoundToIntegers.apply
-
-
-class FakeInteger(nn.Module):
-    """Parametrization by integers whose ``scales`` [rows, groups] train along, and are rounded to the bf16 grid."""
-
-    def __init__(self, start: IntegerWeight) -> None:
-        super().__init__()
-        self.bits, self.group_size, self.group = start.bits, start.group_size, start.group
-        self.scales = nn.Parameter(start.scales.clone())
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return round_to_integers(latent, self.scales, self.bits, self.group_size)
-
-    def encode(self, latent: Tensor) -> IntegerWeight:
-        """The codes of a whole latent, and the whole scales."""
-        scales = bf16_grid(whole(self.scales)).to(latent.device)
-        codes = nearest_codes(in_groups(latent, self.group_size), scales, self.bits).to(torch.int8)
-        return IntegerWeight(codes.view(len(latent), -1)[:, : latent.shape[1]], scales, self.bits, self.group)
-
-
 class StraightThrough(torch.autograd.Function):
     """(x, its rounded values) → the rounded values; the gradient is x's as it is."""
 
@@ -89,6 +40,32 @@ class StraightThrough(torch.autograd.Function):
 
 
 straight_through: Callable[[Tensor, Tensor], Tensor] = StraightThrough.apply
+
+
+class FakeInteger(nn.Module):
+    """Parametrization by integers under the scales they started with: those are on the bf16 grid, and stay there."""
+
+    scales: Tensor
+
+    def __init__(self, start: IntegerWeight) -> None:
+        super().__init__()
+        self.bits, self.group_size, self.group = start.bits, start.group_size, start.group
+        assert torch.equal(start.scales, bf16_grid(start.scales))
+        self.register_buffer("scales", start.scales)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        with torch.no_grad():
+            values = self._codes(latent).mul_(self.scales[..., None])
+        return straight_through(latent, values.view(len(latent), -1)[:, : latent.shape[1]])
+
+    def encode(self, latent: Tensor) -> IntegerWeight:
+        """What ``forward`` computes with, for a whole latent."""
+        codes = self._codes(latent).to(torch.int8).view(len(latent), -1)[:, : latent.shape[1]]
+        return IntegerWeight(codes, self.scales, self.bits, self.group)
+
+    def _codes(self, latent: Tensor) -> Tensor:
+        """Integral floats [rows, groups, size]."""
+        return nearest_codes(in_groups(latent, self.group_size), self.scales, self.bits)
 
 
 class FakeSfp8(nn.Module):
@@ -161,7 +138,7 @@ def convert(model: nn.Module, start: QuantizedWeights) -> QuantizedWeights:
             trained: Any = model.get_submodule(name.removesuffix(".weight")).parametrizations
             (fake,) = trained.weight
             with torch.no_grad():
-                tensors[name] = fake.encode(whole(trained.weight.original).cpu())
+                tensors[name] = fake.cpu().encode(whole(trained.weight.original).cpu())
             verdicts[name] = f"{verdicts[name].partition(':')[0]}: trained"
     return QuantizedWeights(tensors, verdicts)
 

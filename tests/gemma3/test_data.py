@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gemma3
 from gemma3.chat import encode_chat
 from gemma3.data import pack
 from gemma3.errors import BadInput
@@ -104,3 +105,16 @@ def test_settings_that_do_not_fit(
 def test_a_file_that_is_not_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be read"):
         pack([tmp_path / "none.txt"], tokenizer, 8, VOCABULARY)
+
+
+def test_the_demos_training_sample_is_usable_and_shares_no_paragraph_with_its_held_out_text() -> None:
+    demo = Path(gemma3.__file__).parent / "demo"
+    sample = (demo / "qat.txt").read_text(encoding="utf-8")
+    paragraphs = (demo / "heldout.txt").read_text(encoding="utf-8").split("\n\n")
+    assert not [paragraph for paragraph in paragraphs if len(paragraph) > 40 and paragraph in sample]
+    asked = {json.loads(line)["prompt"] for line in (demo / "questions.jsonl").read_text().splitlines()}
+    taught = (demo / "qat.jsonl").read_text(encoding="utf-8")
+    contents = {message["content"] for line in taught.splitlines() for message in json.loads(line)["messages"]}
+    assert not asked & contents
+    rows = pack([demo / "qat.txt", demo / "qat.jsonl"], Tokenizer(demo), 256, 4096)
+    assert 256 * len(rows) > 250_000

@@ -1,0 +1,71 @@
+"""What fake quantization costs: a training step with it over one without, alternating in one run.
+
+    python scripts/bench_qat.py demo --repetitions 10
+
+A step is the teacher's pass, the student's, the loss over the whole vocabulary, the gradients and AdamW.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from gemma3.checkpoint import load_model, open_checkpoint, resolve_checkpoint
+from quant.fake import prepare
+from quant.qat import Distillation
+from quant.recipe import preset, quantize
+from runtime_py.report import table
+
+RECIPES = (("int4-block32", "int8"), ("int4-block32", "int4"), ("int4-channel", "int8"), ("sfp8", "sfp8"))
+
+
+def step(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    distillation = Distillation(student, teacher)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.0)
+
+    def run() -> None:
+        (distillation(tokens)[0] / tokens.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--repetitions", type=int, default=10)
+    args = parser.parse_args()
+    checkpoint = open_checkpoint(resolve_checkpoint(args.checkpoint))
+    tokens = torch.randint(checkpoint.config.vocab_size, (args.batch, args.length))
+    teacher = load_model(checkpoint)
+    plain = load_model(checkpoint)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_("norm" not in name)  # as in training
+    steps = {"none": step(plain, teacher, tokens)}
+    for scheme, embedding in RECIPES:
+        start = quantize(checkpoint.items(), preset(scheme, embedding))
+        steps[f"{scheme}, embedding {embedding}"] = step(prepare(load_model(checkpoint), start), teacher, tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.repetitions + 1):
+        for name, run in steps.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    rows = [(name, f"{1000 * median:.0f}", f"{median / medians['none']:.2f}") for name, median in medians.items()]
+    print(f"{args.batch} × {args.length} tokens a step, {torch.get_num_threads()} threads")
+    print(table(("fake quantization", "ms a step (median)", "ratio"), rows))
+
+
+if __name__ == "__main__":
+    main()
