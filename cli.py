@@ -545,6 +545,7 @@ def prove(draft: "Draft") -> "list[Check]":
     from export.manifest import GOLDEN
     from runtime_py.eager_session import fresh_references
     from runtime_py.golden import save_golden
+    from runtime_py.own_cache import check_own_cache
     from runtime_py.validate import check_exact_twin, check_logits, make_plan
 
     plan = make_plan(draft.manifest)
@@ -555,6 +556,7 @@ def prove(draft: "Draft") -> "list[Check]":
     return [
         *integers,
         *check_logits(draft.directory, draft.manifest, references),
+        *check_own_cache(draft.directory, draft.manifest, draft.weights, references),
         *check_exact_twin(draft.directory, draft.manifest, references),
     ]
 
@@ -565,12 +567,16 @@ def check_against(bundle: Path, model: str) -> "list[Check]":
     from export.manifest import read_manifest
     from gemma3.checkpoint import resolve_checkpoint
     from runtime_py.eager_session import fresh_references
+    from runtime_py.own_cache import check_own_cache
     from runtime_py.validate import check_bundle, make_plan
 
     manifest = read_manifest(bundle)
     weights = weights_behind(manifest, resolve_checkpoint(model))
     references = fresh_references(manifest, make_plan(manifest), weights)
-    return [*check_integers(bundle, manifest, weights), *check_bundle(bundle, references)]
+    checks = [*check_integers(bundle, manifest, weights), *check_bundle(bundle, references)]
+    if all(check.passed for check in checks):  # a damaged file is not looked into further
+        checks += check_own_cache(bundle, manifest, weights, references)
+    return checks
 
 
 def common_context(models: Sequence[str], wanted: int | None) -> int:

@@ -40,7 +40,7 @@ SEED = 20_250_312
 ONE_BY_ONE = "one by one"
 METRICS = (
     *("equal", "max_abs", "mean_abs", "relative_rms"),
-    *("kl_mean", "kl_max", "kl_worst_position", "top1_agreement", "decibels"),
+    *("kl_mean", "kl_median", "kl_max", "kl_worst_position", "float_equal", "top1_agreement", "decibels"),
 )
 AT_LEAST = ("top1_agreement", "equal")  # metrics whose limit is a minimum
 
@@ -110,7 +110,7 @@ class Plan:
     def golden_positions(self) -> list[int]:
         """Around the landmarks, and whatever the walks in larger pieces show."""
         pieces = {end for name, walk in self.walks.items() if name != ONE_BY_ONE for end in _ends(walk)}
-        return sorted(pieces.union(_near(self.landmarks.values(), GOLDEN_NEAR, len(self.ids))))
+        return sorted(pieces.union(near(self.landmarks.values(), GOLDEN_NEAR, len(self.ids))))
 
 
 def make_plan(manifest: Manifest) -> Plan:
@@ -126,7 +126,7 @@ def make_plan(manifest: Manifest) -> Plan:
         landmarks |= {f"wrap {turn} of {slots} slots": turn * slots for turn in range(1, TURNS + 1)}
     landmarks["last"] = length - 1
     landmarks = {name: position for name, position in landmarks.items() if position < length}
-    stepped = range(length) if length <= STEP_EVERYTHING else _near(landmarks.values(), NEAR, length)
+    stepped = range(length) if length <= STEP_EVERYTHING else near(landmarks.values(), NEAR, length)
     odd = itertools.cycle((1, 2, 3, 5, 7, 11, 13, 1, chunk, max(1, chunk - 1), chunk + 1, 2 * chunk + 3))
     tail = min(8, length - 1)
     return Plan(
@@ -160,7 +160,7 @@ def _ends(pieces: Iterable[int]) -> list[int]:
     return [end - 1 for end in itertools.accumulate(pieces)]
 
 
-def _near(landmarks: Iterable[int], distance: int, length: int) -> list[int]:
+def near(landmarks: Iterable[int], distance: int, length: int) -> list[int]:
     around = {mark + offset for mark in landmarks for offset in range(-distance, distance + 1)}
     return sorted(position for position in around if 0 <= position < length)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from export.pte_file import PteFile, cache_bytes_pte, join_halves, read_back_pte
 from export.to_executorch import compare_integers, export_pte, lower
 from gemma3.cache import cache_layout
 from gemma3.errors import BadInput, VerificationFailed
-from gemma3.model import LayerKV, new_cache
-from quant.activations import fake_quantize_per_token
+from gemma3.model import new_cache
+from quant.activations import fake_quantize_per_token, with_integer_weights
 from quant.integers import IntegerWeight, round_to_nearest
-from runtime_py.pte_session import PteSession, runtime
+from runtime_py.own_cache import file_cache, steps
+from runtime_py.pte_session import runtime
 from tests.pte_models import CHUNK, TinyPte, tiny_pte
-from tests.shapes import random_tokens, tiny_config
+from tests.shapes import random_model, random_tokens, tiny_config
 
 TOLERANCE = 1e-4
 # The ring of the released tiny shape holds 16 positions: four windows of 8 past its first wrap, and not a multiple.
@@ -201,29 +203,22 @@ def test_integer_steps_equal_eager_but_for_flipped_roundings(block32: TinyPte, c
     boundary: few steps have one. (Fed freely, both drift apart after the first, as two eager runs do that differ by one
     unit in the last place: what was rounded the other way stays in the cache and turns further roundings.)"""
     for tiny in (block32, channel):
-        found, expected = steps_from_the_same_cache(tiny)
-        agree = (found - expected).abs().amax(-1) <= TOLERANCE
-        assert agree.float().mean() >= 0.8
-        found, expected = found.double().log_softmax(-1), expected.double().log_softmax(-1)
-        assert (expected.exp() * (expected - found)).sum(-1).mean() <= 1e-5
+        ids = random_tokens(tiny.config, LENGTH)
+        found = list(steps(tiny.session(), tiny.eager(), ids, set(range(LENGTH))))
+        assert sum(difference.max_abs <= TOLERANCE for difference in found) >= 0.8 * LENGTH
+        assert sum(difference.kl for difference in found) <= 1e-5 * LENGTH
 
 
-def steps_from_the_same_cache(tiny: TinyPte) -> tuple[Tensor, Tensor]:
-    """Logits [LENGTH, V] of the file, and of the eager model that begins each step with the file's cache."""
-    session, eager = tiny.session(), tiny.eager()
-    found, expected = [], []
-    for token in random_tokens(tiny.config, LENGTH):
-        cache = eager_cache(session, tiny.config.num_layers)
-        with torch.no_grad():
-            expected.append(eager(torch.tensor([[token]]), cache, session.position)[0, 0])
-        found.append(torch.from_numpy(session.step(token)))
-    return torch.stack(found), torch.stack(expected)
-
-
-def eager_cache(session: PteSession, layers: int) -> list[LayerKV]:
-    """The file's caches as gemma3.model keeps them."""
-    pairs = [session.cache(layer) for layer in range(layers)]
-    return [LayerKV(*(torch.from_numpy(part).transpose(1, 2).contiguous() for part in pair)) for pair in pairs]
+@pytest.mark.slow
+def test_a_step_from_the_same_cache_shows_another_window(block32: TinyPte) -> None:
+    """What is wrong beyond the window shows at every position there, and at none before."""
+    window = block32.config.sliding_window
+    wrong = replace(block32.config, sliding_window=window + 1)
+    model = with_integer_weights(random_model(wrong), block32.weights.integers, "int8")
+    ids = random_tokens(wrong, LENGTH)
+    kl = [difference.kl for difference in steps(block32.session(), model, ids, set(range(LENGTH)))]
+    assert median(kl[:window]) <= 1e-10
+    assert min(kl[window:]) > 1e-5
 
 
 @pytest.mark.slow
@@ -235,7 +230,7 @@ def test_caches_hold_what_eagers_hold(fp32: TinyPte) -> None:
     with torch.no_grad():
         for start in range(0, LENGTH, CHUNK):
             fp32.eager()(torch.tensor([ids[start : start + CHUNK]]), expected, start)
-    for ours, theirs in zip(eager_cache(session, fp32.config.num_layers), expected, strict=True):
+    for ours, theirs in zip(file_cache(session, fp32.config.num_layers), expected, strict=True):
         assert (ours.keys - theirs.keys).abs().max() <= 1e-4
         assert (ours.values - theirs.values).abs().max() <= 1e-4
 
