@@ -35,7 +35,7 @@ from gemma3.config import TextConfig, read_config
 from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
 from gemma3.tokenizer import Tokenizer
 from quant.atomic import refuse_target, staging
-from quant.integers import IntegerWeight
+from quant.integers import IntegerWeight, equal_codes
 from quant.recipe import QuantizedWeights, Recipe, Rule
 from quant.sfp8 import Sfp8Weight
 from quant.stored import CONFIG, is_quantized
@@ -253,7 +253,7 @@ def check_integers(directory: Path, manifest: Manifest, weights: Mapping[Format,
         if not integers:
             continue
         stored = read_back(format, directory / artifact.file)
-        equal = sum(_equal_codes(stored.get(name), weight) for name, weight in integers.items())
+        equal = sum(equal_codes(stored[name], weight) for name, weight in integers.items() if name in stored)
         total = sum(weight.codes.numel() for weight in integers.values())
         name = f"integers in the file are the quantizer's ({equal} of {total})"
         checks.append(Check(format, name, "equal", equal / total, 1.0, equal == total))
@@ -269,15 +269,6 @@ def read_back(format: Format, path: Path) -> dict[str, IntegerWeight]:
     from export.to_executorch import read_back_pte
 
     return read_back_pte(path)
-
-
-def _equal_codes(stored: IntegerWeight | None, weight: IntegerWeight) -> int:
-    """How many weights have the same code under the same scale."""
-    if stored is None or stored.codes.shape != weight.codes.shape or stored.scales.shape != weight.scales.shape:
-        return 0
-    columns = weight.codes.shape[1]
-    same = (stored.scales == weight.scales).repeat_interleave(weight.group_size, dim=1)[:, :columns]
-    return int((same & (stored.codes == weight.codes)).sum())
 
 
 def require_passed(checks: Sequence[Check]) -> None:

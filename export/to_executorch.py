@@ -39,7 +39,7 @@ from export.xnnpack_partition import LevelPartitioner
 from gemma3.cache import CacheLayout
 from gemma3.config import TextConfig
 from gemma3.errors import VerificationFailed
-from quant.integers import IntegerWeight
+from quant.integers import IntegerWeight, equal_codes
 
 __all__ = ["PteReport", "cache_bytes_pte", "export_pte", "read_back_pte"]
 
@@ -185,14 +185,6 @@ def compare_integers(weights: Weights, file: PteFile) -> tuple[dict[str, int], d
         equal[name] = min(count, equal.get(name, count))
     unequal = {name: weight.codes.numel() - equal.get(name, 0) for name, weight in expected.items()}
     return equal, unequal
-
-
-def equal_codes(stored: IntegerWeight, weight: IntegerWeight) -> int:
-    """How many places hold the same code under the same scale."""
-    if stored.codes.shape != weight.codes.shape or stored.scales.shape != weight.scales.shape:
-        return 0
-    same = (stored.scales == weight.scales).repeat_interleave(weight.group_size, dim=1)
-    return int(torch.count_nonzero((stored.codes == weight.codes) & same))
 
 
 def _check_caches(file: PteFile, layout: CacheLayout) -> None:

@@ -38,7 +38,7 @@ from gemma3.cache import CacheLayout
 from gemma3.config import SLIDING, LayerKind, TextConfig
 from gemma3.errors import BadInput, VerificationFailed
 from gemma3.model import inverse_frequencies
-from quant.integers import IntegerWeight
+from quant.integers import IntegerWeight, equal_codes
 from quant.recipe import Weight
 from quant.sfp8 import DECODE, Sfp8Weight
 
@@ -130,22 +130,15 @@ def export_onnx(
 def compare_integers(weights: Weights, path: Path) -> tuple[int, int]:
     """How many of the integers in ``weights`` are (equal, unequal) in every place that the file uses them.
 
-    A weight whose scales differ, or that no node uses, counts as unequal.
+    An integer under another scale counts as unequal, like those of a weight that no node uses.
     """
     expected = {name: weight for name, weight in weights.items() if isinstance(weight, IntegerWeight)}
-    equal = dict.fromkeys(expected, 0)
-    unequal = {name: weight.codes.numel() for name, weight in expected.items()}
-    seen: set[str] = set()
+    equal: dict[str, int] = {}
     for name, stored in stored_integers(path):
-        weight = expected[name]
-        alike = 0
-        if torch.equal(stored.scales, weight.scales):
-            # NumPy counts without torch's int64 copy of every comparison.
-            alike = int(np.count_nonzero(stored.codes.numpy() == weight.codes.numpy()))
-        equal[name] = min(alike, equal[name]) if name in seen else alike
-        unequal[name] = weight.codes.numel() - equal[name]
-        seen.add(name)
-    return sum(equal.values()), sum(unequal.values())
+        alike = equal_codes(stored, expected[name])
+        equal[name] = min(alike, equal.get(name, alike))
+    total = sum(weight.codes.numel() for weight in expected.values())
+    return sum(equal.values()), total - sum(equal.values())
 
 
 def _dims(value: ir.Value) -> list[int | str]:

@@ -115,3 +115,16 @@ def require_finite(weight: Tensor) -> None:
     count = weight.numel() - int(torch.isfinite(weight).sum())
     if count:
         raise ValueError(f"{count} values are NaN or infinite")
+
+
+def equal_codes(stored: IntegerWeight, weight: IntegerWeight) -> int:
+    """How many places hold the same code under the same scale; none when the shapes differ."""
+    if stored.codes.shape != weight.codes.shape or stored.scales.shape != weight.scales.shape:
+        return 0
+    equal, columns = 0, weight.codes.shape[1]
+    for start in range(0, len(weight.codes), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        same_scale = (stored.scales[part] == weight.scales[part]).repeat_interleave(weight.group_size, dim=1)
+        same_code = stored.codes[part] == weight.codes[part]
+        equal += int(torch.count_nonzero(same_code & same_scale[:, :columns]))
+    return equal
