@@ -283,7 +283,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL, 20 times, while steps are computed and saved: always resumable, and the weights are the same."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.quant.qat_run"])
-    steps, rng = 200, random.Random(0)
+    steps, rng = 80, random.Random(0)
 
     def begin(run: str, out: str) -> Any:
         process = context.Process(target=once, args=(tmp_path / run, tmp_path / out, steps, 1))
@@ -296,7 +296,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         process, before = begin("run", "out"), list((tmp_path / "run").glob("step-*"))
         while process.is_alive() and list((tmp_path / "run").glob("step-*")) == before:
             time.sleep(0.001)
-        time.sleep(rng.uniform(0.0, 0.1))
+        time.sleep(rng.uniform(0.0, 0.05))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, "it came to its end before it could be killed"
