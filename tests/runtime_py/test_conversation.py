@@ -1,4 +1,3 @@
-
 import pytest
 
 from gemma3.chat import encode_chat
