@@ -66,13 +66,18 @@ def documents(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
             raise BadInput(f"{path}: line {number}: {error}") from None
 
 
-def _read(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """The file's text, its line ends as they are. Raises BadInput when it cannot be read or is not UTF-8."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
+
+
+def _read(path: Path) -> str:
+    text = read_utf8(path)
     if not text.strip():
         raise BadInput(f"{path}: holds no text; give a file that does")
     if "\0" in text:

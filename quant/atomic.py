@@ -39,17 +39,18 @@ def staging(out: Path) -> Iterator[Path]:
     try:
         yield directory
         for path in directory.iterdir():
-            _sync(path)
-        _sync(directory)
+            sync(path)
+        sync(directory)
         refuse_target(out)  # rename would silently replace an empty directory
         directory.rename(out)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
-    _sync(out.parent)
+    sync(out.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the file or directory is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from quant.activations import Activations
+from quant.atomic import sync
 from quant.fake import convert, head_input, prepare
 from quant.integers import IntegerWeight
 from quant.progress import Progress
@@ -226,7 +227,7 @@ def train(
             for part in rows.split(micro_batch or share):  # type: ignore[no-untyped-call]
                 last = part[-1] == rows[-1]
                 if world > 1:
-                    distillation.set_requires_gradient_sync(bool(last))  # type: ignore[operator]
+                    distillation.set_requires_gradientsync(bool(last))  # type: ignore[operator]
                 generator = None
                 if settings.loss == "sampled":
                     generator = torch.Generator(device).manual_seed(_seed(settings.seed, step, int(part[0])))
@@ -372,10 +373,10 @@ def _save(run: Path, step: int, student: nn.Module, optimizer: torch.optim.Optim
     if first:
         (part / STATE_FILE).write_text(json.dumps({"step": step, "run": wanted}, indent=1) + "\n", encoding="utf-8")
         for path in (*part.iterdir(), part):
-            _sync(path)
+            sync(path)
         before = _steps(run)
         part.rename(final)
-        _sync(run)
+        sync(run)
         for _, path in before:
             shutil.rmtree(path)
     _wait()
@@ -444,14 +445,6 @@ def _parts(weights: QuantizedWeights) -> Iterator[Tensor]:
 def _wait() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma3.chat import encode_chat
+from gemma3.data import read_utf8
 from gemma3.errors import BadInput
 from gemma3.tokenizer import Tokenizer
 from runtime_py.accuracy import Estimate
@@ -27,12 +28,7 @@ class Question:
 
 def read_questions(path: Path) -> list[Question]:
     """One JSON object a line with the fields of Question, all text. Raises BadInput for anything else."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
+    text = read_utf8(path)
     questions = [
         _question(line, f"{path}: line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
     ]
