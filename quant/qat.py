@@ -227,7 +227,7 @@ def train(
             for part in rows.split(micro_batch or share):  # type: ignore[no-untyped-call]
                 last = part[-1] == rows[-1]
                 if world > 1:
-                    distillation.set_requires_gradientsync(bool(last))  # type: ignore[operator]
+                    distillation.set_requires_gradient_sync(bool(last))  # type: ignore[operator]
                 generator = None
                 if settings.loss == "sampled":
                     generator = torch.Generator(device).manual_seed(_seed(settings.seed, step, int(part[0])))
