@@ -31,7 +31,7 @@ from export.manifest import (
 from export.reexpress import STAND_INS, reexpressed
 from export.source import open_source
 from gemma3.cache import CacheLayout, CacheStyle, cache_layout
-from gemma3.config import TextConfig, read_config
+from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
 from gemma3.tokenizer import Tokenizer
 from quant.atomic import refuse_target, staging
@@ -123,7 +123,7 @@ def export_bundle(
 
 def export_artifact(
     format: Format,
-    config: TextConfig,
+    config: ModelConfig,
     weights: QuantizedWeights,
     layout: CacheLayout,
     eos_ids: Sequence[int],
@@ -200,7 +200,7 @@ def without_sfp8(weights: QuantizedWeights) -> dict[str, Tensor | IntegerWeight]
     return found
 
 
-def copy_tokenizer(checkpoint: Path, config: TextConfig, directory: Path) -> TokenizerInfo:
+def copy_tokenizer(checkpoint: Path, config: ModelConfig, directory: Path) -> TokenizerInfo:
     """Put the checkpoint's tokenizer into ``directory``. Raises BadInput when it is not the model's.
 
     tokenizer.json and tokenizer_config.json, which stock runners read, go along where the checkpoint has them.

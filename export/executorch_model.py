@@ -30,7 +30,7 @@ from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F40
 from torch import Tensor, nn
 
 from gemma3.cache import CacheLayout
-from gemma3.config import FULL, SLIDING, LayerKind, TextConfig
+from gemma3.config import FULL, SLIDING, LayerKind, ModelConfig
 from gemma3.errors import BadInput
 from gemma3.model import attention_mask, inverse_frequencies
 from quant.integers import IntegerWeight
@@ -184,7 +184,7 @@ class HeadProjection(nn.Module):
 class Attention(nn.Module):
     """Attention that owns its cache: [1, slots, K, D] of keys and of values, in float32."""
 
-    def __init__(self, config: TextConfig, kind: LayerKind, slots: int, weights: Weights, name: str) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind, slots: int, weights: Weights, name: str) -> None:
         super().__init__()
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         eps = config.rms_norm_eps
@@ -242,7 +242,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: TextConfig, kind: LayerKind, slots: int, weights: Weights, name: str) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind, slots: int, weights: Weights, name: str) -> None:
         super().__init__()
 
         def norm(which: str) -> RMSNorm:
@@ -295,7 +295,7 @@ def pack_embedding(codes: Tensor) -> Tensor:
 class ExecutorchModel(nn.Module):
     """tokens int64 [1, S] at positions start_pos (int64 [1]) onwards → logits float32 [1, 1, V] of the last one."""
 
-    def __init__(self, config: TextConfig, weights: Weights, layout: CacheLayout) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
         super().__init__()
         assert layout.style == "ring"
         self.config = config

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma3.cache import CacheLayout
-from gemma3.config import TextConfig
+from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
 
 Format = Literal["pte", "onnx"]
@@ -93,7 +93,7 @@ class Check:
 @dataclass(frozen=True)
 class Manifest:
     schema_version: int
-    model: TextConfig
+    model: ModelConfig
     recipe: str
     rules: dict[str, str]  # the recipe's: pattern → scheme, the first match wins
     method: str  # how the weights came to their integers: "rtn", "gptq", "qat", …

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma3.checkpoint import check_shapes, open_checkpoint
-from gemma3.config import TextConfig, read_config
+from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
 from quant.recipe import QuantizedWeights, Recipe, preset, quantize
 from quant.stored import CONFIG, is_quantized, load_quantized
@@ -20,7 +20,7 @@ class Source:
     """Weights in the form that ships, how they came to it, and the directory they came from."""
 
     path: Path
-    config: TextConfig
+    config: ModelConfig
     weights: QuantizedWeights
     recipe: Recipe
     method: str

@@ -37,7 +37,7 @@ from export.pte_file import (
 )
 from export.xnnpack_partition import LevelPartitioner
 from gemma3.cache import CacheLayout
-from gemma3.config import TextConfig
+from gemma3.config import ModelConfig
 from gemma3.errors import VerificationFailed
 from quant.integers import IntegerWeight, equal_codes
 
@@ -72,7 +72,7 @@ class PteReport:
 
 
 def export_pte(
-    config: TextConfig, weights: Weights, layout: CacheLayout, path: Path, *, eos_ids: Sequence[int]
+    config: ModelConfig, weights: Weights, layout: CacheLayout, path: Path, *, eos_ids: Sequence[int]
 ) -> PteReport:
     """Write ``path``, then read its integers back and compare.
 
@@ -157,7 +157,7 @@ def lower(program: ExportedProgram, methods: dict[str, Any]) -> Any:
     )
 
 
-def constant_methods(config: TextConfig, layout: CacheLayout, eos_ids: Sequence[int]) -> dict[str, Any]:
+def constant_methods(config: ModelConfig, layout: CacheLayout, eos_ids: Sequence[int]) -> dict[str, Any]:
     """What stock runners ask a file. get_max_seq_len is their word for the largest call: the chunk."""
     return {
         "get_max_seq_len": layout.chunk,

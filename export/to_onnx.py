@@ -35,7 +35,7 @@ from torch import Tensor
 
 from export.onnx_file import load_graph, read_initializer
 from gemma3.cache import CacheLayout
-from gemma3.config import SLIDING, LayerKind, TextConfig
+from gemma3.config import SLIDING, LayerKind, ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
 from gemma3.model import inverse_frequencies
 from quant.integers import IntegerWeight, equal_codes
@@ -73,7 +73,7 @@ class OnnxReport:
 
 
 def export_onnx(
-    config: TextConfig, weights: Weights, layout: CacheLayout, path: Path, *, accuracy_level: int = 4
+    config: ModelConfig, weights: Weights, layout: CacheLayout, path: Path, *, accuracy_level: int = 4
 ) -> OnnxReport:
     """Write ``path`` and its external data ``path``.data, then read the integers back and compare.
 
@@ -158,7 +158,9 @@ class Step:
     rope: dict[LayerKind, tuple[ir.Value, ir.Value]]  # cos, sin [1, S, D/2]
 
 
-def text_model(graph: "GraphBuilder", config: TextConfig, layout: CacheLayout) -> tuple[list[ir.Value], list[ir.Value]]:
+def text_model(
+    graph: "GraphBuilder", config: ModelConfig, layout: CacheLayout
+) -> tuple[list[ir.Value], list[ir.Value]]:
     """The graph's inputs and outputs."""
     op = graph.op
     ids = _value("input_ids", ir.DataType.INT64, [1, "sequence_length"])
@@ -181,7 +183,7 @@ def text_model(graph: "GraphBuilder", config: TextConfig, layout: CacheLayout) -
     return inputs, [logits, *caches]
 
 
-def step_values(graph: "GraphBuilder", config: TextConfig, ids: ir.Value, mask: ir.Value) -> Step:
+def step_values(graph: "GraphBuilder", config: ModelConfig, ids: ir.Value, mask: ir.Value) -> Step:
     op = graph.op
     total = op.Shape(mask, start=1)  # [1]
     new = op.Shape(ids, start=1)
@@ -196,7 +198,7 @@ def step_values(graph: "GraphBuilder", config: TextConfig, ids: ir.Value, mask: 
     return Step(op.Cast(op.Sub(total, one), to=ir.DataType.INT32), op.Squeeze(narrow, graph.ints([0])), rope)
 
 
-def embed(graph: "GraphBuilder", config: TextConfig, ids: ir.Value) -> ir.Value:
+def embed(graph: "GraphBuilder", config: ModelConfig, ids: ir.Value) -> ir.Value:
     """The table's rows of ``ids``: [1, S, E]."""
     name = "model.embed_tokens.weight"
     weight = graph.take(name)
@@ -221,7 +223,7 @@ def embed(graph: "GraphBuilder", config: TextConfig, ids: ir.Value) -> ir.Value:
 
 def layer(
     graph: "GraphBuilder",
-    config: TextConfig,
+    config: ModelConfig,
     prefix: str,
     kind: LayerKind,
     x: ir.Value,
@@ -240,7 +242,7 @@ def layer(
 
 def attention(
     graph: "GraphBuilder",
-    config: TextConfig,
+    config: ModelConfig,
     prefix: str,
     kind: LayerKind,
     x: ir.Value,
@@ -357,7 +359,7 @@ class GraphBuilder:
         self.used.add(name)
         return self._weights[name]
 
-    def norm(self, x: ir.Value, config: TextConfig, name: str) -> ir.Value:
+    def norm(self, x: ir.Value, config: ModelConfig, name: str) -> ir.Value:
         """x / rms(x) · (1 + weight)."""
         weight = self.take(name)
         assert isinstance(weight, Tensor)
@@ -577,7 +579,7 @@ def cache_shapes_onnx(path: Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def genai_config(config: TextConfig, layout: CacheLayout, filename: str = "model.onnx") -> dict[str, Any]:
+def genai_config(config: ModelConfig, layout: CacheLayout, filename: str = "model.onnx") -> dict[str, Any]:
     """What onnxruntime-genai reads as genai_config.json, beside tokenizer.json and tokenizer_config.json.
 
     Its max_length must stay the context: the file fixes the caches' shapes.

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from gemma3.config import SLIDING, LayerKind, TextConfig
+from gemma3.config import SLIDING, LayerKind, ModelConfig
 from gemma3.errors import BadInput, DoesNotFit
 
 CacheStyle = Literal["ring", "compacting"]
@@ -62,7 +62,7 @@ class CacheLayout:
         return CacheLayout(**fields)
 
 
-def cache_layout(config: TextConfig, style: CacheStyle, context: int, chunk: int) -> CacheLayout:
+def cache_layout(config: ModelConfig, style: CacheStyle, context: int, chunk: int) -> CacheLayout:
     """The layout for at most ``context`` positions fed in chunks of at most ``chunk`` tokens.
 
     Raises DoesNotFit when the context is larger than the model's or not larger than the sliding window, and

@@ -10,33 +10,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemma3.config import TextConfig, read_config
+from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
 from gemma3.model import Gemma3
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-# Multimodal checkpoints nest the text model: as released, then as newer transformers versions save it.
+# Multimodal checkpoints nest the text model: as released, then as newer transformers versions save or hold it. The
+# first prefix that matches is replaced.
 PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
-)
-VISION_PREFIXES = (
-    "vision_tower.",
-    "multi_modal_projector.",
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    *((prefix, "vision_tower.vision_model.") for prefix in ("vision_tower.vision_model.", "vision_tower.")),
+    *((f"model.{prefix}", "vision_tower.vision_model.") for prefix in ("vision_tower.vision_model.", "vision_tower.")),
 )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. Names are the text-only ones; a tensor is read when asked for."""
+    """An opened checkpoint. Names are ``Gemma3``'s parameters'; a tensor is read when asked for."""
 
     path: Path
-    config: TextConfig
-    skipped: tuple[str, ...]  # vision tensors present in the files and not part of the text model
+    config: ModelConfig
     _files: dict[str, Path] = field(repr=False)  # name → safetensors file
     _stored: dict[str, str] = field(repr=False)  # name → name in the file
 
@@ -78,14 +75,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     stored: dict[str, str] = {}
     owner: dict[str, Any] = {}
     paths: dict[str, Path] = {}
-    skipped = []
     for file_path in _weight_files(path):
         file = _open(file_path)
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            if name.startswith(VISION_PREFIXES):
-                skipped.append(name)
-                continue
-            plain = _text_name(name)
+            plain = _plain_name(name)
             if plain in stored:
                 raise BadInput(f"{path}: tensor {plain} is stored twice (as {stored[plain]} and {name})")
             stored[plain], owner[plain], paths[plain] = name, file, file_path
@@ -107,7 +100,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _check_stored_twin(path, owner, stored)
         del expected["lm_head.weight"]
     ordered = {name: stored[name] for name in expected}
-    return Checkpoint(path, config, tuple(sorted(skipped)), paths, ordered)
+    return Checkpoint(path, config, paths, ordered)
 
 
 def load_model(checkpoint: Checkpoint) -> Gemma3:
@@ -115,7 +108,7 @@ def load_model(checkpoint: Checkpoint) -> Gemma3:
     return build_model(checkpoint.config, checkpoint.items())
 
 
-def build_model(config: TextConfig, named_weights: Iterable[tuple[str, Tensor]]) -> Gemma3:
+def build_model(config: ModelConfig, named_weights: Iterable[tuple[str, Tensor]]) -> Gemma3:
     """The float32 eager model of ``config`` with exactly these weights, in eval mode and without gradients.
 
     Raises BadInput when one is missing, left over or of another shape.
@@ -125,7 +118,7 @@ def build_model(config: TextConfig, named_weights: Iterable[tuple[str, Tensor]])
     return fill(empty_model(config), state)
 
 
-def empty_model(config: TextConfig) -> Gemma3:
+def empty_model(config: ModelConfig) -> Gemma3:
     """The model without memory for its weights, in eval mode and without gradients: see ``fill``."""
     with torch.device("meta"):
         return Gemma3(config).eval().requires_grad_(False)
@@ -141,7 +134,7 @@ def fill(model: Gemma3, state: Mapping[str, Tensor]) -> Gemma3:
     return model.requires_grad_(False)
 
 
-def check_shapes(config: TextConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises BadInput when a weight of ``config``'s model is missing, left over or of another shape."""
     expected = _expected(config, has_head="lm_head.weight" in shapes)
     for name in sorted(expected.keys() ^ shapes.keys()):
@@ -152,7 +145,7 @@ def check_shapes(config: TextConfig, shapes: Mapping[str, tuple[int, ...]]) -> N
             raise BadInput(f"weight {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}")
 
 
-def _expected(config: TextConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
+def _expected(config: ModelConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
     """Name → shape of every stored tensor."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Gemma3(config).state_dict().items()}
@@ -198,7 +191,7 @@ def _open(file: Path) -> Any:
         raise BadInput(f"{file}: not a readable safetensors file ({error}); download it again") from None
 
 
-def _text_name(name: str) -> str:
+def _plain_name(name: str) -> str:
     for prefix, plain in PREFIXES:
         if name.startswith(prefix):
             return plain + name.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""The shape of a Gemma 3 text model, read from Hugging Face's ``config.json``.
+"""The shape of a Gemma 3 model, read from Hugging Face's ``config.json``.
 
 Both spellings are read: the released files' (``rope_theta``, ``rope_local_base_freq``, ``rope_scaling``,
 ``sliding_window_pattern``) and the newer nested one (``rope_parameters``, ``layer_types``); text-only
@@ -7,8 +7,9 @@ Every key is used, checked against the only value this network implements, or na
 """
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,8 +29,37 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class TextConfig:
-    """Everything that fixes the text network. The number of layers is the length of ``layer_types``."""
+class VisionConfig:
+    """The image encoder (SigLIP), and what the text model takes of an image: ``tokens_per_image`` soft tokens."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int  # pixels, of a square
+    patch_size: int
+    layer_norm_eps: float
+    tokens_per_image: int
+    image_token_id: int  # stands where a soft token goes
+    begin_image_token_id: int
+    end_image_token_id: int
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def pool_size(self) -> int:
+        """Patches along each side of the square that becomes one soft token."""
+        return self.patches_per_side // math.isqrt(self.tokens_per_image)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the network: its text half and, unless it is text-only, ``vision``.
+
+    The number of layers is the length of ``layer_types``.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -48,6 +78,7 @@ class TextConfig:
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    vision: VisionConfig | None = None
 
     @property
     def num_layers(self) -> int:
@@ -61,13 +92,14 @@ class TextConfig:
         return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> "TextConfig":
+    def from_dict(data: Mapping[str, Any]) -> "ModelConfig":
         fields = dict(data)
         fields["layer_types"] = tuple(fields["layer_types"])
         fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
         fields["local_rope"] = Rope(**fields["local_rope"])
         fields["global_rope"] = Rope(**fields["global_rope"])
-        return TextConfig(**fields)
+        fields["vision"] = None if fields["vision"] is None else VisionConfig(**fields["vision"])
+        return ModelConfig(**fields)
 
 
 # transformers' Gemma3TextConfig defaults: the released 4B–27B files leave these keys out and rely on them.
@@ -111,17 +143,33 @@ IGNORED = frozenset(
         *("problem_type", "id2label", "label2id", "_attn_implementation", "_attn_implementation_autoset"),
     }
 )
-# Top-level keys beside ``text_config`` that belong to the vision half.
-MULTIMODAL = frozenset(
-    {
-        *("vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"),
-        *("boi_token_id", "eoi_token_id", "image_token_id"),
-    }
-)
+# transformers' SiglipVisionConfig defaults.
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+}
+VISION_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "model_type": ("siglip_vision_model",),
+    "num_channels": (3,),
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "vision_use_head": (False,),
+}
+# Keys beside ``text_config`` that belong to the vision half, in both spellings, with transformers' defaults.
+IMAGE_TOKENS: dict[str, tuple[tuple[str, ...], int]] = {
+    "tokens_per_image": (("mm_tokens_per_image",), 256),
+    "image_token_id": (("image_token_index", "image_token_id"), 262_144),
+    "begin_image_token_id": (("boi_token_index", "boi_token_id"), 255_999),
+    "end_image_token_id": (("eoi_token_index", "eoi_token_id"), 256_000),
+}
 ROPE_TYPES = ("default", "linear")
 
 
-def read_config(path: Path) -> TextConfig:
+def read_config(path: Path) -> ModelConfig:
     """Read ``config.json`` at ``path``. Raises BadInput when it is missing, unreadable or not Gemma 3's."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +185,7 @@ def read_config(path: Path) -> TextConfig:
         raise BadInput(f"{path}: {error}") from None
 
 
-def parse_config(data: Mapping[str, Any]) -> TextConfig:
+def parse_config(data: Mapping[str, Any]) -> ModelConfig:
     """The text model's configuration from the parsed ``config.json``. Raises BadInput naming the key."""
     model_type = data.get("model_type")
     if model_type == "gemma3":
@@ -148,7 +196,8 @@ def parse_config(data: Mapping[str, Any]) -> TextConfig:
         _refuse_unknown(
             outer,
             known={
-                *MULTIMODAL,
+                *(key for keys, _ in IMAGE_TOKENS.values() for key in keys),
+                "vision_config",
                 "model_type",
                 "eos_token_id",
                 "bos_token_id",
@@ -162,7 +211,8 @@ def parse_config(data: Mapping[str, Any]) -> TextConfig:
             for key in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings")
             if outer.get(key) is not None
         }
-        return _parse_text({**text, **inherited})
+        config = _parse_text({**text, **inherited})
+        return config if outer.get("vision_config") is None else replace(config, vision=_parse_vision(outer, config))
     if model_type != "gemma3_text":
         raise BadInput(
             f"model_type is {model_type!r}; only Gemma 3 checkpoints ('gemma3_text' or 'gemma3') can be used"
@@ -170,7 +220,7 @@ def parse_config(data: Mapping[str, Any]) -> TextConfig:
     return _parse_text(data)
 
 
-def _parse_text(data: Mapping[str, Any]) -> TextConfig:
+def _parse_text(data: Mapping[str, Any]) -> ModelConfig:
     rope_keys = {"rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters"}
     pattern_keys = {"sliding_window_pattern", "_sliding_window_pattern", "layer_types"}
     _refuse_unknown(data, known={"model_type", *DEFAULTS, *rope_keys, *pattern_keys})
@@ -182,7 +232,7 @@ def _parse_text(data: Mapping[str, Any]) -> TextConfig:
             raise BadInput(f"{key} is {data[key]!r}; Gemma 3 has {allowed[0]!r} and nothing else is implemented")
     local_rope, global_rope = _ropes(data)
     eos = values["eos_token_id"]
-    config = TextConfig(
+    config = ModelConfig(
         vocab_size=_count(values, "vocab_size"),
         hidden_size=_count(values, "hidden_size"),
         intermediate_size=_count(values, "intermediate_size"),
@@ -208,6 +258,39 @@ def _parse_text(data: Mapping[str, Any]) -> TextConfig:
         )
     if config.head_dim % 2:
         raise BadInput(f"head_dim is {config.head_dim}; rotary embeddings need an even number")
+    return config
+
+
+def _parse_vision(data: Mapping[str, Any], text: ModelConfig) -> VisionConfig:
+    """From the keys beside ``text_config``."""
+    encoder = data["vision_config"]
+    if not isinstance(encoder, Mapping):
+        raise BadInput(f"vision_config is {encoder!r}, expected an object")
+    unknown = sorted(set(encoder) - set(VISION_DEFAULTS) - set(VISION_REQUIRED_VALUES) - IGNORED)
+    if unknown:
+        raise BadInput(f"unknown key vision_config.{unknown[0]}; it may change the network, so it is not ignored")
+    for key, allowed in VISION_REQUIRED_VALUES.items():
+        if key in encoder and encoder[key] not in allowed:
+            raise BadInput(f"vision_config.{key} is {encoder[key]!r}; Gemma 3 has {allowed[0]!r}")
+    values = {key: default if encoder.get(key) is None else encoder[key] for key, default in VISION_DEFAULTS.items()}
+    for field, (keys, default) in IMAGE_TOKENS.items():
+        values[field] = next((data[key] for key in keys if data.get(key) is not None), default)
+    sizes = {key: _count(values, key) for key in values if key != "layer_norm_eps"}
+    config = VisionConfig(**sizes, layer_norm_eps=_positive(values["layer_norm_eps"], "vision_config.layer_norm_eps"))
+    if config.hidden_size % config.num_attention_heads:
+        raise BadInput(
+            f"vision_config.hidden_size {config.hidden_size} is not a multiple of its num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
+    side = math.isqrt(config.tokens_per_image)
+    if config.image_size % config.patch_size or side**2 != config.tokens_per_image or config.patches_per_side % side:
+        raise BadInput(
+            f"an image of {config.image_size} pixels in patches of {config.patch_size} cannot be pooled to "
+            f"mm_tokens_per_image {config.tokens_per_image}; expected a square number whose root divides the patches"
+        )
+    for name in ("image_token_id", "begin_image_token_id", "end_image_token_id"):
+        if getattr(config, name) >= text.vocab_size:
+            raise BadInput(f"{name} {getattr(config, name)} is outside the vocabulary of {text.vocab_size}")
     return config
 
 

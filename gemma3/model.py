@@ -1,4 +1,4 @@
-"""Gemma 3's text network in plain PyTorch, to be read top to bottom.
+"""Gemma 3 in plain PyTorch, to be read top to bottom; gemma3/vision.py is the half that sees.
 
 Shapes: B batch, S new tokens, T visible key positions, H query heads, K key/value heads, D head dim, E hidden
 size, F MLP size, V vocabulary. Parameter names are the checkpoint's, so that loading is the identity.
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma3.cache import CacheLayout
-from gemma3.config import FULL, SLIDING, LayerKind, TextConfig
+from gemma3.config import FULL, SLIDING, LayerKind, ModelConfig
+from gemma3.norm import RMSNorm
+from gemma3.vision import MultiModalProjector, VisionTower
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Step:
 
     cos: Tensor  # [S, D/2]
     sin: Tensor  # [S, D/2]
-    mask: Tensor  # bool [S, T]: may query s see key t?
+    mask: Tensor  # bool [S, T], with images [B, 1, S, T]: may query s see key t?
     slots: Tensor  # int64 [S]: cache slots the new keys go to; unused without a cache
 
 
@@ -37,20 +39,6 @@ class LayerKV:
     values: Tensor
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + weight), in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * (1.0 + self.weight.float())).to(x.dtype)
-
-
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, heads, S, D] by the angles of cos, sin [S, D/2]; the halves of D form the pairs."""
     first, second = x.chunk(2, dim=-1)
@@ -58,7 +46,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: TextConfig, kind: LayerKind) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.kind = kind
@@ -91,7 +79,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -102,7 +90,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: TextConfig, kind: LayerKind) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, kind)
@@ -117,7 +105,7 @@ class Layer(nn.Module):
 
 
 class TextModel(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
@@ -127,33 +115,62 @@ class TextModel(nn.Module):
 class Gemma3(nn.Module):
     """Token ids in, logits out. Without a cache it attends within the given tokens; with one it continues it."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = TextModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        if config.vision is not None:
+            self.vision_tower = VisionTower(config.vision)
+            self.multi_modal_projector = MultiModalProjector(config.vision, config.hidden_size)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Soft tokens [N, tokens_per_image, E] of images [N, 3, size, size], float32 in 0 … 1."""
+        return self.multi_modal_projector(self.vision_tower(pixels))
 
     def forward(
-        self, tokens: Tensor, cache: Sequence[LayerKV] | None = None, start: int = 0, last_only: bool = False
+        self,
+        tokens: Tensor,
+        cache: Sequence[LayerKV] | None = None,
+        start: int = 0,
+        last_only: bool = False,
+        soft_tokens: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, S, V] (or [B, 1, V]) for tokens [B, S] (int64) at positions start … start + S − 1.
 
         ``cache`` (from ``new_cache``; batch 1) holds the positions before ``start`` and receives the new ones.
+        ``soft_tokens`` (from ``encode_images``) go, in order, where ``tokens`` hold the image token; a run of those
+        is an image, whose tokens see one another, so that an image must lie whole in one call.
         """
-        x = self.hidden(tokens, cache, start)
+        x = self.hidden(tokens, cache, start, soft_tokens)
         return self.lm_head(x[:, -1:] if last_only else x)
 
-    def hidden(self, tokens: Tensor, cache: Sequence[LayerKV] | None = None, start: int = 0) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: Sequence[LayerKV] | None = None,
+        start: int = 0,
+        soft_tokens: Tensor | None = None,
+    ) -> Tensor:
         """What the head reads: [B, S, E] after the final norm. A large vocabulary's logits need not be whole."""
-        steps = {kind: self._step(kind, tokens.shape[1], start, cache) for kind in (SLIDING, FULL)}
         x = self.model.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
+        images = None
+        if soft_tokens is not None:
+            assert self.config.vision is not None, "a text-only model has no images"
+            is_image = tokens == self.config.vision.image_token_id
+            assert int(is_image.sum()) == soft_tokens.shape[:-1].numel(), "a soft token for each image token"
+            x = x.masked_scatter(is_image[..., None], soft_tokens.to(x.dtype))
+            images = image_numbers(is_image)
+        steps = {kind: self._step(kind, tokens.shape[1], start, cache, images) for kind in (SLIDING, FULL)}
         for index, layer in enumerate(self.model.layers):
             x = layer(x, steps[self.config.layer_types[index]], None if cache is None else cache[index])
         return self.model.norm(x)
 
-    def _step(self, kind: LayerKind, length: int, start: int, cache: Sequence[LayerKV] | None) -> Step:
+    def _step(
+        self, kind: LayerKind, length: int, start: int, cache: Sequence[LayerKV] | None, images: Tensor | None
+    ) -> Step:
         config, end = self.config, start + length
         device = self.model.norm.weight.device
         positions = torch.arange(start, end, device=device)
@@ -166,19 +183,23 @@ class Gemma3(nn.Module):
             slots = positions % size
             key_positions = ring_positions(end, size, device)
         window = config.sliding_window if kind == SLIDING else None
+        mask = attention_mask(positions, key_positions, window)
+        if images is not None:
+            together = same_image(images, key_positions - start)
+            mask = attention_mask(positions, key_positions, window, together)[:, None]
         cos, sin = rope_angles(config, kind, positions)
         dtype = self.model.norm.weight.dtype
-        return Step(cos.to(dtype), sin.to(dtype), attention_mask(positions, key_positions, window), slots)
+        return Step(cos.to(dtype), sin.to(dtype), mask, slots)
 
 
-def rope_angles(config: TextConfig, kind: LayerKind, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope_angles(config: ModelConfig, kind: LayerKind, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [S, D/2] (float32) of position / factor · theta^(−2i/D) for positions [S]."""
     inverse = inverse_frequencies(config, kind).to(positions.device)
     angles = positions[:, None].float() * inverse
     return angles.cos(), angles.sin()
 
 
-def inverse_frequencies(config: TextConfig, kind: LayerKind) -> Tensor:
+def inverse_frequencies(config: ModelConfig, kind: LayerKind) -> Tensor:
     """float32 [D/2], with the linear scaling factor divided in."""
     rope = config.rope(kind)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
@@ -191,12 +212,33 @@ def ring_positions(end: int, slots: int, device: torch.device | None = None) -> 
     return end - 1 - (end - 1 - slot) % slots
 
 
-def attention_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """bool [S, T]: key k is visible to query q iff k ≤ q and, under a window W (which counts q), k > q − W."""
+def attention_mask(queries: Tensor, keys: Tensor, window: int | None, same_image: Tensor | None = None) -> Tensor:
+    """bool [S, T] (or [B, S, T] with ``same_image`` of that shape): which of the positions ``keys`` a query sees.
+
+    Key k is visible to query q iff k ≤ q or both are of one image and, under a window W (which counts q), k > q − W.
+    """
     visible = keys[None, :] <= queries[:, None]
+    if same_image is not None:
+        visible = visible | same_image
     if window is not None:
-        visible &= keys[None, :] > queries[:, None] - window
+        visible = visible & (keys[None, :] > queries[:, None] - window)
     return visible
+
+
+def image_numbers(is_image: Tensor) -> Tensor:
+    """int64 [B, S]: which of the row's images a position is part of, −1 for text. A run of image tokens is one."""
+    first = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+    return torch.where(is_image, first.cumsum(-1) - 1, -1)
+
+
+def same_image(images: Tensor, keys: Tensor) -> Tensor:
+    """bool [B, S, T]: are the new token s and the key at ``keys`` [T] of one image?
+
+    ``images`` [B, S] numbers the new tokens' images; ``keys`` counts from the first of them, and what lies before is
+    of no image among them.
+    """
+    numbers = torch.where(keys >= 0, images[:, keys.clamp(min=0)], -1)  # [B, T]
+    return (images[:, :, None] == numbers[:, None, :]) & (images >= 0)[:, :, None]
 
 
 def new_cache(layout: CacheLayout) -> list[LayerKV]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from export.manifest import Format, Manifest
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.checkpoint import check_shapes, empty_model, fill, load_model, open_checkpoint
-from gemma3.config import TextConfig, read_config
+from gemma3.config import ModelConfig, read_config
 from gemma3.model import Gemma3, new_cache
 from quant.activations import Activations, with_integer_weights
 from quant.integers import IntegerWeight
@@ -80,7 +80,7 @@ def open_own(manifest: Manifest, format: Format, weights: QuantizedWeights) -> E
     return EagerSession(quantized_model(manifest.model, weights, activations), layout)
 
 
-def quantized_model(config: TextConfig, weights: QuantizedWeights, activations: Activations) -> Gemma3:
+def quantized_model(config: ModelConfig, weights: QuantizedWeights, activations: Activations) -> Gemma3:
     """The eager model of exactly ``weights``: see ``with_integer_weights`` for ``activations``."""
     check_shapes(config, weights.shapes)
     model = empty_model(config)

@@ -7,7 +7,7 @@ import torch
 
 from export.to_onnx import OnnxReport, export_onnx
 from gemma3.cache import CacheLayout, cache_layout
-from gemma3.config import TextConfig
+from gemma3.config import ModelConfig
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
 from tests.shapes import random_model
@@ -16,7 +16,7 @@ from tests.shapes import random_model
 @dataclass(frozen=True)
 class TinyOnnx:
     path: Path
-    config: TextConfig
+    config: ModelConfig
     layout: CacheLayout
     weights: QuantizedWeights
     report: OnnxReport
@@ -28,7 +28,7 @@ class TinyOnnx:
             return model(torch.tensor([ids]))[0]
 
 
-def quantized_weights(config: TextConfig, scheme: str, embedding: str | None) -> QuantizedWeights:
+def quantized_weights(config: ModelConfig, scheme: str, embedding: str | None) -> QuantizedWeights:
     state = random_model(config).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -36,7 +36,7 @@ def quantized_weights(config: TextConfig, scheme: str, embedding: str | None) ->
 
 
 def tiny_onnx(
-    config: TextConfig,
+    config: ModelConfig,
     directory: Path,
     scheme: str = "fp32",
     embedding: str | None = None,

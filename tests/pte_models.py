@@ -7,7 +7,7 @@ import torch
 
 from export.to_executorch import PteReport, export_pte
 from gemma3.cache import CacheLayout, cache_layout
-from gemma3.config import TextConfig
+from gemma3.config import ModelConfig
 from gemma3.model import Gemma3
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
@@ -20,7 +20,7 @@ CHUNK = 8
 @dataclass(frozen=True)
 class TinyPte:
     path: Path
-    config: TextConfig
+    config: ModelConfig
     layout: CacheLayout
     weights: QuantizedWeights
     report: PteReport
@@ -39,7 +39,7 @@ class TinyPte:
 
 
 def tiny_pte(
-    config: TextConfig, directory: Path, scheme: str = "fp32", embedding: str | None = None, *, context: int = 128
+    config: ModelConfig, directory: Path, scheme: str = "fp32", embedding: str | None = None, *, context: int = 128
 ) -> TinyPte:
     state = random_model(config).state_dict()
     if config.tie_word_embeddings:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from gemma3.config import FULL, SLIDING, TextConfig, parse_config
+from gemma3.config import FULL, SLIDING, ModelConfig, parse_config
 from gemma3.model import Gemma3
 
 # Spelled as the released files are.
@@ -63,20 +63,78 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(shape: str = "like-270m", **changes: Any) -> TextConfig:
+# Models that see, as the released ones are spelled. Soft tokens an image: 4, 16 (more than the window of 8), 9.
+VISION_SHAPES: dict[str, dict[str, Any]] = {
+    name: {
+        "model_type": "gemma3",
+        "text_config": SHAPES[text],
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": width,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "image_size": size,
+            "patch_size": patch,
+            "vision_use_head": False,
+        },
+        "mm_tokens_per_image": tokens,
+        "boi_token_index": 151,
+        "eoi_token_index": 152,
+        "image_token_index": 153,
+    }
+    for name, text, width, intermediate, heads, size, patch, tokens in [
+        ("like-4b", "like-4b", 24, 40, 2, 28, 7, 4),
+        ("image-over-window", "like-270m", 32, 48, 4, 56, 7, 16),
+        ("unpooled", "global-first", 16, 24, 2, 12, 4, 9),
+    ]
+}
+
+
+def tiny_vision_config(shape: str = "like-4b") -> ModelConfig:
+    return parse_config(VISION_SHAPES[shape])
+
+
+def tiny_config(shape: str = "like-270m", **changes: Any) -> ModelConfig:
     return parse_config(SHAPES[shape] | changes)
 
 
-def random_model(config: TextConfig, seed: int = 0) -> Gemma3:
+def random_model(config: ModelConfig, seed: int = 0) -> Gemma3:
     """Random weights at which every part matters: norms away from 1, attention away from uniform."""
     torch.manual_seed(seed)
     model = Gemma3(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.normal_(0, 0.3 if "norm" in name else 2.0 * parameter.shape[-1] ** -0.5)
+        if name.startswith("vision_tower") and "norm" in name and name.endswith("weight"):
+            parameter.add_(1.0)  # a LayerNorm's, which is no offset from 1
     model.model.embed_tokens.weight.normal_(0, config.hidden_size**-0.5)
     return model
 
 
-def random_tokens(config: TextConfig, length: int, seed: int = 1) -> list[int]:
+def random_pixels(config: ModelConfig, images: int, seed: int = 2) -> torch.Tensor:
+    """float32 [images, 3, size, size] in 0 … 1."""
+    assert config.vision is not None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(images, 3, config.vision.image_size, config.vision.image_size, generator=generator)
+
+
+def with_images(config: ModelConfig, pieces: list[int | None], seed: int = 1) -> list[int]:
+    """Ids: for each number so many random text tokens, for each None an image between its markers."""
+    vision = config.vision
+    assert vision is not None
+    special = {vision.begin_image_token_id, vision.end_image_token_id, vision.image_token_id}
+    image = [
+        vision.begin_image_token_id,
+        *[vision.image_token_id] * vision.tokens_per_image,
+        vision.end_image_token_id,
+    ]
+    ids: list[int] = []
+    for index, count in enumerate(pieces):
+        text = random_tokens(config, count or 0, seed + index)
+        ids += image if count is None else [4 if token in special else token for token in text]
+    return ids
+
+
+def random_tokens(config: ModelConfig, length: int, seed: int = 1) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.vocab_size, (length,), generator=generator).tolist()

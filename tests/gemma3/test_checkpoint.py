@@ -10,7 +10,7 @@ from gemma3.checkpoint import build_model, open_checkpoint, resolve_checkpoint
 from gemma3.checkpoint import load_model as load
 from gemma3.config import parse_config
 from gemma3.errors import BadInput
-from tests.shapes import SHAPES, random_model, random_tokens
+from tests.shapes import SHAPES, VISION_SHAPES, random_model, random_tokens, tiny_vision_config
 
 
 def state(shape: str) -> dict[str, torch.Tensor]:
@@ -52,19 +52,30 @@ def test_loads(tmp_path: Path, shape: str, shards: int, dtype: torch.dtype) -> N
     assert torch.equal(loaded(tokens), expected(tokens))
 
 
-@pytest.mark.parametrize("naming", ["released", "newer"])
-def test_multimodal_names_and_skipped_vision(tmp_path: Path, naming: str) -> None:
-    tensors = state("like-270m")
-    prefix, vision = {
-        "released": ("language_model.model.", ["vision_tower.a", "multi_modal_projector.b"]),
-        "newer": ("model.language_model.", ["model.vision_tower.a", "model.multi_modal_projector.b"]),
+@pytest.mark.parametrize("naming", ["released", "saved", "held"])
+def test_names_of_models_that_see(tmp_path: Path, naming: str) -> None:
+    """As the released files have them, as transformers 5 saves them, and as it holds them in memory."""
+    text, encoder, projector = {
+        "released": ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector."),
+        "saved": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
+        "held": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector."),
     }[naming]
-    nested = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    nested |= {name: torch.zeros(2) for name in vision}
-    config = {"model_type": "gemma3", "vision_config": {}, "text_config": SHAPES["like-270m"]}
-    checkpoint = open_checkpoint(write(tmp_path, config, nested))
-    assert checkpoint.skipped == tuple(sorted(vision))
+    model = random_model(tiny_vision_config())
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    plain = {"model.": text, "vision_tower.vision_model.": encoder, "multi_modal_projector.": projector}
+    stored = {
+        nested + name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        for prefix, nested in plain.items()
+        if name.startswith(prefix)
+    }
+    assert len(stored) == len(tensors)
+    checkpoint = open_checkpoint(write(tmp_path, VISION_SHAPES["like-4b"], stored))
     assert sorted(checkpoint.names) == sorted(tensors)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in checkpoint.items())
+    del stored[f"{encoder}post_layernorm.bias"]
+    with pytest.raises(BadInput, match=r"post_layernorm\.bias missing"):
+        open_checkpoint(write(tmp_path, VISION_SHAPES["like-4b"], stored))
 
 
 def test_tied_model_that_stores_its_head(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma3TextConfig
+from transformers import Gemma3TextConfig, SiglipVisionConfig
 
 from gemma3.cache import CacheLayout, cache_layout
-from gemma3.config import DEFAULTS, FULL, SLIDING, Rope, TextConfig, parse_config, read_config
+from gemma3.config import DEFAULTS, FULL, SLIDING, VISION_DEFAULTS, ModelConfig, Rope, parse_config, read_config
 from gemma3.errors import BadInput, DoesNotFit
 from tests.shapes import RELEASED, SHAPES, tiny_config
 
@@ -63,7 +63,16 @@ GEMMA_3_4B: dict[str, Any] = {
     },
     "torch_dtype": "bfloat16",
     "transformers_version": "4.50.0.dev0",
-    "vision_config": {"hidden_size": 1152, "image_size": 896, "model_type": "siglip_vision_model"},
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
 }
 
 
@@ -80,9 +89,16 @@ def test_4b_relies_on_defaults_and_outer_keys() -> None:
     assert (config.vocab_size, config.max_position_embeddings) == (262_208, 131_072)
     assert (config.local_rope, config.global_rope) == (Rope(10_000.0), Rope(1_000_000.0, 8.0))
     assert config.eos_token_ids == (1, 106)
+    vision = config.vision
+    assert vision is not None
+    assert (vision.patches_per_side, vision.pool_size, vision.tokens_per_image) == (64, 4, 256)
+    assert (vision.begin_image_token_id, vision.end_image_token_id, vision.image_token_id) == (255999, 256000, 262144)
 
 
 def test_defaults_are_transformers() -> None:
+    vision = SiglipVisionConfig()
+    for key, value in VISION_DEFAULTS.items():
+        assert getattr(vision, key) == value, key
     oracle = Gemma3TextConfig()
     for key, value in DEFAULTS.items():
         assert getattr(oracle, key) == value, key
@@ -92,7 +108,7 @@ def test_defaults_are_transformers() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dict_round_trip(shape: str) -> None:
     config = tiny_config(shape)
-    assert TextConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from export.manifest import Artifact, Check, Manifest, TokenizerInfo
 from gemma3.cache import COMPACTING_SLACK, cache_layout
-from gemma3.config import TextConfig
+from gemma3.config import ModelConfig
 from gemma3.model import Gemma3
 from quant.activations import with_integer_weights
 from quant.integers import round_to_nearest
@@ -32,7 +32,7 @@ from tests.shapes import random_model, tiny_config
 CONTEXT, CHUNK, WINDOW = 96, 8, 12
 
 
-def manifest_of(config: TextConfig, context: int = CONTEXT, chunk: int = CHUNK, verdict: str = "float32") -> Manifest:
+def manifest_of(config: ModelConfig, context: int = CONTEXT, chunk: int = CHUNK, verdict: str = "float32") -> Manifest:
     def artifact(style: str) -> Artifact:
         layout = cache_layout(config, style, context, chunk)  # type: ignore[arg-type]
         return Artifact("model", layout, (), "float", {}, {}, 1, 1, 1, {}, {})
