@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # Share of the mean of H's diagonal that is added to it, the paper's.
 DAMPING = 0.01
 SHARES_OF_ABSMAX = [1 - step / 64 for step in range(20)]
-# Corrections to columns beyond are made once for so many columns, as one matrix product.
+# What all columns before have left is reckoned once for so many columns, as one matrix product.
 COLUMNS_AT_ONCE = 128
 
 # Runs the network's layers on token ids [B, S]; what it returns is not looked at.
@@ -88,7 +88,7 @@ def gptq_weight(weight: Tensor, hessian: Tensor, scheme: Integers) -> tuple[Inte
     A column that no input ever used is rounded to nearest. Raises ValueError as ``round_to_nearest`` does.
     """
     plain = round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad)
-    integers = _corrected(weight.float(), _inverse_factor(hessian), plain)
+    integers = _corrected(weight.float(), _factor(hessian), plain)
     errors, plain_errors = (_errors(weight, candidate, hessian) for candidate in (integers, plain))
     better = (errors < plain_errors)[:, None]
     codes = torch.where(better, integers.codes, plain.codes)
@@ -99,28 +99,37 @@ def gptq_weight(weight: Tensor, hessian: Tensor, scheme: Integers) -> tuple[Inte
 
 
 def _corrected(weight: Tensor, factor: Tensor, plain: IntegerWeight) -> IntegerWeight:
-    """The integers that GPTQ finds, in the form of ``plain``."""
+    """The integers that GPTQ finds, in the form of ``plain``.
+
+    With errors e = weight − values, what GPTQ makes small is Σ over columns of (e · factor)², and of column j that is
+    (e_j factor_jj + Σ_{i<j} e_i factor_ij)². A block of columns begins where those sums, were it not to be rounded,
+    would all be 0; within it each column's rounding moves the rest, by the block's own inverse. This is the paper's
+    update in another order, which needs neither the inverse of H nor that of ``factor``.
+    """
     rows, columns = weight.shape
     size, bits = plain.group_size, plain.bits
     at_once = COLUMNS_AT_ONCE if plain.per_channel else size * max(1, COLUMNS_AT_ONCE // size)
-    left = weight.T.clone()  # [K, N]: a column is contiguous
-    codes = torch.empty(columns, rows)
+    original = weight.T.contiguous()  # [K, N]: a column is contiguous
+    codes, errors = torch.empty(2, columns, rows)
     scales = torch.empty(plain.scales.shape[1], rows)
-    # What GPTQ makes small, column by column: Σ (error / factor's diagonal)².
-    cost = factor.diagonal() ** -2
+    cost = factor.diagonal() ** 2
     for start in range(0, columns, at_once):
         end = min(start + at_once, columns)
-        steps = torch.empty(end - start, rows)
+        block = factor[start:end, start:end]
+        inverse = torch.linalg.solve_triangular(block, torch.eye(end - start), upper=True)
+        left = original[start:end] + inverse.T @ (factor[:start, start:end].T @ errors[:start])
         for column in range(start, end):
             group, place = divmod(column, size)
+            here = column - start
             if place == 0:
-                scales[group] = least_costly_scales(left[column : column + size].T, cost[column : column + size], bits)
+                ahead = original if plain.per_channel else left[here : here + size]
+                scales[group] = least_costly_scales(ahead.T, cost[column : column + size], bits)
             scale = scales[group]
-            codes[column] = nearest_codes(left[column, :, None], scale, bits)[:, 0]
-            step = (left[column] - codes[column] * scale) / factor[column, column]
-            left[column + 1 : end].addr_(factor[column, column + 1 : end], step, alpha=-1)
-            steps[column - start] = step
-        left[end:].addmm_(factor[start:end, end:].T, steps, alpha=-1)
+            codes[column] = nearest_codes(left[here, :, None], scale, bits)[:, 0]
+            values = codes[column] * scale
+            errors[column] = original[column] - values
+            step = (left[here] - values) / inverse[here, here]
+            left[here + 1 :].addr_(inverse[here, here + 1 :], step, alpha=-1)
     return IntegerWeight(codes.T.to(torch.int8).contiguous(), scales.T.contiguous(), bits, plain.group)
 
 
@@ -134,14 +143,13 @@ def least_costly_scales(values: Tensor, cost: Tensor, bits: int) -> Tensor:
     return candidates.gather(0, costs.argmin(0, keepdim=True))[0, :, 0]
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """float32 upper triangle U with Uᵀ U = (hessian + damping)⁻¹."""
+def _factor(hessian: Tensor) -> Tensor:
+    """float32 upper triangle R with R Rᵀ = hessian + damping."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
     # Without any input every column is independent of the others.
     diagonal += DAMPING * float(diagonal.mean()) or 1.0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1).float()
 
 
 def _errors(weight: Tensor, integers: IntegerWeight, hessian: Tensor) -> Tensor:
