@@ -1,0 +1,154 @@
+"""Pictures to the arrays that the vision encoder takes, as transformers' Gemma3 processor makes them.
+
+An "image" in our code is uint8 [S, S, 3]: RGB, S the encoder's ``image_size``, aspect ratio given up. Pan & Scan
+(the Gemma 3 report, arXiv 2503.19786, section 2.1) adds crops of a picture that is far from square.
+Pillow and numpy only. Files are not trusted: what they may cost is bounded by their header, before any decoding.
+"""
+
+import math
+import re
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from gemma3.errors import BadInput
+
+FORMATS, READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF"), "JPEG, PNG, WebP, BMP or GIF"
+# 8192 × 8192: decoded and composited this takes about 1 GB. JPEG itself allows no longer side.
+MAX_PIXELS, MAX_SIDE = 2**26, 65_535
+MAX_BYTES = 2**29
+
+# transformers' Gemma3Processor; the published Pan & Scan.
+MIN_CROP, MAX_CROPS, MIN_RATIO = 256, 4, 1.2
+
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Box = tuple[int, int, int, int]
+
+
+def prepare(
+    source: Path | str | Image.Image, size: int, pan_and_scan: bool = False, min_crop: int = MIN_CROP
+) -> list[NDArray[np.uint8]]:
+    """The whole picture, then with ``pan_and_scan`` its crops (none if it is near square or small).
+
+    Each is uint8 [size, size, 3], resized bilinearly with Pillow's antialiasing; equal to transformers' Pillow
+    processor bit for bit. Raises BadInput as ``read_image`` and ``to_rgb`` do.
+    """
+    image = to_rgb(source) if isinstance(source, Image.Image) else read_image(source)
+    boxes = pan_and_scan_boxes(*image.size, min_crop) if pan_and_scan else []
+    # Crops are cut out before they are resized: a neighbouring crop's pixels do not bleed in.
+    return [_resize(image, size), *(_resize(image.crop(box), size) for box in boxes)]
+
+
+def pixels(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The encoder's input, float32 [1, 3, S, S] in 0 … 1, of an image [S, S, 3]."""
+    channels_first = image.transpose(2, 0, 1)[None]
+    return np.ascontiguousarray(channels_first, np.float32) / np.float32(255)
+
+
+def pan_and_scan_boxes(width: int, height: int, min_crop: int = MIN_CROP) -> list[Box]:
+    """Where Pan & Scan cuts: (left, top, right, bottom) of up to 4 crops along the longer side, in reading order.
+
+    None when the sides' ratio is under 1.2 or a crop would have a side under ``min_crop`` pixels.
+    """
+    long, short = max(width, height), min(width, height)
+    if long / short < MIN_RATIO:
+        return []
+    wanted = min(math.floor(long / short + 0.5), long // min_crop)
+    count = min(max(wanted, 2), MAX_CROPS)
+    step = math.ceil(long / count)
+    if min(step, short) < min_crop:
+        return []
+    spans = [(start, min(start + step, long)) for start in range(0, long, step)]
+    if width >= height:
+        return [(start, 0, end, height) for start, end in spans]
+    return [(0, start, width, end) for start, end in spans]
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """The picture in a JPEG, PNG, WebP, BMP or GIF file (by its content, not its name), upright, in mode RGB.
+
+    Of an animation, the first frame. The EXIF orientation is applied; one that is unreadable is not. Raises
+    BadInput when the file is missing, of another format, damaged or truncated, or larger than ``MAX_BYTES``,
+    ``MAX_PIXELS`` or ``MAX_SIDE``, which is read from its header.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise BadInput(f"{path}: no such file; give a picture ({READABLE})")
+        if path.stat().st_size > MAX_BYTES:
+            raise BadInput(f"{path}: {path.stat().st_size / 1e6:.0f} MB, over {MAX_BYTES / 1e6:.0f}; make it smaller")
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about sizes and odd metadata: both are dealt with here
+            return _read(file, path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror or error}); give a picture ({READABLE})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """``image`` in mode RGB, what is transparent on white: transformers' ``convert_to_rgb``.
+
+    Deeper grey (16 bits, which transformers would clip at 255) keeps its high byte, as Pillow does with deeper
+    colours. Raises BadInput for a mode whose range nothing states (32-bit integers, floats).
+    """
+    if image.mode.startswith("I;16"):
+        deep = np.asarray(image)
+        grey = (deep >> 8).astype(np.uint8)
+        grey[deep == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadInput(f"a picture of mode {image.mode} has no stated range; scale it to 8 bits (mode L) first")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _read(file: BinaryIO, path: Path) -> Image.Image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadInput(f"{path}: {width} × {height} pixels, over the limit of {MAX_PIXELS}; make it smaller")
+        if max(width, height) > MAX_SIDE:
+            raise BadInput(f"{path}: {width} × {height} pixels, a side over {MAX_SIDE}; cut it")
+        image.load()
+        turn = UPRIGHT.get(_orientation(image))
+        upright = to_rgb(image)
+        return upright if turn is None else upright.transpose(turn)
+    except (BadInput, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        file.seek(0)
+        raise BadInput(f"{path}: begins with {file.read(12)!r}, not a picture in {READABLE}; convert it") from None
+    except Image.DecompressionBombError as error:  # Pillow's own limit is a little higher; it states the count
+        count = next(iter(re.findall(r"\d+", str(error))), "too many")
+        raise BadInput(f"{path}: {count} pixels, over the limit of {MAX_PIXELS}; make it smaller") from None
+    except Exception as error:  # decoders raise anything on damaged data: OSError, SyntaxError, struct.error, …
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"{path}: damaged or cut short ({reason}); get it again") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # metadata is often broken where the picture is not
+        return 1
+
+
+def _resize(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
