@@ -117,7 +117,7 @@ def prepare(model: nn.Module, start: QuantizedWeights, activations: Activations 
             if isinstance(weight, Tensor):
                 continue
             with torch.no_grad():
-                parameter.copy_(_latent(parameter, weight))
+                parameter.copy_(_latent(parameter.cpu(), weight))
             fake = FakeInteger(weight) if isinstance(weight, IntegerWeight) else FakeSfp8(weight)
             parametrize.register_parametrization(module, "weight", fake.to(parameter.device), unsafe=True)
         if activations == "int8" and (isinstance(module, BorrowedHead) or _is_quantized_linear(module)):

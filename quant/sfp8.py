@@ -62,12 +62,12 @@ def encode(x: Tensor) -> Tensor:
     wide = x.detach().float().contiguous()
     if not bool((wide.abs() < LARGEST + 2.0**-4).all()):
         raise ValueError(f"values up to {float(wide.abs().max())} do not fit ±{LARGEST}; scale them down first")
-    return ENCODE[wide.view(torch.int32).long().bitwise_and(0xFFFF_FFFF) >> DROPPED_BITS]
+    return ENCODE.to(x.device)[wide.view(torch.int32).long().bitwise_and(0xFFFF_FFFF) >> DROPPED_BITS]
 
 
 def decode(codes: Tensor) -> Tensor:
     """float32 values of uint8 codes, in the codes' shape. 0x80, which is never written, reads as −0."""
-    return DECODE[codes.long()]
+    return DECODE.to(codes.device)[codes.long()]
 
 
 def tensor_scale(x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def encode_weight(weight: Tensor, *, per_channel: bool) -> Sfp8Weight:
     """
     require_finite(weight)
     scale = channel_scale(weight) if per_channel else tensor_scale(weight).view(1, 1)
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     # By rows, so that a table of 262 144 is never whole in float32.
     for start in range(0, len(weight), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)

@@ -107,6 +107,7 @@ def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, m
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
         save_file(tensors, partial / FILE, {METADATA_KEY: json.dumps(header)})
+        shutil.copymode(partial / CONFIG, partial / FILE)  # safetensors lets only the owner read it
 
 
 def load_quantized(directory: Path) -> StoredWeights:

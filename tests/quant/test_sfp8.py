@@ -55,6 +55,10 @@ def test_shapes_and_dtypes() -> None:
     assert torch.equal(encode(x.transpose(0, 2)), encode(x).transpose(0, 2))
 
 
+def test_the_tables_go_where_the_values_are() -> None:
+    assert decode(torch.empty(3, dtype=torch.uint8, device="meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize("bad", [2.0, -1.94, float("inf"), float("nan")])
 def test_out_of_range(bad: float) -> None:
     with pytest.raises(ValueError, match=r"do not fit ±1\.875; scale them down first"):

@@ -90,6 +90,8 @@ def test_the_directory(saved: Path) -> None:
     assert is_quantized(saved)
     assert not is_quantized(saved.parent / "source")
     assert [path.name for path in saved.parent.iterdir() if path.name.startswith(".")] == []
+    (saved.parent / "ordinary").touch()
+    assert (saved / FILE).stat().st_mode == (saved.parent / "ordinary").stat().st_mode
 
 
 def test_the_same_weights_give_the_same_bytes(saved: Path, tmp_path: Path) -> None:
