@@ -52,7 +52,7 @@ def with_integer_weights(
     shared: dict[Tensor, IntegerWeight] = {parameters[name]: weight for name, weight in integers.items()}
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module.weight in shared:
-            model.set_submodule(path, IntegerLinear(shared[module.weight], activations))
+            model.set_submodule(path, IntegerLinear(shared[module.weight], activations, module.bias))
         elif isinstance(module, nn.Embedding) and module.weight in shared:
             model.set_submodule(path, IntegerEmbedding(shared[module.weight]))
     return model
@@ -61,9 +61,10 @@ def with_integer_weights(
 class IntegerLinear(nn.Module):
     """x [..., K] → [..., N] with a weight [N, K] that is never whole in float32, only some rows at a time."""
 
-    def __init__(self, weight: IntegerWeight, activations: Activations) -> None:
+    def __init__(self, weight: IntegerWeight, activations: Activations, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.integers = weight
+        self.bias = bias
         self._activations = activations
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +72,8 @@ class IntegerLinear(nn.Module):
             x = fake_quantize_per_token(x)
         rows = range(0, len(self.integers.codes), ROWS_AT_ONCE)
         parts = (_rows(self.integers, slice(start, start + ROWS_AT_ONCE)) for start in rows)
-        return torch.cat([F.linear(x, part.dequantize()) for part in parts], dim=-1)
+        out = torch.cat([F.linear(x, part.dequantize()) for part in parts], dim=-1)
+        return out if self.bias is None else out + self.bias
 
 
 class IntegerEmbedding(nn.Module):

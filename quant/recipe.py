@@ -123,7 +123,8 @@ def preset(scheme: str, embedding: str | None = None) -> Recipe:
 
     Linears get the scheme, norms stay, and the embedding table (with the head, tied or not) gets a setting of its
     own. Unless said otherwise that is SFP8 with SFP8, and else int8 per row, because at int4 the table costs a
-    small model more than all its linears.
+    small model more than all its linears. The image encoder's linears are int8 per row: they are a tenth of the 4B's
+    weights, and SigLIP's 4304 columns are no multiple of 32.
     """
     if scheme not in LINEAR_SCHEMES:
         raise RecipeError(f"scheme {scheme!r} is unknown; use one of {', '.join(LINEAR_SCHEMES)}")
@@ -133,12 +134,22 @@ def preset(scheme: str, embedding: str | None = None) -> Recipe:
         return Recipe("fp32", (Rule("*", "float32"),))
     table = embedding or ("sfp8" if scheme == "sfp8" else "int8")
     linears = Rule("*_proj.weight", LINEAR_SCHEMES[scheme])
-    return Recipe(f"{scheme}+embedding-{table}", (NORMS, *_table_rules(table), linears))
+    return Recipe(f"{scheme}+embedding-{table}", (*KEPT, *_table_rules(table), *ENCODER, linears))
 
 
-NORMS = Rule("*norm.weight", "float32")
-# Rules that may stay unused: a tied model has no head of its own.
-OPTIONAL_PATTERNS = frozenset({"lm_head.weight"})
+# What no recipe quantizes: norms, biases, and of the image half what is no linear or the last step into the text model.
+KEPT = (
+    Rule("*norm*.weight", "float32"),
+    Rule("vision_tower.*.bias", "float32"),
+    Rule("vision_tower.*_embedding.weight", "float32"),
+    Rule("multi_modal_projector.*", "float32"),
+)
+ENCODER = (
+    Rule("vision_tower.*_proj.weight", "int8-channel"),
+    Rule("vision_tower.*.fc[12].weight", "int8-channel"),
+)
+# Rules that may stay unused: a tied model has no head of its own, a text-only model no encoder.
+OPTIONAL_PATTERNS = frozenset({"lm_head.weight", *(rule.pattern for rule in (*KEPT[1:], *ENCODER))})
 
 
 def _table_rules(embedding: str) -> tuple[Rule, Rule]:
@@ -159,8 +170,9 @@ def read_recipe(path: Path) -> Recipe:
         pattern = "*_proj.weight"
         scheme = "int4-block32"
 
-    Norms stay float32, whatever the rules say. The recipe's name is the file's. Raises RecipeError for a file that
-    cannot be read, and for keys and schemes that there are not.
+    Norms stay float32 whatever the rules say, and so do an image half's biases, embeddings and projector; its linears
+    are int8-channel unless a rule says otherwise. The recipe's name is the file's. Raises RecipeError for a file
+    that cannot be read, and for keys and schemes that there are not.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +187,10 @@ def read_recipe(path: Path) -> Recipe:
         rules = data.get("rule")
         if not isinstance(rules, list) or not rules:
             raise RecipeError("there is no rule; write [[rule]] tables with pattern and scheme")
-        return Recipe(path.stem, (NORMS, *table, *map(_rule, rules)))
+        own = [_rule(rule) for rule in rules]
+        patterns = {rule.pattern for rule in own}
+        encoder = (rule for rule in ENCODER if rule.pattern not in patterns)
+        return Recipe(path.stem, (*KEPT, *table, *own, *encoder))
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from quant.activations import IntegerLinear, fake_quantize_per_token, with_integer_weights
+from quant.integers import round_to_nearest
 from quant.recipe import preset, quantize
 from tests.shapes import random_model, random_tokens, tiny_config
 
@@ -51,3 +52,10 @@ def test_weights_go_in_and_the_shared_table_once() -> None:
     assert 0.01 * scale < (exact(tokens) - plain).abs().mean() < scale
     assert 1e-4 * scale < (rounded(tokens) - exact(tokens)).abs().mean() < 0.1 * scale
     assert len([m for m in rounded.modules() if isinstance(m, IntegerLinear)]) == 7 * config.num_layers + 1
+
+
+def test_a_linear_keeps_its_bias() -> None:
+    linear = torch.nn.Linear(32, 5).requires_grad_(False)
+    x, weight = torch.randn(3, 32), round_to_nearest(linear.weight, 8, None)
+    model = with_integer_weights(torch.nn.Sequential(linear), {"0.weight": weight}, "float")
+    assert torch.allclose(model(x), torch.nn.functional.linear(x, weight.dequantize(), linear.bias), atol=1e-6)

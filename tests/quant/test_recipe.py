@@ -6,7 +6,7 @@ import torch
 from quant.integers import IntegerWeight
 from quant.recipe import SCHEMES, Integers, Recipe, RecipeError, Rule, preset, quantize, read_recipe
 from quant.sfp8 import Sfp8Weight
-from tests.shapes import random_model, tiny_config
+from tests.shapes import random_model, tiny_config, tiny_vision_config
 
 
 def weights(shape: str = "like-270m") -> list[tuple[str, torch.Tensor]]:
@@ -22,7 +22,7 @@ def test_presets(shape: str, scheme: str, embedding: str | None) -> None:
     for name, weight in quantized.tensors.items():
         if "norm" in name:
             assert isinstance(weight, torch.Tensor)
-            assert quantized.verdicts[name].startswith("float32: kept by rule *norm.weight")
+            assert quantized.verdicts[name].startswith("float32: kept by rule *norm*.weight")
             continue
         assert isinstance(weight, IntegerWeight)
         table = "embed" in name or "lm_head" in name
@@ -32,6 +32,36 @@ def test_presets(shape: str, scheme: str, embedding: str | None) -> None:
         if not per_channel:
             assert weight.group_size == 32
     assert ("lm_head.weight" in quantized.tensors) == (shape == "untied")
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "int4-block32", "int4-channel", "sfp8"])
+def test_of_the_image_half_the_linears_alone_are_quantized(scheme: str) -> None:
+    named = list(random_model(tiny_vision_config()).named_parameters())
+    quantized = quantize(named, preset(scheme))
+    vision = [(name, weight) for name, weight in named if name.startswith(("vision_tower.", "multi_modal_projector."))]
+    linears = [name for name, weight in vision if name.endswith(("proj.weight", "fc1.weight", "fc2.weight"))]
+    assert len(linears) == 2 * 6
+    for name, weight in vision:
+        stored = quantized.tensors[name]
+        if name in linears and scheme != "fp32":
+            assert isinstance(stored, IntegerWeight)
+            assert (stored.bits, stored.per_channel) == (8, True)
+        else:
+            assert stored is weight
+
+
+def test_a_recipe_may_say_otherwise_of_the_encoder(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'embedding = "int8"\n[[rule]]\npattern = "vision_tower.*_proj.weight"\nscheme = "int4-channel"\n'
+        '[[rule]]\npattern = "*_proj.weight"\nscheme = "int4-channel"\n'
+    )
+    recipe = read_recipe(path)
+    assert len({rule.pattern for rule in recipe.rules}) == len(recipe.rules)
+    quantized = quantize(random_model(tiny_vision_config()).named_parameters(), recipe)
+    layer = "vision_tower.vision_model.encoder.layers.0"
+    assert quantized.integers[f"{layer}.self_attn.out_proj.weight"].bits == 4
+    assert quantized.integers[f"{layer}.mlp.fc2.weight"].bits == 8
 
 
 def test_fp32_keeps_everything() -> None:
