@@ -1,6 +1,7 @@
 """Write a checkpoint of a released Gemma 3 shape with random weights, for measurements at the true size.
 
     python scripts/random_checkpoint.py 270m DIRECTORY
+    python scripts/random_checkpoint.py 4b DIRECTORY --layers 6 --vision-layers 2
 
 Hugging Face layout: config.json as released, model.safetensors in bfloat16, and a tokenizer.model with the
 vocabulary's true size and Gemma's special ids, whose text pieces are made up. The same arguments give the same
@@ -8,9 +9,11 @@ weights.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,38 @@ COMMON: dict[str, Any] = {
 SHAPES = {
     "270m": COMMON | {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
     "1b": COMMON | {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
+    "4b": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    },
 }
+PIECES = 262_144  # of the released vocabulary; the image token of the models that see comes after them
+IMAGE_PIECES = {255_999: "<start_of_image>", 256_000: "<end_of_image>"}
 
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
@@ -62,13 +96,23 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
-        deviation = 0.1 if "norm" in name else shape[-1] ** -0.5
-        weights[name] = torch.empty(shape).normal_(0.0, deviation, generator=generator).to(torch.bfloat16)
+        deviation = 0.1 if "norm" in name or name.endswith("bias") else shape[1:].numel() ** -0.5
+        # A LayerNorm's weight, unlike an RMSNorm's, is no offset from 1.
+        mean = 1.0 if name.startswith("vision_tower") and "norm" in name and name.endswith("weight") else 0.0
+        weights[name] = torch.empty(shape).normal_(mean, deviation, generator=generator).to(torch.bfloat16)
     return weights
 
 
-def made_up_tokenizer(vocab_size: int) -> bytes:
-    """A BPE SentencePiece model: Gemma's special ids and bytes in their places, then every short lower-case word."""
+def as_released(name: str) -> str:
+    """A weight's name in the files of models that see."""
+    return f"language_model.{name}" if name.startswith("model.") else name
+
+
+def made_up_tokenizer(vocab_size: int, special: Mapping[int, str] | None = None) -> bytes:
+    """A BPE SentencePiece model: Gemma's special ids and bytes in their places, then every short lower-case word.
+
+    ``special`` puts further pieces at ids among the words.
+    """
     model = sentencepiece.ModelProto()
     kind = sentencepiece.ModelProto.SentencePiece
     letters = string.ascii_lowercase
@@ -76,8 +120,8 @@ def made_up_tokenizer(vocab_size: int) -> bytes:
     def add(piece: str, piece_type: int = kind.NORMAL) -> None:
         model.pieces.add(piece=piece, type=piece_type, score=-float(len(model.pieces)))
 
-    for special in ("<pad>", "<eos>", "<bos>"):
-        add(special, kind.CONTROL)
+    for control in ("<pad>", "<eos>", "<bos>"):
+        add(control, kind.CONTROL)
     add("<unk>", kind.UNKNOWN)
     add("<mask>", kind.USER_DEFINED)
     for index in range(100):
@@ -94,8 +138,12 @@ def made_up_tokenizer(vocab_size: int) -> bytes:
     for character in string.digits + string.ascii_letters + string.punctuation:
         add(character)
     words = ("".join(word) for length in itertools.count(2) for word in itertools.product(letters, repeat=length))
-    for word in itertools.islice(words, vocab_size - len(model.pieces)):
-        add(word)
+    while len(model.pieces) < vocab_size:
+        piece = (special or {}).get(len(model.pieces))
+        if piece is None:
+            add(next(words))
+        else:
+            add(piece, kind.USER_DEFINED)
 
     model.trainer_spec.model_type = sentencepiece.TrainerSpec.BPE
     model.trainer_spec.vocab_size = vocab_size
@@ -114,14 +162,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--layers", type=int, help="instead of the released number")
+    parser.add_argument("--vision-layers", type=int)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    config = SHAPES[arguments.shape]
+    config = copy.deepcopy(SHAPES[arguments.shape])
+    sees = "vision_config" in config
+    if arguments.layers is not None:
+        config.get("text_config", config)["num_hidden_layers"] = arguments.layers
+    if arguments.vision_layers is not None:
+        if not sees:
+            parser.error(f"{arguments.shape} is text-only: --vision-layers has no meaning")
+        config["vision_config"]["num_hidden_layers"] = arguments.vision_layers
     arguments.directory.mkdir(parents=True)
     weights = random_weights(config, arguments.seed)
+    if sees:
+        weights = {as_released(name): weight for name, weight in weights.items()}
+        added = json.dumps({"<image_soft_token>": config["image_token_index"]})
+        (arguments.directory / "added_tokens.json").write_text(added + "\n")
     save_file(weights, arguments.directory / "model.safetensors", metadata={"format": "pt"})
     (arguments.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (arguments.directory / "tokenizer.model").write_bytes(made_up_tokenizer(config["vocab_size"]))
+    tokenizer = made_up_tokenizer(PIECES, IMAGE_PIECES if sees else None)
+    (arguments.directory / "tokenizer.model").write_bytes(tokenizer)
 
 
 if __name__ == "__main__":
