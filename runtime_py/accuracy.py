@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gemma3.errors import BadInput, VerificationFailed
 from runtime_py.report import table
-from runtime_py.session import Logits, Session, chunks
+from runtime_py.session import Logits, Piece, Session, chunks, pieces
 
 Floats = NDArray[np.float64]
 
@@ -130,14 +130,14 @@ def stretches(ids: Sequence[int], bos_id: int, context: int) -> list[list[int]]:
 class ChunkForced(Protocol):
     """A session that can give the logits after every id of a chunk; graphs give the last one's only."""
 
-    def forced(self, ids: Sequence[int]) -> Logits:
-        """Feed at most ``chunk`` ids: float32 [len(ids), V]."""
+    def forced(self, piece: Piece) -> Logits:
+        """Feed ``piece``: float32 [n, V], the logits after each id of a text, after the last alone of an image."""
 
 
 def every_position(session: Session, ids: Sequence[int]) -> Iterator[Logits]:
     """Feed ``ids`` after what ``session`` holds: the logits [V] after each, few of them in memory."""
     if isinstance(session, ChunkForced):
-        for piece in chunks(ids, min(session.chunk, ROWS_AT_ONCE)):
+        for piece in pieces(session, ids, text_chunk=min(session.chunk, ROWS_AT_ONCE)):
             yield from session.forced(piece)
     else:
         for token in ids:

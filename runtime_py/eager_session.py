@@ -19,7 +19,7 @@ from quant.integers import IntegerWeight
 from quant.recipe import QuantizedWeights
 from quant.stored import is_quantized, load_quantized
 from runtime_py.golden import Recorder, Reference
-from runtime_py.session import Logits, check_ids, chunks
+from runtime_py.session import Logits, Piece, Pixels, SoftTokens, network_input, pieces
 from runtime_py.validate import Plan
 
 # Logits of a 262 144 vocabulary take a megabyte a position.
@@ -35,6 +35,7 @@ class EagerSession:
         self.context = layout.context
         self.chunk = layout.chunk
         self.vocab_size = model.config.vocab_size
+        self.vision = model.config.vision
         self.reset()
 
     def reset(self) -> None:
@@ -45,20 +46,26 @@ class EagerSession:
     def step(self, token: int) -> Logits:
         return self.prefill([token])
 
-    def prefill(self, ids: Sequence[int]) -> Logits:
-        check_ids(ids, vocab_size=self.vocab_size, position=self.position, context=self.context)
-        for piece in chunks(ids, self.chunk):
+    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
+        for piece in pieces(self, ids, images):
             logits = self.forced(piece)
         self.logits = logits[-1]
         return self.logits
 
     @torch.inference_mode()
-    def forced(self, ids: Sequence[int]) -> Logits:
-        """Feed at most ``chunk`` ids and return the logits after each: float32 [len(ids), V]."""
-        tokens = torch.tensor(ids, dtype=torch.int64)[None]
-        logits = self.model(tokens, self._cache, self.position)
-        self.position += len(ids)
+    def forced(self, piece: Piece) -> Logits:
+        """Feed ``piece``: float32 [n, V], the logits after each id of a text, after the last alone of an image."""
+        tokens = torch.tensor(piece.ids, dtype=torch.int64)[None]
+        image = piece.image
+        soft_tokens = None if image is None else torch.from_numpy(self.encode_image(image))[None]
+        logits = self.model(tokens, self._cache, self.position, last_only=image is not None, soft_tokens=soft_tokens)
+        self.position += len(piece.ids)
         return np.asarray(logits[0].numpy(), np.float32)
+
+    @torch.inference_mode()
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        soft_tokens: SoftTokens = self.model.encode_images(torch.from_numpy(network_input(image)))[0].numpy()
+        return soft_tokens
 
 
 def open_eager(checkpoint: Path, context: int, chunk: int) -> EagerSession:
@@ -106,9 +113,9 @@ def record(session: EagerSession, ids: Sequence[int], positions: Iterable[int]) 
 
 def every_logit(session: EagerSession, ids: Sequence[int]) -> Iterator[tuple[int, Logits]]:
     """(position, logits) after each of ``ids``."""
-    for piece in chunks(ids, min(session.chunk, RECORDED_ROWS)):
-        start = session.position
-        yield from enumerate(session.forced(piece), start)
+    for piece in pieces(session, ids, text_chunk=min(session.chunk, RECORDED_ROWS)):
+        rows = session.forced(piece)
+        yield from enumerate(rows, session.position - len(rows))
 
 
 def with_noise(reference: Reference, session: EagerSession) -> Reference:

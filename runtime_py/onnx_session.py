@@ -8,8 +8,9 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from export.onnx_file import load_graph
 from gemma3.cache import CacheLayout
+from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
-from runtime_py.session import Logits, check_ids, chunks
+from runtime_py.session import Logits, Pixels, pieces
 
 PARTS = ("key", "value")
 
@@ -21,7 +22,7 @@ class OnnxSession:
     anything unsafe, or does not have the caches and vocabulary it should.
     """
 
-    def __init__(self, path: Path, layout: CacheLayout, vocab_size: int, threads: int | None = None) -> None:
+    def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
         load_graph(path)  # refuses what ONNX Runtime should not be asked to open
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -32,15 +33,16 @@ class OnnxSession:
             reason = str(error).splitlines()[0]
             raise BadInput(f"{path}: ONNX Runtime does not load it ({reason}); export it again") from None
         shapes = _cache_shapes(layout)
-        _check_shapes(path, self._session, shapes | {"logits": [1, 1, vocab_size]})
+        _check_shapes(path, self._session, shapes | {"logits": [1, 1, config.vocab_size]})
         self.context = layout.context
         self.chunk = layout.chunk
-        self.vocab_size = vocab_size
+        self.vocab_size = config.vocab_size
+        self.vision = config.vision
         self.position = 0
         self.logits: Logits = np.empty(0, np.float32)
 
         self._mask = np.ones((1, layout.context), np.int64)
-        self._logits = np.empty((1, 1, vocab_size), np.float32)
+        self._logits = np.empty((1, 1, config.vocab_size), np.float32)
         self._binding = self._session.io_binding()
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
         # Held here: a binding refers to memory that is not its own.
@@ -57,11 +59,10 @@ class OnnxSession:
     def step(self, token: int) -> Logits:
         return self.prefill([token])
 
-    def prefill(self, ids: Sequence[int]) -> Logits:
-        check_ids(ids, vocab_size=self.vocab_size, position=self.position, context=self.context)
-        for piece in chunks(ids, self.chunk):
-            end = self.position + len(piece)
-            tokens = np.array([piece], np.int64)
+    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
+        for piece in pieces(self, ids, images):
+            end = self.position + len(piece.ids)
+            tokens = np.array([piece.ids], np.int64)
             self._binding.bind_cpu_input("input_ids", tokens)
             self._binding.bind_cpu_input("attention_mask", self._mask[:, :end])
             self._session.run_with_iobinding(self._binding)

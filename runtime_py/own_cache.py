@@ -41,7 +41,7 @@ def check_own_cache(
     if manifest.model.vocab_size > FULL_VOCABULARY:
         looked_at = set(near(plan.landmarks.values(), GOLDEN_NEAR, len(plan.ids)))
     log.info("validating .pte from its own cache at %d positions", len(looked_at))
-    session = import_runtime("pte")(bundle / artifact.file, artifact.cache, manifest.model.vocab_size, None)
+    session = import_runtime("pte")(bundle / artifact.file, artifact.cache, manifest.model, None)
     assert isinstance(session, PteSession)
     model = open_own(manifest, "pte", weights["pte"]).model
     differences = list(steps(session, model, plan.ids, looked_at))

@@ -19,8 +19,9 @@ import torch  # loads libtorch, which the libraries below need
 from executorch.extension.pybindings import _portable_lib as runtime
 
 from gemma3.cache import CacheLayout
+from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
-from runtime_py.session import Logits, check_ids, chunks
+from runtime_py.session import Logits, Pixels, pieces
 
 # The operators of attention and the caches, and of the quantized embedding; they register with the runtime.
 OPERATORS = {
@@ -45,7 +46,7 @@ class PteSession:
     the file does not load or is not of this layout and vocabulary.
     """
 
-    def __init__(self, path: Path, layout: CacheLayout, vocab_size: int, threads: int | None = None) -> None:
+    def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
         with native_errors(path):
             if threads is not None:
                 runtime._unsafe_reset_threadpool(threads)
@@ -55,7 +56,7 @@ class PteSession:
         expected = {
             "get_max_seq_len": layout.chunk,
             "get_max_context_len": layout.context,
-            "get_vocab_size": vocab_size,
+            "get_vocab_size": config.vocab_size,
         }
         for name, value in expected.items():
             declared = program.load_method(name).call(())[0] if name in methods else None
@@ -65,7 +66,8 @@ class PteSession:
                 )
         self.context = layout.context
         self.chunk = layout.chunk
-        self.vocab_size = vocab_size
+        self.vocab_size = config.vocab_size
+        self.vision = config.vision
         self.position = 0
         self.logits: Logits = np.empty(0, np.float32)
 
@@ -83,13 +85,12 @@ class PteSession:
     def step(self, token: int) -> Logits:
         return self.prefill([token])
 
-    def prefill(self, ids: Sequence[int]) -> Logits:
-        check_ids(ids, vocab_size=self.vocab_size, position=self.position, context=self.context)
-        for piece in chunks(ids, self.chunk):
-            inputs = (torch.tensor([piece], dtype=torch.int64), torch.tensor([self.position], dtype=torch.int64))
+    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
+        for piece in pieces(self, ids, images):
+            inputs = (torch.tensor([piece.ids], dtype=torch.int64), torch.tensor([self.position], dtype=torch.int64))
             # Not cloned: the output is the program's own memory, which the next call overwrites.
             output = self._forward.call(inputs, clone_outputs=False)[0]
-            self.position += len(piece)
+            self.position += len(piece.ids)
         self.logits = output.numpy().reshape(-1).copy()
         return self.logits
 

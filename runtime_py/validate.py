@@ -231,7 +231,7 @@ def check_exact_twin(bundle: Path, manifest: Manifest, references: Mapping[str, 
     plan = replace(plan, walks={f"{first}, multiplied in float32": plan.walks[first]})
     log.info("validating .onnx multiplied in float32")
     with exact_twin(bundle / artifact.file) as twin:
-        session = import_runtime("onnx")(twin, artifact.cache, manifest.model.vocab_size, None)
+        session = import_runtime("onnx")(twin, artifact.cache, manifest.model, None)
         return check_session(session, plan, references[artifact.reference_activations], "onnx", FLOAT_LIMITS)
 
 

@@ -26,7 +26,7 @@ class TinyPte:
     report: PteReport
 
     def session(self, threads: int | None = None) -> PteSession:
-        return PteSession(self.path, self.layout, self.config.vocab_size, threads)
+        return PteSession(self.path, self.layout, self.config, threads)
 
     def eager(self) -> Gemma3:
         """The same integers, with the inputs of integer linears rounded to int8 as XNNPACK does."""

@@ -36,7 +36,7 @@ SCHEMES = [("int4-block32", "int8"), ("int4-block32", "int4"), ("int4-channel", 
 
 def logits_by_chunk(tiny: TinyOnnx, ids: list[int], chunk: int) -> dict[int, np.ndarray]:
     """Position → logits after it, for the last position of every piece of ``chunk`` ids."""
-    session = OnnxSession(tiny.path, replace(tiny.layout, chunk=chunk), tiny.config.vocab_size, threads=1)
+    session = OnnxSession(tiny.path, replace(tiny.layout, chunk=chunk), tiny.config, threads=1)
     return {
         start + len(piece) - 1: session.prefill(piece)
         for start in range(0, len(ids), chunk)
@@ -80,7 +80,7 @@ def test_windows_close_to_the_context(window: int, tmp_path: Path) -> None:
 
 def test_prompts_that_end_near_the_window_and_the_buffer(tmp_path: Path) -> None:
     tiny = tiny_onnx(tiny_config(num_hidden_layers=7), tmp_path)
-    session = OnnxSession(tiny.path, replace(tiny.layout, chunk=LENGTH), tiny.config.vocab_size, threads=1)
+    session = OnnxSession(tiny.path, replace(tiny.layout, chunk=LENGTH), tiny.config, threads=1)
     ids = random_tokens(tiny.config, LENGTH)
     expected = tiny.eager_logits(ids).numpy()
     buffer = tiny.layout.layers[0].slots

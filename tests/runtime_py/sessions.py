@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from runtime_py.session import Logits, check_ids
+from runtime_py.session import Logits, Pixels, SoftTokens, pieces
 
 
 class FunctionSession:
@@ -15,6 +15,7 @@ class FunctionSession:
         self.vocab_size = vocab_size
         self.context = context
         self.chunk = 4
+        self.vision = None
         self.fed: list[int] = []
         self.logits: Logits = np.empty(0, np.float32)
 
@@ -22,9 +23,9 @@ class FunctionSession:
     def position(self) -> int:
         return len(self.fed)
 
-    def prefill(self, ids: Sequence[int]) -> Logits:
-        check_ids(ids, vocab_size=self.vocab_size, position=self.position, context=self.context)
-        self.fed += ids
+    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
+        for piece in pieces(self, ids, images):
+            self.fed += piece.ids
         self.logits = np.asarray(self._function(self.fed), np.float32)
         return self.logits
 
@@ -33,6 +34,9 @@ class FunctionSession:
 
     def reset(self) -> None:
         self.fed = []
+
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        raise AssertionError("a text-only session")
 
 
 def counting(vocab_size: int, context: int = 64) -> FunctionSession:

@@ -32,7 +32,7 @@ def copy(tiny: TinyOnnx, tmp_path: Path) -> TinyOnnx:
 
 
 def open_tiny(tiny: TinyOnnx) -> OnnxSession:
-    return OnnxSession(tiny.path, tiny.layout, tiny.config.vocab_size, threads=1)
+    return OnnxSession(tiny.path, tiny.layout, tiny.config, threads=1)
 
 
 def test_does_not_load_torch() -> None:
@@ -59,7 +59,7 @@ def test_position_and_logits_follow_what_is_fed(tiny: TinyOnnx) -> None:
 def test_pieces_do_not_matter(tiny: TinyOnnx, pieces: list[int], chunk: int) -> None:
     ids = random_tokens(tiny.config, min(sum(pieces), 128))
     whole = open_tiny(tiny).prefill(ids)
-    session = OnnxSession(tiny.path, replace(tiny.layout, chunk=chunk), tiny.config.vocab_size, threads=1)
+    session = OnnxSession(tiny.path, replace(tiny.layout, chunk=chunk), tiny.config, threads=1)
     while session.position < len(ids):
         session.prefill(ids[session.position :][: pieces.pop()])
     assert np.abs(session.logits - whole).max() <= 1e-5
@@ -97,9 +97,9 @@ def test_refuses_ids_before_any_is_fed(tiny: TinyOnnx) -> None:
 def test_refuses_a_file_of_another_layout_or_vocabulary(tiny: TinyOnnx) -> None:
     longer = replace(tiny.layout, layers=tuple(replace(layer, slots=256) for layer in tiny.layout.layers))
     with pytest.raises(BadInput, match=r"past_key_values\.0\.key is \[1, 1, 24, 32\], expected \[1, 1, 256, 32\]"):
-        OnnxSession(tiny.path, longer, tiny.config.vocab_size)
+        OnnxSession(tiny.path, longer, tiny.config)
     with pytest.raises(BadInput, match=r"logits is \[1, 1, 160\], expected \[1, 1, 161\]"):
-        OnnxSession(tiny.path, tiny.layout, 161)
+        OnnxSession(tiny.path, tiny.layout, replace(tiny.config, vocab_size=161))
 
 
 def relocate(location: str) -> Callable[[Path], None]:

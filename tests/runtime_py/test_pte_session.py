@@ -98,11 +98,11 @@ def test_ids_are_checked_before_any_is_fed(tiny: TinyPte) -> None:
 
 def test_a_file_of_another_layout(tiny: TinyPte) -> None:
     with pytest.raises(BadInput, match="get_max_context_len is 128, expected 256"):
-        PteSession(tiny.path, replace(tiny.layout, context=256), tiny.config.vocab_size)
+        PteSession(tiny.path, replace(tiny.layout, context=256), tiny.config)
     with pytest.raises(BadInput, match=f"get_max_seq_len is {CHUNK}, expected 4"):
-        PteSession(tiny.path, replace(tiny.layout, chunk=4), tiny.config.vocab_size)
+        PteSession(tiny.path, replace(tiny.layout, chunk=4), tiny.config)
     with pytest.raises(BadInput, match="get_vocab_size is 160, expected 161"):
-        PteSession(tiny.path, tiny.layout, 161)
+        PteSession(tiny.path, tiny.layout, replace(tiny.config, vocab_size=161))
 
 
 def test_damaged_files_say_why(tiny: TinyPte, tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_damaged_files_say_why(tiny: TinyPte, tmp_path: Path) -> None:
     data = tiny.path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(BadInput, match=r"does not load it .*File size is too small"):
-        PteSession(path, tiny.layout, tiny.config.vocab_size)
+        PteSession(path, tiny.layout, tiny.config)
     path.write_bytes(b"not a program" * 100)
     with pytest.raises(BadInput, match=r"does not load it .*identifier"):
-        PteSession(path, tiny.layout, tiny.config.vocab_size)
+        PteSession(path, tiny.layout, tiny.config)
     with pytest.raises(BadInput, match=r"does not load it .*No such file"):
-        PteSession(tmp_path / "missing.pte", tiny.layout, tiny.config.vocab_size)
+        PteSession(tmp_path / "missing.pte", tiny.layout, tiny.config)
 
 
 def test_nothing_is_written_to_stderr(tiny: TinyPte, capfd: pytest.CaptureFixture[str]) -> None:
