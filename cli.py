@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -408,6 +409,36 @@ def accuracy(
         print(json.dumps({"reference": reference, "data": str(data), **report.to_dict()}))
     else:
         print(report.show())
+
+
+@app.command()
+def inspect(
+    mask: Annotated[
+        str, typer.Option("--mask", metavar="TEXT", help="Draw who attends to whom in it; <image> is a picture.")
+    ],
+    model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory.")] = "demo",
+    out: Annotated[Path, typer.Option("-o", "--out", help="The picture's file (PNG), written over.")] = Path(
+        "attention_mask.png"
+    ),
+    window: Annotated[int | None, typer.Option("--window", min=1, help="Of the local layers [the model's].")] = None,
+    tokens_per_image: Annotated[
+        int | None, typer.Option("--tokens-per-image", min=1, help="As how many to draw one [the model's].")
+    ] = None,
+) -> None:
+    """Draw the attention masks of a local and a global layer, here and as a PNG."""
+    from gemma3.checkpoint import resolve_checkpoint
+    from gemma3.config import read_config
+    from gemma3.tokenizer import Tokenizer
+    from runtime_py.mask_picture import masks_of, save, show
+
+    path = resolve_checkpoint(model)
+    masks = masks_of(
+        mask, Tokenizer(path), read_config(path / "config.json"), window=window, tokens_per_image=tokens_per_image
+    )
+    terminal = sys.stdout.isatty()
+    print(show(masks, colour=terminal, columns=shutil.get_terminal_size().columns if terminal else None))
+    save(masks, out)
+    log.info("%s: %d tokens", out, len(masks.labels))
 
 
 @app.command()

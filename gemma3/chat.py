@@ -139,7 +139,7 @@ def _encode(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int |
     if not images:
         return tokenizer.encode("".join(map(str, parts)), bos=False)
     if tokens_per_image is None:
-        raise BadInput(f"{images} images for a text-only model; leave them out, or use a checkpoint that sees")
+        raise BadInput(f"images for a text-only model: {images}; leave them out, or use a checkpoint that sees")
     start, end = tokenizer.special_id(START_OF_IMAGE), tokenizer.special_id(END_OF_IMAGE)
     image = [start, *[tokenizer.special_id(IMAGE_SOFT_TOKEN)] * tokens_per_image, end]
     ids: list[int] = []

@@ -18,12 +18,12 @@ ALLOWED = {
     "export": {"export", "gemma3", "quant"},
     "runtime_py": {
         "runtime_py",
-        *(f"gemma3.{module}" for module in ("config", "cache", "errors", "tokenizer", "chat", "data")),
+        *(f"gemma3.{module}" for module in ("config", "cache", "errors", "tokenizer", "chat", "data", "images")),
         *("export.manifest", "export.onnx_file"),
     },
 }
-# The modules of runtime_py that may see the network, because they run it.
-EAGER = {ROOT / "runtime_py" / name for name in ("eager_session.py", "own_cache.py")}
+# The modules of runtime_py that may see the network, because they run it or show it.
+EAGER = {ROOT / "runtime_py" / name for name in ("eager_session.py", "own_cache.py", "mask_picture.py")}
 EAGER_ALSO = {"gemma3.model", "gemma3.checkpoint", "quant"}
 
 

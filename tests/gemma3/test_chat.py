@@ -268,9 +268,9 @@ def test_only_given_images_are_images(parts: list[Part]) -> None:
 
 
 def test_images_to_a_text_only_model_are_bad_input() -> None:
-    with pytest.raises(BadInput, match="2 images for a text-only model"):
+    with pytest.raises(BadInput, match="images for a text-only model: 2"):
         encode_chat(TOKENIZER, [{"role": "user", "content": [ONE, "x", TWO]}])
-    with pytest.raises(BadInput, match="1 images for a text-only model"):
+    with pytest.raises(BadInput, match="images for a text-only model: 1"):
         encode_prompt(TOKENIZER, [ONE, "x"])
 
 
