@@ -1,12 +1,36 @@
 import os
+from pathlib import Path
 
 # Before torch is imported: nested MKL threads halve ExecuTorch's speed on a small machine, and the oracles
 # must not look for a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 from hypothesis import settings
+
+from tests.bundles import Cli, run, write_checkpoint
 
 # Machines are shared: no test fails for being slow, and every run draws the same examples.
 settings.register_profile("shared-machine", deadline=None, derandomize=True)
 settings.load_profile("shared-machine")
+
+
+@pytest.fixture
+def gemma_edge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """gemma_edge("export", checkpoint, …): the command line in this process."""
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random one; a module may put what it makes of it beside it."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 900 characters: enough to calibrate and train on."""
+    path = tmp_path_factory.mktemp("data") / "some.txt"
+    path.write_text("Some text of ordinary words, and more of it. " * 20)
+    return path

@@ -12,19 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import cli
 from export.manifest import GOLDEN, MANIFEST, FileEntry, sha256_of
-from tests.bundles import CONFIG, EXPORT, Run, copy_bundle, rewrite_tensors, run, write_checkpoint
-
-Cli = Callable[..., Run]
-
-
-@pytest.fixture
-def gemma_edge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    return lambda *arguments: run(capsys, monkeypatch, *arguments)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+from tests.bundles import CONFIG, EXPORT, Cli, Run, copy_bundle, rewrite_tensors, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import string
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,12 @@ import cli
 from gemma3.checkpoint import open_checkpoint
 from quant.recipe import preset, quantize
 from quant.stored import save_quantized
-from tests.bundles import EXPORT, Run, copy_bundle, rewrite_tensors, run, write_checkpoint
-
-Accuracy = Callable[..., Run]
+from tests.bundles import EXPORT, Cli, Run, copy_bundle, rewrite_tensors, run, write_checkpoint
 
 
 @pytest.fixture
-def accuracy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Accuracy:
+def accuracy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     return lambda *arguments: run(capsys, monkeypatch, "accuracy", *arguments)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +64,7 @@ def assert_refused(result: Run, code: int, *words: str) -> None:
         assert word in result.err
 
 
-def test_an_exact_file_is_the_original(accuracy: Accuracy, checkpoint: Path, text: Path) -> None:
+def test_an_exact_file_is_the_original(accuracy: Cli, checkpoint: Path, text: Path) -> None:
     exact = export(checkpoint, "fp32")
     figures = report(accuracy(exact, "--reference", checkpoint, "--data", text, "--json"))
     assert figures["data_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
@@ -87,7 +79,7 @@ def test_an_exact_file_is_the_original(accuracy: Accuracy, checkpoint: Path, tex
 
 
 def test_what_quantization_cost_and_what_the_export_changed(
-    accuracy: Accuracy, checkpoint: Path, quantized: Path, bundle: Path, text: Path
+    accuracy: Cli, checkpoint: Path, quantized: Path, bundle: Path, text: Path
 ) -> None:
     """The bundle's integers are the quantized checkpoint's: the eager model of them explains the loss."""
     figures = report(
@@ -110,7 +102,7 @@ def test_what_quantization_cost_and_what_the_export_changed(
 
 
 def test_tables_keep_the_two_references_apart(
-    accuracy: Accuracy, checkpoint: Path, quantized: Path, bundle: Path, text: Path, tmp_path: Path
+    accuracy: Cli, checkpoint: Path, quantized: Path, bundle: Path, text: Path, tmp_path: Path
 ) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"category": "sum", "prompt": "1+1?", "answer": "2"}\n')
@@ -129,13 +121,13 @@ def test_tables_keep_the_two_references_apart(
     assert "tokens, int4-block32 .onnx" in result.err
 
 
-def test_a_checkpoint_against_itself(accuracy: Accuracy, checkpoint: Path, text: Path) -> None:
+def test_a_checkpoint_against_itself(accuracy: Cli, checkpoint: Path, text: Path) -> None:
     figures = report(accuracy(checkpoint, "--reference", checkpoint, "--data", text, "--tokens", "50", "--json"))
     assert figures["quality"]["tiny"]["kl_max"] == 0
     assert figures["quality"]["tiny"]["delta_nll"] == {"value": 0.0, "error": 0.0}
 
 
-def test_conversations(accuracy: Accuracy, checkpoint: Path, tmp_path: Path) -> None:
+def test_conversations(accuracy: Cli, checkpoint: Path, tmp_path: Path) -> None:
     data = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes?"}]
     data.write_text((json.dumps({"messages": turns}) + "\n") * 3)
@@ -147,7 +139,7 @@ def test_conversations(accuracy: Accuracy, checkpoint: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "word"), [(b"", "no text"), (b"\n \n", "no text"), (b"\x89PNG\x00", "UTF-8"), (b"a\x00b", "binary")]
 )
-def test_data_that_is_no_text(accuracy: Accuracy, checkpoint: Path, tmp_path: Path, content: bytes, word: str) -> None:
+def test_data_that_is_no_text(accuracy: Cli, checkpoint: Path, tmp_path: Path, content: bytes, word: str) -> None:
     (tmp_path / "data").write_bytes(content)
     result = accuracy(checkpoint, "--reference", checkpoint, "--data", tmp_path / "data")
     assert_refused(result, 3, str(tmp_path / "data"), word)
@@ -167,13 +159,13 @@ def test_data_that_is_no_text(accuracy: Accuracy, checkpoint: Path, tmp_path: Pa
     ],
 )
 def test_refusals(
-    accuracy: Accuracy, checkpoint: Path, bundle: Path, text: Path, options: tuple[str, ...], code: int, words: Any
+    accuracy: Cli, checkpoint: Path, bundle: Path, text: Path, options: tuple[str, ...], code: int, words: Any
 ) -> None:
     assert_refused(accuracy(bundle, "--reference", checkpoint, "--data", text, *options), code, *words)
 
 
 def test_a_checkpoint_that_the_bundle_was_not_made_of(
-    accuracy: Accuracy, checkpoint: Path, bundle: Path, text: Path, tmp_path: Path
+    accuracy: Cli, checkpoint: Path, bundle: Path, text: Path, tmp_path: Path
 ) -> None:
     other = write_checkpoint(tmp_path / "other")
     rewrite_tensors(other, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].mul_(-1))
@@ -181,20 +173,20 @@ def test_a_checkpoint_that_the_bundle_was_not_made_of(
     assert_refused(result, 5, "integers in the file")
 
 
-def test_checkpoint_is_for_bundles(accuracy: Accuracy, checkpoint: Path, text: Path) -> None:
+def test_checkpoint_is_for_bundles(accuracy: Cli, checkpoint: Path, text: Path) -> None:
     result = accuracy(checkpoint, "--reference", checkpoint, "--data", text, "--checkpoint", checkpoint)
     assert_refused(result, 3, "is no bundle")
 
 
 def test_a_reference_with_another_vocabulary(
-    accuracy: Accuracy, checkpoint: Path, bundle: Path, text: Path, tmp_path: Path
+    accuracy: Cli, checkpoint: Path, bundle: Path, text: Path, tmp_path: Path
 ) -> None:
     other = write_checkpoint(tmp_path / "other", vocab_size=641)
     assert_refused(accuracy(bundle, "--reference", other, "--data", text), 3, "tokenizer")
 
 
 def test_a_quantized_checkpoint_of_another_model(
-    accuracy: Accuracy, checkpoint: Path, quantized: Path, text: Path, tmp_path: Path
+    accuracy: Cli, checkpoint: Path, quantized: Path, text: Path, tmp_path: Path
 ) -> None:
     wrong = copy_bundle(quantized, tmp_path / "wrong")
     config = json.loads((wrong / "config.json").read_text()) | {"num_hidden_layers": 4}

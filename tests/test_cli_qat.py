@@ -1,7 +1,6 @@
 """`gemma-edge qat`: from a checkpoint and text to a quantized checkpoint that exports as it is."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,27 +8,9 @@ import torch
 
 from quant.qat import Distillation
 from quant.stored import load_quantized
-from tests.bundles import EXPORT, Run, run, write_checkpoint
+from tests.bundles import EXPORT, Cli, Run, write_checkpoint
 
-Qat = Callable[..., Run]
 SMALL = ("--steps", "3", "--batch", "2", "--length", "16", "--save-every", "2")
-
-
-@pytest.fixture
-def gemma_edge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Qat:
-    return lambda *arguments: run(capsys, monkeypatch, *arguments)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "some.txt"
-    path.write_text("Some text of ordinary words, and more of it. " * 20)
-    return path
 
 
 def assert_refused(result: Run, *words: str) -> None:
@@ -41,7 +22,7 @@ def assert_refused(result: Run, *words: str) -> None:
 
 
 def test_the_trained_integers_are_stored_and_exported(
-    gemma_edge: Qat, checkpoint: Path, text: Path, tmp_path: Path
+    gemma_edge: Cli, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "trained"
     result = gemma_edge("qat", checkpoint, "-o", out, "--data", text, "--scheme", "int4-channel", *SMALL)
@@ -60,7 +41,7 @@ def test_the_trained_integers_are_stored_and_exported(
 
 
 def test_interrupted_and_resumed(
-    gemma_edge: Qat, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gemma_edge: Cli, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("qat", checkpoint, "--data", text, *SMALL)
     assert gemma_edge(*command, "-o", tmp_path / "whole").code == 0
@@ -111,7 +92,7 @@ def result_without_log(result: Run) -> Run:
     ],
 )
 def test_refusals(
-    gemma_edge: Qat, checkpoint: Path, tmp_path: Path, data: bytes, options: tuple[str, ...], words: tuple[str, ...]
+    gemma_edge: Cli, checkpoint: Path, tmp_path: Path, data: bytes, options: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     (tmp_path / "data.txt").write_bytes(data)
     result = gemma_edge("qat", checkpoint, "-o", tmp_path / "out", "--data", tmp_path / "data.txt", *SMALL, *options)
@@ -119,11 +100,11 @@ def test_refusals(
     assert [path.name for path in tmp_path.iterdir()] == ["data.txt"]
 
 
-def test_without_data(gemma_edge: Qat, checkpoint: Path, tmp_path: Path) -> None:
+def test_without_data(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
     assert_refused(gemma_edge("qat", checkpoint, "-o", tmp_path / "out"), "training needs text", "--data")
 
 
-def test_a_teacher_with_another_vocabulary(gemma_edge: Qat, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_another_vocabulary(gemma_edge: Cli, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     teacher = write_checkpoint(tmp_path / "teacher", vocab_size=648)
     result = gemma_edge("qat", checkpoint, "-o", tmp_path / "out", "--data", text, "--teacher", teacher, *SMALL)
     assert_refused(result_without_log(result), "vocabulary of 648, the student of 640")

@@ -1,7 +1,6 @@
 """`gemma-edge quantize`, and `export` of what it wrote: the same integers all the way into the files."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,26 +10,7 @@ from export.manifest import read_manifest
 from export.to_onnx import read_back_onnx
 from quant.recipe import preset
 from quant.stored import load_quantized
-from tests.bundles import EXPORT, Run, run, write_checkpoint
-
-Cli = Callable[..., Run]
-
-
-@pytest.fixture
-def gemma_edge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    return lambda *arguments: run(capsys, monkeypatch, *arguments)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("Some words, and then the same ones in another order; words and more words. " * 12)
-    return path
+from tests.bundles import EXPORT, Cli, Run
 
 
 def assert_refused(result: Run, *words: str) -> None:

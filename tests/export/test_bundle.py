@@ -15,11 +15,6 @@ from tests.bundles import write_checkpoint
 CONTEXT, CHUNK = 96, 8
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
-
-
 def export(checkpoint: Path, out: Path, prove: module.Prove = lambda _: (), context: int = CONTEXT) -> None:
     recipe = preset("int4-block32")
     export_bundle(checkpoint, recipe, out, formats=["onnx"], context=context, chunk=CHUNK, prove=prove)

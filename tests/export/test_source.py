@@ -8,12 +8,6 @@ from export.source import open_source
 from gemma3.errors import BadInput
 from quant.recipe import QuantizedWeights, preset
 from quant.stored import save_quantized
-from tests.bundles import write_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(scope="module")
