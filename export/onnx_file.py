@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from gemma3.errors import BadInput
 
+VISION_FILE = "vision.onnx"  # the image encoder's graph, beside the text model's
+
 
 def load_graph(path: Path) -> onnx.ModelProto:
     """The graph, without its weights. Raises BadInput unless all that it refers to lies safely beside it.
 
     ONNX Runtime opens whatever file an initializer names. Ours name plain files by their base name, hold weights
-    in the main graph's initializers only, and have no functions or subgraphs; anything else is refused.
+    in the main graph's initializers only, and have no functions nor subgraphs but an If's branches; anything else is
+    refused.
     """
     try:
         # onnx.load would resolve external data itself: parse the bytes alone.
@@ -29,18 +32,23 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise BadInput(f"{path}: not readable as ONNX ({error}); export the model again") from None
     if not model.graph.node:
         raise BadInput(f"{path}: an empty graph; export the model again")
-    foreign = [
-        node.name
-        for node in model.graph.node
-        for attribute in node.attribute
-        if attribute.HasField("g") or attribute.HasField("t") or attribute.graphs or attribute.tensors
-    ]
-    if foreign or model.functions or model.graph.sparse_initializer:
+    if _is_foreign(model.graph) or model.functions:
         raise BadInput(f"{path}: holds subgraphs, functions or constants that gemma-edge does not write")
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(path, tensor)
     return model
+
+
+def data_file(path: Path) -> Path:
+    """Where the weights of the graph at ``path`` lie."""
+    return path.with_name(path.name + ".data")
+
+
+def graphs_of(path: Path) -> list[Path]:
+    """The text model's graph, and the image encoder's if there is one beside it."""
+    vision = path.with_name(VISION_FILE)
+    return [path, vision] if vision.is_file() else [path]
 
 
 def read_initializer(path: Path, tensor: onnx.TensorProto) -> NDArray[np.generic]:
@@ -75,6 +83,21 @@ def exact_twin(path: Path) -> Iterator[Path]:
         yield twin
     finally:
         twin.unlink(missing_ok=True)
+
+
+def _is_foreign(graph: onnx.GraphProto) -> bool:
+    """Does the graph, or a branch within it, hold weights outside the main graph's initializers?"""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t") or attribute.graphs or attribute.tensors or attribute.sparse_tensors:
+                return True
+            if attribute.HasField("sparse_tensor"):
+                return True
+            if attribute.HasField("g"):
+                branch = attribute.g
+                if node.op_type != "If" or branch.initializer or _is_foreign(branch):
+                    return True
+    return bool(graph.sparse_initializer)
 
 
 def _external_entry(tensor: onnx.TensorProto) -> dict[str, str]:

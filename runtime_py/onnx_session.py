@@ -1,16 +1,17 @@
 """An .onnx file run by ONNX Runtime on the CPU. Does not import torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
-from export.onnx_file import load_graph
+from export.onnx_file import VISION_FILE, load_graph
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
-from runtime_py.session import Logits, Pixels, pieces
+from runtime_py.session import Image, Logits, Pixels, SoftTokens, check_image, is_pixels, network_input, pieces
 
 PARTS = ("key", "value")
 
@@ -20,20 +21,18 @@ class OnnxSession:
 
     ``threads`` None leaves the number to ONNX Runtime. Raises BadInput when the file is damaged, refers to
     anything unsafe, or does not have the caches and vocabulary it should.
+
+    The image encoder is in memory only while a prompt's images are encoded, before the prompt is fed: loading it
+    takes a small part of an image's time, and on a phone the text model needs the room.
     """
 
     def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
-        load_graph(path)  # refuses what ONNX Runtime should not be asked to open
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
-        try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            reason = str(error).splitlines()[0]
-            raise BadInput(f"{path}: ONNX Runtime does not load it ({reason}); export it again") from None
+        self._threads = threads
+        self._session = _open(path, threads)
         shapes = _cache_shapes(layout)
         _check_shapes(path, self._session, shapes | {"logits": [1, 1, config.vocab_size]})
+        if config.vision is not None:
+            _check_shapes(path, self._session, {"soft_tokens": [1, "soft_tokens_length", config.hidden_size]})
         self.context = layout.context
         self.chunk = layout.chunk
         self.vocab_size = config.vocab_size
@@ -41,6 +40,10 @@ class OnnxSession:
         self.position = 0
         self.logits: Logits = np.empty(0, np.float32)
 
+        self._vision_path = path.with_name(VISION_FILE)
+        if config.vision is not None:
+            load_graph(self._vision_path)
+        self._no_soft_tokens = np.empty((1, 0, config.hidden_size), np.float32)
         self._mask = np.ones((1, layout.context), np.int64)
         self._logits = np.empty((1, 1, config.vocab_size), np.float32)
         self._binding = self._session.io_binding()
@@ -59,16 +62,55 @@ class OnnxSession:
     def step(self, token: int) -> Logits:
         return self.prefill([token])
 
-    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
-        for piece in pieces(self, ids, images):
-            end = self.position + len(piece.ids)
-            tokens = np.array([piece.ids], np.int64)
-            self._binding.bind_cpu_input("input_ids", tokens)
-            self._binding.bind_cpu_input("attention_mask", self._mask[:, :end])
-            self._session.run_with_iobinding(self._binding)
-            self.position = end
+    def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
+        split = pieces(self, ids, images)
+        encoded = iter(self._encode(images))
+        for piece in split:
+            if piece.image is None:
+                self._feed(np.array([piece.ids], np.int64), self._no_soft_tokens)
+            else:
+                self._feed(np.empty((1, 0), np.int64), next(encoded))
         self.logits = self._logits[0, 0].copy()
         return self.logits
+
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        assert self.vision is not None
+        check_image(image, self.vision)
+        (soft_tokens,) = self._encode([image])
+        return soft_tokens[0]
+
+    def _feed(self, tokens: NDArray[np.int64], soft_tokens: SoftTokens) -> None:
+        """tokens [1, S] and soft tokens [1, M, E], of which one is empty."""
+        end = self.position + tokens.shape[1] + soft_tokens.shape[1]
+        self._binding.bind_cpu_input("input_ids", tokens)
+        self._binding.bind_cpu_input("attention_mask", self._mask[:, :end])
+        if self.vision is not None:
+            self._binding.bind_cpu_input("soft_tokens", soft_tokens)
+        self._session.run_with_iobinding(self._binding)
+        self.position = end
+
+    def _encode(self, images: Sequence[Image]) -> list[SoftTokens]:
+        """[1, T, E] of each, for soft tokens themselves."""
+        encoder = _open(self._vision_path, self._threads) if any(map(is_pixels, images)) else None
+        encoded: list[SoftTokens] = []
+        for image in images:
+            if encoder is not None and is_pixels(image):
+                encoded += encoder.run(["soft_tokens"], {"pixels": network_input(image)})
+            else:
+                encoded.append(np.asarray(image[None], np.float32))
+        return encoded
+
+
+def _open(path: Path, threads: int | None) -> ort.InferenceSession:
+    load_graph(path)  # refuses what ONNX Runtime should not be asked to open
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path}: ONNX Runtime does not load it ({reason}); export it again") from None
 
 
 def _cache_shapes(layout: CacheLayout) -> dict[str, list[int]]:
@@ -79,7 +121,7 @@ def _cache_shapes(layout: CacheLayout) -> dict[str, list[int]]:
     }
 
 
-def _check_shapes(path: Path, session: ort.InferenceSession, expected: dict[str, list[int]]) -> None:
+def _check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, Sequence[int | str]]) -> None:
     """What the file declares must be what the layout says: the buffers are allocated by the layout."""
     declared = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
     for name, shape in expected.items():

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.executorch_model import Linear, project
+from export.onnx_graph import IR_VERSION, OPSETS, GraphBuilder, WeightFile
 from export.reexpress import stand_in
 from export.to_executorch import lower
-from export.to_onnx import IR_VERSION, OPSETS, GraphBuilder, WeightFile
 from quant.integers import round_to_nearest
 from quant.recipe import Weight
 from quant.sfp8 import DECODE, Sfp8Weight, encode_weight

@@ -1,15 +1,20 @@
 """Tiny models as .onnx files, for the tests of the exporter and of the session."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from export.to_onnx import OnnxReport, export_onnx
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
+from runtime_py.session import network_input
 from tests.shapes import random_model
 
 
@@ -21,11 +26,18 @@ class TinyOnnx:
     weights: QuantizedWeights
     report: OnnxReport
 
-    def eager_logits(self, ids: list[int]) -> torch.Tensor:
-        """[len(ids), V] of the eager model with the same integers and float activations."""
-        model = with_integer_weights(random_model(self.config), self.weights.integers, "float")
-        with torch.no_grad():
-            return model(torch.tensor([ids]))[0]
+    def eager(self) -> nn.Module:
+        """The eager model with the same integers and float activations."""
+        return with_integer_weights(random_model(self.config), self.weights.integers, "float")
+
+    @torch.no_grad()
+    def eager_logits(self, ids: list[int], images: Sequence[NDArray[np.uint8]] = ()) -> torch.Tensor:
+        """[len(ids), V] of it, fed at once."""
+        model = self.eager()
+        soft_tokens = None
+        if images:
+            soft_tokens = model.encode_images(torch.cat([torch.from_numpy(network_input(image)) for image in images]))
+        return model(torch.tensor([ids]), soft_tokens=soft_tokens)[0]
 
 
 def quantized_weights(config: ModelConfig, scheme: str, embedding: str | None) -> QuantizedWeights:

@@ -11,16 +11,8 @@ import pytest
 import torch
 
 from export.onnx_file import load_graph
-from export.to_onnx import (
-    block_size,
-    cache_shapes_onnx,
-    compare_integers,
-    export_onnx,
-    genai_config,
-    pack,
-    read_back_onnx,
-    unpack,
-)
+from export.onnx_graph import block_size, pack, unpack
+from export.to_onnx import cache_shapes_onnx, compare_integers, export_onnx, genai_config, read_back_onnx
 from gemma3.cache import COMPACTING_SLACK, cache_layout
 from gemma3.errors import BadInput, VerificationFailed
 from quant.integers import IntegerWeight, round_to_nearest
@@ -139,7 +131,7 @@ def test_export_fails_when_the_file_does_not_hold_the_integers(tmp_path: Path, m
         packed[0, 0, 0] ^= 1
         return packed
 
-    monkeypatch.setattr("export.to_onnx.pack", one_off)
+    monkeypatch.setattr("export.onnx_graph.pack", one_off)
     with pytest.raises(VerificationFailed, match="integers are not the quantizer's"):
         tiny_onnx(tiny_config(), tmp_path, "int4-block32", "int8")
 
