@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from gemma3.errors import BadInput
 
 FORMATS, READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF"), "JPEG, PNG, WebP, BMP or GIF"
-# 8192 × 8192: decoded and composited this takes about 1 GB. JPEG itself allows no longer side.
+# 8192 × 8192: decoding these takes 0.6 GB, putting them on white 1.1 GB. JPEG itself allows no longer side.
 MAX_PIXELS, MAX_SIDE = 2**26, 65_535
 MAX_BYTES = 2**29
 
@@ -112,7 +112,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise BadInput(f"a picture of mode {image.mode} has no stated range; scale it to 8 bits (mode L) first")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")

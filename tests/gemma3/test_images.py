@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -124,6 +125,18 @@ def test_pixels_are_transformers(shape: tuple[int, int], pan_and_scan: bool) -> 
     ours = np.concatenate([pixels(one) for one in images])
     assert (ours.dtype, ours.shape) == (np.float32, expected["pixel_values"].shape)
     np.testing.assert_allclose((ours - 0.5) / 0.5, expected["pixel_values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (300, 300), (1000, 333), (333, 1000), (57, 55), (7, 1), (3000, 1)])
+def test_pixels_are_within_one_step_of_torchvision(shape: tuple[int, int]) -> None:
+    """transformers' other backend, for which torchvision calls this, on bytes."""
+    image = picture(*shape)
+    (ours,) = prepare(image, SIZE)
+    channels_first = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    theirs = torch.nn.functional.interpolate(
+        channels_first, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False
+    )
+    assert np.abs(ours.transpose(2, 0, 1).astype(int) - theirs[0].numpy().astype(int)).max() <= 1
 
 
 def test_resizing_and_cropping_are_both_exercised_above() -> None:
