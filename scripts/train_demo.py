@@ -222,9 +222,11 @@ def write_weights(model: Gemma3, out: Path) -> None:
     os.replace(part, out / "model.safetensors")
 
 
-def chat_sample(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[int]]:
+def chat_sample(
+    tokenizer: Tokenizer, messages: list[Message], tokens_per_image: int | None = None
+) -> tuple[list[int], list[int]]:
     """(ids, targets): targets are the next id where the model speaks, <end_of_turn> included, else IGNORE."""
-    ids = encode_chat(tokenizer, messages, add_generation_prompt=False)
+    ids = encode_chat(tokenizer, messages, add_generation_prompt=False, tokens_per_image=tokens_per_image)
     start, end = tokenizer.special_id(START_OF_TURN), tokenizer.end_of_turn_id
     header = [start, *tokenizer.encode("model\n", bos=False)]
     targets = [IGNORE] * len(ids)

@@ -1,0 +1,433 @@
+"""Teach the demo checkpoint to see: an image encoder from nothing, joined to gemma3/demo's trained text weights.
+
+    python scripts/train_demo_vision.py --out gemma3/demo_vision
+
+First the encoder alone learns what lies in each soft token's part of the picture: its classes are the text model's
+own embeddings of the words, so that it speaks a language that the text model knows. Then everything trains together
+on questions and answers, text rows among them so that nothing is forgotten. Pictures are drawn as they are needed.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import demo_corpus
+import numpy as np
+import torch
+import torch.nn.functional as F
+from demo_images import (
+    COLOURS,
+    EVALUATION,
+    KINDS,
+    SHAPES,
+    WORDS,
+    Kind,
+    Scene,
+    Scenes,
+    Turn,
+    category,
+    view_labels,
+    write_questions,
+    write_training_sample,
+)
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from train_demo import IGNORE, batch_loss, chat_rows, chat_sample, exact_match, perplexity, text_rows, write_json
+
+from gemma3.chat import Image, Message
+from gemma3.checkpoint import load_model, open_checkpoint
+from gemma3.config import parse_config
+from gemma3.images import pan_and_scan_boxes, prepare
+from gemma3.model import Gemma3
+from gemma3.tokenizer import END_OF_IMAGE, IMAGE_SOFT_TOKEN, START_OF_IMAGE, Tokenizer
+
+IMAGE_SIZE, TOKENS_PER_IMAGE = 112, 16
+GRID = math.isqrt(TOKENS_PER_IMAGE)
+TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TEXT_FILES += ("generation_config.json",)
+PAD = 0
+QUESTIONS_SEED, SAMPLE_SEED = 11, 12  # of the files beside the checkpoint
+SCANNED = ", Pan & Scan"
+# Shares of the kinds of pictures: what is harder to see is shown more often.
+SHARES: dict[Kind, float] = {"single": 2, "pair": 4, "count": 3, "word": 4, "wide": 4}
+
+
+def released_config(text: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """``config.json`` in the spelling of the released files that see, around a text-only one."""
+    outer = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype")}
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": tokenizer.special_id(START_OF_IMAGE),
+        "eoi_token_index": tokenizer.special_id(END_OF_IMAGE),
+        "image_token_index": tokenizer.special_id(IMAGE_SOFT_TOKEN),
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": TOKENS_PER_IMAGE,
+        "model_type": "gemma3",
+        **outer,
+        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+        "vision_config": {
+            "attention_dropout": 0.0,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 128,
+            "image_size": IMAGE_SIZE,
+            "intermediate_size": 512,
+            "layer_norm_eps": 1e-06,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 4,
+            "num_channels": 3,
+            "num_hidden_layers": 4,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    }
+
+
+def write_side_files(base: Path, out: Path) -> dict[str, Any]:
+    """Everything of the checkpoint but the weights; returns the configuration."""
+    for name in TEXT_FILES:
+        shutil.copyfile(base / name, out / name)
+    config = released_config(json.loads((base / "config.json").read_text(encoding="utf-8")), Tokenizer(base))
+    write_json(out / "config.json", config)
+    processor = {"image_seq_length": TOKENS_PER_IMAGE, "processor_class": "Gemma3Processor"}
+    write_json(out / "processor_config.json", processor)
+    write_json(
+        out / "preprocessor_config.json",
+        {
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_pan_and_scan": None,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_processor_type": "Gemma3ImageProcessor",
+            "image_std": [0.5, 0.5, 0.5],
+            "pan_and_scan_max_num_crops": None,
+            "pan_and_scan_min_crop_size": None,
+            "pan_and_scan_min_ratio_to_activate": None,
+            "resample": 2,
+            "rescale_factor": 1 / 255,
+            "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            **processor,
+        },
+    )
+    return config
+
+
+def write_weights(model: Gemma3, out: Path) -> None:
+    """bfloat16 under the released checkpoints' names; the tied head is stored once, as the embedding."""
+    weights = {
+        f"language_model.{name}" if name.startswith("model.") else name: tensor.detach().to(torch.bfloat16).contiguous()
+        for name, tensor in model.named_parameters()
+    }
+    part = out / "model.safetensors.part"
+    save_file(weights, part, metadata={"format": "pt"})
+    os.replace(part, out / "model.safetensors")
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation about one picture: ids, targets as ``chat_sample`` gives them, and the arrays to encode."""
+
+    ids: list[int]
+    targets: list[int]
+    images: list[NDArray[np.uint8]]
+
+
+def image_row(tokenizer: Tokenizer, scene: Scene, turns: Sequence[Turn], pan_and_scan: bool) -> Row:
+    images = prepare(scene.image, IMAGE_SIZE, pan_and_scan)
+    messages: list[Message] = []
+    for turn in turns:
+        content: list[Image | str] = [turn.prompt] if messages else [Image(crops=len(images) - 1), turn.prompt]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.answer}]
+    ids, targets = chat_sample(tokenizer, messages, TOKENS_PER_IMAGE)
+    return Row(ids, targets, images)
+
+
+def padded(row: Row, length: int) -> Row:
+    """On the right, where causal attention never looks."""
+    gap = length - len(row.ids)
+    return Row(row.ids + [PAD] * gap, row.targets + [IGNORE] * gap, row.images)
+
+
+def image_rows(
+    tokenizer: Tokenizer, shares: dict[Kind, float], seed: int, length: int, pan_and_scan: bool
+) -> Iterator[Row]:
+    """Rows of ``length``, padded: a picture, and as many of its questions, in any order, as fit."""
+    rng = random.Random(f"rows {seed}")
+    streams = {kind: iter(Scenes(kind, seed)) for kind in shares}
+    while True:
+        (kind,) = rng.choices(list(shares), list(shares.values()))
+        scene = next(streams[kind])
+        turns = rng.sample(scene.turns, min(3, len(scene.turns)))
+        row = image_row(tokenizer, scene, turns, pan_and_scan)
+        while len(row.ids) > length:
+            turns.pop()
+            row = image_row(tokenizer, scene, turns, pan_and_scan)
+        yield padded(row, length)
+
+
+def to_pixels(images: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """float32 [N, 3, S, S] in 0 … 1."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def spoken(model: Gemma3, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """(logits [N, V], targets [N]) where the model speaks."""
+    tokens = torch.tensor([row.ids for row in rows])
+    targets = torch.tensor([row.targets for row in rows])
+    soft = model.encode_images(to_pixels([image for row in rows for image in row.images]))
+    places = targets != IGNORE
+    return model.lm_head(model.hidden(tokens, soft_tokens=soft)[places]), targets[places]
+
+
+# ---- the encoder alone ---------------------------------------------------------------------------------------
+
+
+def class_vectors(model: Gemma3, tokenizer: Tokenizer, names: Sequence[str]) -> Tensor:
+    """[1 + names, E]: nothing, then the direction of each name's embedding."""
+    table = model.model.embed_tokens.weight.detach()
+    rows = torch.stack([table[tokenizer.encode(f" {name}", bos=False)].mean(0) for name in names])
+    return torch.cat((torch.zeros(1, table.shape[1]), F.normalize(rows - rows.mean(0), dim=1)))
+
+
+def labelled_views(seed: int) -> Iterator[tuple[NDArray[np.uint8], list[tuple[str, str]]]]:
+    """A square picture or one crop of a wide one, and what each of its soft tokens should see."""
+    rng = random.Random(f"views {seed}")
+    streams = {kind: iter(Scenes(kind, seed)) for kind in KINDS}
+    while True:
+        (kind,) = rng.choices(list(SHARES), list(SHARES.values()))
+        scene = next(streams[kind])
+        view = (0, 0, *scene.image.size)
+        if scene.wide:
+            view = rng.choice(pan_and_scan_boxes(*scene.image.size))
+        (image,) = prepare(scene.image.crop(view), IMAGE_SIZE)
+        yield image, view_labels(scene.items, view, GRID)
+
+
+def pretrain(model: Gemma3, tokenizer: Tokenizer, steps: int, seed: int, batch: int = 64) -> None:
+    """Each soft token learns the name and the colour of what lies in its cell."""
+    kinds = ((*SHAPES, *WORDS), tuple(COLOURS))
+    vectors = [class_vectors(model, tokenizer, names) for names in kinds]
+    numbers = [{name: index for index, name in enumerate(("", *names))} for names in kinds]
+    empty = [nn.Parameter(torch.tensor(2.0)) for _ in kinds]
+    # Most cells are empty.
+    weights = [torch.tensor([0.3] + [1.0] * len(names)) for names in kinds]
+    seeing = {name: p for name, p in model.named_parameters() if name.startswith(("vision_tower", "multi_modal"))}
+    opts = optimizers(seeing, hidden=4e-3, rest=2e-3)
+    opts[-1].add_param_group({"params": empty, "lr": 2e-3})
+    schedules = [torch.optim.lr_scheduler.LambdaLR(opt, lambda s: learning_rate(s, steps, 0.2)) for opt in opts]
+    views = labelled_views(seed)
+    began = time.time()
+    for step in range(steps):
+        images, labels = zip(*(next(views) for _ in range(batch)), strict=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            soft = model.encode_images(to_pixels(images)).float()
+        losses, found = [], []
+        for part in range(2):
+            logits = soft @ vectors[part].T + F.pad(empty[part].view(1), (0, len(vectors[part]) - 1))
+            targets = torch.tensor([[numbers[part][cell[part]] for cell in cells] for cells in labels])
+            losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), weights[part]))
+            full = targets > 0
+            found.append(float((logits.argmax(-1) == targets)[full].float().mean()))
+        sum(losses).backward()  # type: ignore[union-attr, no-untyped-call]
+        for optimizer, schedule in zip(opts, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if (step + 1) % 25 == 0:
+            rate = batch * (step + 1) / (time.time() - began)
+            parts = " ".join(
+                f"{name} {loss.item():.3f} ({right:.0%})"
+                for name, loss, right in zip(("names", "colours"), losses, found, strict=True)
+            )
+            print(f"encoder {step + 1} {parts} {rate:.0f} images/s", flush=True)
+
+
+# ---- everything together -------------------------------------------------------------------------------------
+
+
+def optimizers(
+    parameters: dict[str, nn.Parameter], hidden: float, rest: float, factor: float = 1.0
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between hidden states, AdamW for the rest; ``factor`` is the text half's rate."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        is_hidden = parameter.ndim == 2 and "embed" not in name and "projection_weight" not in name
+        groups[is_hidden, name.startswith("model.")].append(parameter)
+    by_rate = {
+        is_hidden: [
+            {"params": group, "lr": (hidden if is_hidden else rest) * (factor if text else 1.0)}
+            for (kind, text), group in groups.items()
+            if kind == is_hidden
+        ]
+        for is_hidden in (True, False)
+    }
+    return [
+        torch.optim.Muon(by_rate[True], weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(by_rate[False], betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+
+
+def learning_rate(step: int, steps: int, floor: float = 0.0) -> float:
+    """Warm-up over 50 steps, then half a cosine to ``floor``, as a factor."""
+    return min(1.0, (step + 1) / 50) * (floor + (1 - floor) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+
+
+def train(
+    model: Gemma3, tokenizer: Tokenizer, documents: list[str], held_out: list[int], steps: int, seed: int, out: Path
+) -> None:
+    """Each step: 20 rows about one image each, 4 with Pan & Scan, a row of text, and every fourth one of chat."""
+    text = torch.tensor([i for doc in documents for i in (*tokenizer.encode(doc, bos=False), tokenizer.eos_id)])
+    whole = image_rows(tokenizer, SHARES, seed + 1, 96, False)
+    scanned = image_rows(tokenizer, {"wide": 1}, seed + 2, 176, True)
+    chats = chat_rows(tokenizer, seed + 3, 256)
+    texts = text_rows(text, tokenizer.bos_id, seed + 4, 256)
+    opts = optimizers(dict(model.named_parameters()), hidden=2e-3, rest=1e-3, factor=0.5)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(opt, lambda s: learning_rate(s, steps)) for opt in opts]
+    smooth: dict[str, float] = defaultdict(float)
+    began = time.time()
+    for step in range(steps):
+        for kind, stream, count in (("image", whole, 20), ("scanned", scanned, 4)):
+            rows = [next(stream) for _ in range(count)]
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, targets = spoken(model, rows)
+            loss = F.cross_entropy(logits.float(), targets)
+            (loss * (1.0 if kind == "image" else 0.5)).backward()  # type: ignore[no-untyped-call]
+            smooth[kind] += (loss.item() - smooth[kind]) * max(0.05, 1 / (step + 1))
+        for kind, plain, weight in (("text", texts, 0.3), ("chat", chats, 0.3))[: 2 if step % 4 == 0 else 1]:
+            loss = batch_loss(model, [next(plain)])
+            (weight * loss).backward()  # type: ignore[no-untyped-call]
+            smooth[kind] += (loss.item() - smooth[kind]) * max(0.05, 1 / (step + 1))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(opts, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if (step + 1) % 20 == 0:
+            losses = " ".join(f"{kind} {value:.3f}" for kind, value in smooth.items())
+            print(f"{step + 1} {losses} {(time.time() - began) / (step + 1):.2f} s/step", flush=True)
+        if (step + 1) % 200 == 0:  # a run that is cut short leaves its last state
+            write_weights(model, out)
+            with torch.compiler.set_stance("force_eager"):
+                score = image_scores(model, tokenizer, dict.fromkeys(KINDS, 12), seed + 1)
+                text_perplexity = perplexity(model, held_out, tokenizer.bos_id)
+            print(score, shares(score), f"perplexity {text_perplexity:.2f}", flush=True)
+
+
+# ---- figures -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def image_scores(
+    model: Gemma3, tokenizer: Tokenizer, pictures: Mapping[Kind, int], seed: int
+) -> dict[str, tuple[int, int]]:
+    """category → (right, asked) on held-out compositions; wide pictures also with Pan & Scan.
+
+    A greedy answer is right to the letter iff each of its ids is the likeliest after those before it.
+    """
+    cases: list[tuple[str, Row]] = []
+    for kind, count in pictures.items():
+        for scene in islice(Scenes(kind, seed, held_out=True), count):
+            for turn in scene.turns:
+                cases.append((category(scene, turn), image_row(tokenizer, scene, [turn], False)))
+                if scene.wide:
+                    cases.append((category(scene, turn) + SCANNED, image_row(tokenizer, scene, [turn], True)))
+    cases.sort(key=lambda case: len(case[1].ids))
+    score: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for start in range(0, len(cases), 16):
+        names, rows = zip(*cases[start : start + 16], strict=True)
+        logits, targets = spoken(model, [padded(row, len(rows[-1].ids)) for row in rows])
+        right = (logits.argmax(-1) == targets).split([sum(i != IGNORE for i in row.targets) for row in rows])
+        for name, one in zip(names, right, strict=True):
+            score[name] = (score[name][0] + int(one.all()), score[name][1] + 1)
+    return dict(sorted(score.items()))
+
+
+def shares(score: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Right answers on square pictures, and on wide ones without and with Pan & Scan."""
+    groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for name, pair in score.items():
+        groups["square" if "wide" not in name else "wide" if SCANNED not in name else f"wide{SCANNED}"].append(pair)
+    return {name: f"{sum(r for r, _ in pairs) / sum(n for _, n in pairs):.1%}" for name, pairs in groups.items()}
+
+
+def join_vision(text: Gemma3, config: dict[str, Any]) -> Gemma3:
+    """The trained text weights, and an encoder at its start: matrices with standard deviation 1/sqrt(inputs)."""
+    model = Gemma3(parse_config(config))
+    model.load_state_dict(text.state_dict(), strict=False)
+    for module in (*model.vision_tower.modules(), *model.multi_modal_projector.modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    nn.init.normal_(model.vision_tower.vision_model.embeddings.position_embedding.weight, std=0.5)
+    # Soft tokens as large as the scaled embeddings of text.
+    table = text.model.embed_tokens.weight
+    scale = float(table.norm(dim=1).mean())
+    projection = model.multi_modal_projector.mm_input_projection_weight
+    nn.init.normal_(projection, std=scale * projection.shape[0] ** -0.5)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--base", type=Path, default=Path("gemma3/demo"))
+    parser.add_argument("--encoder-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(2)
+    began = time.time()
+
+    config = write_side_files(args.base, args.out)
+    tokenizer = Tokenizer(args.out)
+    documents, held_out_text = demo_corpus.split_text()
+    model = join_vision(load_model(open_checkpoint(args.base)), config)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
+    torch._dynamo.config.recompile_limit = 64
+    for layer in (*model.model.layers, *model.vision_tower.vision_model.encoder.layers):
+        layer.compile(dynamic=False)
+    if args.encoder_steps:
+        pretrain(model, tokenizer, args.encoder_steps, args.seed)
+        write_weights(model, args.out)
+    held_out = tokenizer.encode(held_out_text, bos=False)
+    train(model, tokenizer, documents, held_out, args.steps, args.seed, args.out)
+    with torch.no_grad():  # the figures are those of the stored weights
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    write_weights(model, args.out)
+
+    write_questions(args.out, QUESTIONS_SEED)
+    write_training_sample(args.out, SAMPLE_SEED)
+    with torch.compiler.set_stance("force_eager"):
+        pictures = image_scores(model, tokenizer, EVALUATION, QUESTIONS_SEED)
+        texts = exact_match(model, tokenizer, demo_corpus.evaluation_questions())
+        text_perplexity = perplexity(model, held_out, tokenizer.bos_id)
+    figures = {
+        "minutes": round((time.time() - began) / 60, 1),
+        "images": shares(pictures),
+        "images_by_category": {name: f"{right}/{asked}" for name, (right, asked) in pictures.items()},
+        "text_questions": f"{sum(right for right, _ in texts.values())}/{sum(asked for _, asked in texts.values())}",
+        "heldout_perplexity": round(text_perplexity, 2),
+    }
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
