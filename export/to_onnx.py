@@ -13,10 +13,10 @@ new sequence whatever the buffer held.
 
 A model that sees has another input, and another graph, ``vision.onnx`` (export/onnx_vision.py), which computes it:
 
-    soft_tokens float32 [1, M, E], which stand behind the S tokens, unscaled
+    soft_tokens float32 [1, M, E], which stand behind the S tokens, unscaled; none unless given
 
-Either is empty: a call is text, or one image whole (S = 0), whose tokens see one another. Only the attention differs,
-so only the attention is in two branches; weights, caches and everything else serve both.
+One of the two is empty: a call is text, or one image whole (S = 0), whose tokens see one another. Only the attention
+differs, so only the attention is in two branches; weights, caches and everything else serve both.
 """
 
 import math
@@ -26,6 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
@@ -157,7 +158,9 @@ def text_model(graph: GraphBuilder, config: ModelConfig, layout: CacheLayout) ->
     mask = typed_value("attention_mask", ir.DataType.INT64, [1, "total_sequence_length"])
     inputs, caches, soft_tokens = [ids, mask], [], None
     if config.vision is not None:
-        soft_tokens = typed_value("soft_tokens", ir.DataType.FLOAT, [1, "soft_tokens_length", config.hidden_size])
+        # Empty unless the caller gives some, so that onnxruntime-genai, which knows nothing of it, has the text half.
+        soft_tokens = op.initializer(ir.tensor(np.empty((1, 0, config.hidden_size), np.float32)), name="soft_tokens")
+        declare(soft_tokens, "soft_tokens", ir.DataType.FLOAT, [1, "soft_tokens_length", config.hidden_size])
         inputs.append(soft_tokens)
     step = step_values(graph, config, ids, mask, soft_tokens)
     x = op.Mul(embed(graph, config, ids), graph.floats([math.sqrt(config.hidden_size)]))

@@ -85,7 +85,9 @@ class OnnxSession:
         self._binding.bind_cpu_input("input_ids", tokens)
         self._binding.bind_cpu_input("attention_mask", self._mask[:, :end])
         if self.vision is not None:
-            self._binding.bind_cpu_input("soft_tokens", soft_tokens)
+            # Held while it runs, like the caches. (bind_cpu_input does not know inputs that have a default.)
+            soft_tokens_buffer = ort.OrtValue.ortvalue_from_numpy(soft_tokens)
+            self._binding.bind_ortvalue_input("soft_tokens", soft_tokens_buffer)
         self._session.run_with_iobinding(self._binding)
         self.position = end
 
@@ -123,7 +125,10 @@ def _cache_shapes(layout: CacheLayout) -> dict[str, list[int]]:
 
 def _check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, Sequence[int | str]]) -> None:
     """What the file declares must be what the layout says: the buffers are allocated by the layout."""
-    declared = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    declared = {
+        value.name: value.shape
+        for value in (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
+    }
     for name, shape in expected.items():
         if declared.get(name) != shape:
             raise BadInput(

@@ -14,11 +14,12 @@ from export.onnx_file import load_graph
 from export.onnx_graph import block_size, pack, unpack
 from export.to_onnx import cache_shapes_onnx, compare_integers, export_onnx, genai_config, read_back_onnx
 from gemma3.cache import COMPACTING_SLACK, cache_layout
+from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
 from quant.integers import IntegerWeight, round_to_nearest
 from runtime_py.onnx_session import OnnxSession
 from tests.onnx_models import TinyOnnx, quantized_weights, tiny_onnx
-from tests.shapes import SHAPES, random_model, random_tokens, tiny_config
+from tests.shapes import SHAPES, random_model, random_tokens, tiny_config, tiny_vision_config
 
 TOLERANCE = 1e-4
 # Buffers hold 8 + COMPACTING_SLACK rows in most tiny shapes: more than four windows past the first move.
@@ -216,9 +217,10 @@ def test_refuses_weights_that_are_not_the_models(tmp_path: Path) -> None:
         export_onnx(config, coarse, layout, tmp_path / "model.onnx")
 
 
-def test_stock_onnxruntime_genai_runs_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [tiny_config(), tiny_vision_config()], ids=["text-only", "sees"])
+def test_stock_onnxruntime_genai_runs_the_text(config: ModelConfig, tmp_path: Path) -> None:
     """A prompt far longer than the local buffers, then greedy decoding: its logits and tokens are ours."""
-    tiny = tiny_onnx(tiny_config(), tmp_path, context=256)
+    tiny = tiny_onnx(config, tmp_path, context=256)
     (tmp_path / "genai_config.json").write_text(json.dumps(genai_config(tiny.config, tiny.layout)))
     vocabulary = {f"t{index}": index for index in range(tiny.config.vocab_size)}
     (tmp_path / "tokenizer.json").write_text(
