@@ -179,9 +179,12 @@ def qat(
         list[Path] | None,
         typer.Option("--data", metavar="FILE", help="Text, or conversations (.jsonl) [demo: a sample of its own]."),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps")] = 300,
+    steps: Annotated[int, typer.Option("--steps")] = 500,
     batch: Annotated[int, typer.Option("--batch", help="Rows a step.")] = 4,
     length: Annotated[int, typer.Option("--length", help="Tokens a row.")] = 256,
+    pan_and_scan: Annotated[
+        bool, typer.Option("--pan-and-scan", help="Add crops of images that are far from square.")
+    ] = False,
     micro_batch: Annotated[
         int | None, typer.Option("--micro-batch", min=1, help="Rows at once; the rest of a step's is accumulated.")
     ] = None,
@@ -223,6 +226,7 @@ def qat(
         settings,
         data=data or [],
         length=length,
+        pan_and_scan=pan_and_scan,
         init=init,
         teacher=None if teacher is None else resolve_checkpoint(teacher),
         micro_batch=micro_batch,

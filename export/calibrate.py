@@ -44,6 +44,8 @@ def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) 
     """int64 [rows, length] each. Raises BadInput as ``gemma3.data.pack`` does."""
     config = checkpoint.config
     length = min(ROW_TOKENS, config.max_position_embeddings)
-    packed = pack(data, Tokenizer(checkpoint.path), length, config.vocab_size)
-    rows = torch.from_numpy(packed[: max(1, tokens // length)]).long()
+    packed = pack(data, Tokenizer(checkpoint.path), length, config)
+    if any(packed.images):
+        raise BadInput(f"{', '.join(map(str, data))}: has images; gptq looks at text alone, give some without")
+    rows = torch.from_numpy(packed.tokens[: max(1, tokens // length)]).long()
     return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]

@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from export.source import open_source
 from gemma3.checkpoint import load_model, open_checkpoint
-from gemma3.data import pack
+from gemma3.data import Picture, pack
 from gemma3.errors import BadInput
 from gemma3.tokenizer import Tokenizer
 from quant.atomic import refuse_target
@@ -31,6 +33,7 @@ def distill_checkpoint(
     *,
     data: Sequence[Path],
     length: int,
+    pan_and_scan: bool = False,
     init: Path | None = None,
     teacher: Path | None = None,
     micro_batch: int | None = None,
@@ -40,8 +43,9 @@ def distill_checkpoint(
     """Train the checkpoint at ``path`` in ``recipe``; the quantized checkpoint ``out`` appears when it is done.
 
     Training starts from the codes of the quantized checkpoint ``init``, or else rounded to nearest, on rows of
-    ``length`` tokens of ``data``. The teacher is the checkpoint itself unless another is named. The directory beside
-    ``out`` with ".training" after its name keeps what a resumption needs, until ``out`` is there.
+    ``length`` tokens of ``data`` (see ``gemma3.data.pack``). The teacher is the checkpoint itself unless another is
+    named. The directory beside ``out`` with ".training" after its name keeps what a resumption needs, until ``out``
+    is there.
 
     Under torchrun every process calls this. Raises BadInput for files that cannot be used or do not belong together,
     and what ``train`` and ``save_quantized`` raise.
@@ -64,18 +68,28 @@ def distill_checkpoint(
             raise BadInput(f"{init}: its config.json is not that of {path}; give a quantized form of that checkpoint")
         start = started.weights
     teaching = checkpoint if teacher is None else open_checkpoint(teacher)
-    rows = torch.from_numpy(pack(files, tokenizer, min(length, config.max_position_embeddings), config.vocab_size))
+    length = min(length, config.max_position_embeddings)
+    rows = pack(files, tokenizer, length, config, pan_and_scan=pan_and_scan)
+    images, ignored, vision = None, [tokenizer.pad_id], config.vision
+    if vision is not None and any(rows.images):
+        if teaching.config.vision != vision:
+            raise BadInput(f"{teaching.path}: does not see as {path} does; give a teacher with the same image encoder")
+        images = [as_tensor(row, vision.image_size) for row in rows.images]
+        ignored.append(vision.image_token_id)
     run = out.with_name(f"{out.name}.training")
     with processes() as (device, first):
         if first:
-            log.info("%d rows of %d tokens, %s, %d steps", *rows.shape, recipe.name, settings.steps)
+            shown = f" with {sum(map(len, rows.images))} images" if any(rows.images) else ""
+            log.info("%d rows of %d tokens%s, %s, %d steps", *rows.tokens.shape, shown, recipe.name, settings.steps)
         weights = train(
             load_model(checkpoint).to(device),
             load_model(teaching).to(device),
             start,
-            rows,
+            torch.from_numpy(rows.tokens),
             settings,
             run,
+            images=images,
+            ignored=ignored,
             resume=resume,
             save_every=save_every,
             micro_batch=micro_batch,
@@ -84,3 +98,8 @@ def distill_checkpoint(
         if first:
             save_quantized(out, weights, recipe, "qat", source=path)
             shutil.rmtree(run, ignore_errors=True)
+
+
+def as_tensor(images: Sequence[Picture], size: int) -> Tensor:
+    """uint8 [n, 3, size, size]; n may be 0."""
+    return torch.from_numpy(np.array(images, np.uint8).reshape(-1, size, size, 3)).permute(0, 3, 1, 2)

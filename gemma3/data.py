@@ -1,69 +1,124 @@
 """Text and conversations from files, as rows of token ids: what calibration and training read.
 
 Each row begins with BOS, as everything the model has ever seen does: a document's first row by itself, and the rows
-that continue it too. Documents follow one another within a row.
+that continue it too. Documents follow one another within a row. One with images lies whole in a row.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3.chat import Message, encode_chat
+from gemma3.chat import Image, Message, Part, encode_chat
+from gemma3.config import ModelConfig, VisionConfig
 from gemma3.errors import BadInput
+from gemma3.images import prepare
 from gemma3.tokenizer import Tokenizer
 
 CHAT_SUFFIX = ".jsonl"
 
+Picture = NDArray[np.uint8]  # [S, S, 3], see gemma3/images.py
 
-def pack(paths: Sequence[Path], tokenizer: Tokenizer, length: int, vocab_size: int) -> NDArray[np.int32]:
-    """int32 [rows, length] of the files in their order; what does not fill a last row is left out.
 
-    ``.jsonl`` files hold a conversation a line, ``{"messages": [{"role", "content"}, …]}``; any other is one
-    document of plain text. Raises BadInput for a file that is missing, empty or no text, for a line that is no
-    conversation, for ids that a model with ``vocab_size`` rows does not have, and when there is less than a row.
+@dataclass(frozen=True)
+class Document:
+    """BOS and what follows it, and the images that its image tokens stand for, in order."""
+
+    ids: list[int]
+    images: list[Picture]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """tokens int32 [rows, length], and each row's images. Rows are filled up with padding where images need it."""
+
+    tokens: NDArray[np.int32]
+    images: list[list[Picture]]
+
+
+def pack(
+    paths: Sequence[Path], tokenizer: Tokenizer, length: int, config: ModelConfig, *, pan_and_scan: bool = False
+) -> Rows:
+    """The files in their order in rows of ``length``; text that does not fill a last row is left out.
+
+    ``.jsonl`` files hold a conversation a line (see ``documents``); any other is one document of plain text. Raises
+    BadInput for a file that is missing, empty or no text, for a line that is no conversation or whose images cannot
+    be used or do not fit a row, for ids that a model of ``config`` does not have, and when there is less than a row.
     """
     if length < 2:
         raise BadInput(f"rows of {length} tokens; give at least 2")
-    stream: list[int] = []
-    for path in paths:
-        for ids in documents(path, tokenizer):
-            if max(ids) >= vocab_size:
-                raise BadInput(
-                    f"{path}: token {max(ids)} is outside the model's vocabulary of {vocab_size}; "
-                    "the tokenizer.model is another checkpoint's"
-                )
-            stream += ids
-    rows: list[list[int]] = []
-    start = 0
-    while start < len(stream):
-        lead = [] if stream[start] == tokenizer.bos_id else [tokenizer.bos_id]
-        end = start + length - len(lead)
-        rows.append(lead + stream[start:end])
-        start = end
-    if len(rows[-1]) < length:
+    rows = list(_rows(_usable(paths, tokenizer, length, config, pan_and_scan), length, tokenizer.bos_id))
+    last, images = rows[-1]
+    if len(last) < length and not images:
         rows.pop()
     if not rows:
-        raise BadInput(f"{', '.join(map(str, paths))}: {len(stream)} tokens in all, less than one row of {length}")
-    return np.array(rows, np.int32)
+        raise BadInput(f"{', '.join(map(str, paths))}: {len(last)} tokens in all, less than one row of {length}")
+    tokens = [ids + [tokenizer.pad_id] * (length - len(ids)) for ids, _ in rows]
+    return Rows(np.array(tokens, np.int32), [images for _, images in rows])
 
 
-def documents(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of each document of a file, BOS in front. Raises BadInput as ``pack`` does."""
+def _usable(
+    paths: Sequence[Path], tokenizer: Tokenizer, length: int, config: ModelConfig, pan_and_scan: bool
+) -> Iterator[Document]:
+    for path in paths:
+        for document in documents(path, tokenizer, config.vision, pan_and_scan=pan_and_scan):
+            highest, size = max(document.ids), len(document.ids)
+            if highest >= config.vocab_size:
+                raise BadInput(
+                    f"{path}: token {highest} is outside the model's vocabulary of {config.vocab_size}; "
+                    "the tokenizer.model is another checkpoint's"
+                )
+            if document.images and size > length:
+                raise BadInput(f"{path}: a conversation with images has {size} tokens, a row {length}; use longer rows")
+            yield document
+
+
+def _rows(documents: Iterable[Document], length: int, bos_id: int) -> Iterator[tuple[list[int], list[Picture]]]:
+    """Ids and images of each row. The last may be short, and so may one before a document with images."""
+    ids: list[int] = []
+    images: list[Picture] = []
+    for document in documents:
+        start, end = 0, len(document.ids)
+        while start < end:
+            if len(ids) == length or (document.images and len(ids) + end > length):
+                yield ids, images
+                ids, images = [], []
+            if not ids and document.ids[start] != bos_id:
+                ids.append(bos_id)
+            part = document.ids[start : start + length - len(ids)]
+            ids += part
+            start += len(part)
+        images += document.images
+    yield ids, images
+
+
+def documents(
+    path: Path, tokenizer: Tokenizer, vision: VisionConfig | None = None, *, pan_and_scan: bool = False
+) -> Iterator[Document]:
+    """Each document of a file. Raises BadInput as ``pack`` does.
+
+    A line of a ``.jsonl`` file is ``{"messages": [{"role", "content"}, …]}``. Content is text, or a list of
+    ``{"type": "text", "text": …}`` and ``{"type": "image", "path": …}``, the path from the file's folder. Without
+    ``vision`` images are refused; ``pan_and_scan`` adds crops of those that are far from square.
+    """
     text = _read(path)
     if path.suffix != CHAT_SUFFIX:
-        yield tokenizer.encode(text, bos=True)
+        yield Document(tokenizer.encode(text, bos=True), [])
         return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            yield encode_chat(tokenizer, _messages(line), add_generation_prompt=False)
+            messages, images = _conversation(line, path.parent, vision, pan_and_scan)
+            tokens_per_image = None if vision is None else vision.tokens_per_image
+            ids = encode_chat(tokenizer, messages, add_generation_prompt=False, tokens_per_image=tokens_per_image)
         except BadInput as error:
             raise BadInput(f"{path}: line {number}: {error}") from None
+        yield Document(ids, images)
 
 
 def read_utf8(path: Path) -> str:
@@ -85,7 +140,9 @@ def _read(path: Path) -> str:
     return text
 
 
-def _messages(line: str) -> list[Message]:
+def _conversation(
+    line: str, folder: Path, vision: VisionConfig | None, pan_and_scan: bool
+) -> tuple[list[Message], list[Picture]]:
     try:
         data: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -93,7 +150,24 @@ def _messages(line: str) -> list[Message]:
     messages = data.get("messages") if isinstance(data, dict) else None
     if not isinstance(messages, list):
         raise BadInput('no list under "messages"')
-    for message in messages:
-        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
-            raise BadInput(f"a message is {json.dumps(message)[:60]}, expected text under 'role' and 'content'")
-    return messages
+    images: list[Picture] = []
+
+    def part(given: Any) -> Part:
+        match given:
+            case {"type": "text", "text": str(text)}:
+                return text
+            case {"type": "image", "path": str(name)}:
+                views = [] if vision is None else prepare(folder / name, vision.image_size, pan_and_scan)
+                images.extend(views)
+                return Image(crops=max(0, len(views) - 1))
+        raise BadInput(f"a part of a message is {json.dumps(given)[:60]}, expected a text or an image with its path")
+
+    def message(given: Any) -> Message:
+        match given:
+            case {"role": str(role), "content": str(text)}:
+                return {"role": role, "content": text}
+            case {"role": str(role), "content": list(parts)}:
+                return {"role": role, "content": [part(one) for one in parts]}
+        raise BadInput(f"a message is {json.dumps(given)[:60]}, expected text under 'role' and 'content'")
+
+    return [message(one) for one in messages], images

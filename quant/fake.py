@@ -104,6 +104,7 @@ def prepare(model: nn.Module, start: QuantizedWeights, activations: Activations 
     model's values become the latents of the rest, moved as little as it takes to round to the codes of ``start``.
     With ``activations`` "int8" every linear with a quantized weight rounds its input, as XNNPACK's 8da4w does.
     """
+    model.requires_grad_(False)
     owners: dict[Tensor, nn.Module] = {}
     for name, module, parameter in _weights(model):
         if parameter in owners:
@@ -139,7 +140,8 @@ def convert(model: nn.Module, start: QuantizedWeights) -> QuantizedWeights:
             (fake,) = trained.weight
             with torch.no_grad():
                 tensors[name] = fake.cpu().encode(whole(trained.weight.original).cpu())
-            verdicts[name] = f"{verdicts[name].partition(':')[0]}: trained"
+            if trained.weight.original.requires_grad:
+                verdicts[name] = f"{verdicts[name].partition(':')[0]}: trained"
     return QuantizedWeights(tensors, verdicts)
 
 

@@ -18,7 +18,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,7 +146,11 @@ def sample(p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Distillation(nn.Module):
-    """tokens [B, S] → HeadLoss of the student. Both networks have ``hidden(tokens)`` [B, S, E] and ``lm_head``."""
+    """tokens [B, S] → HeadLoss of the student at the positions ``learned`` (bool [B, S]; all if None).
+
+    Both networks have ``hidden(tokens)`` [B, S, E] and ``lm_head``, and for data with images ``encode_images(pixels)``,
+    whose result ``hidden`` takes as ``soft_tokens``; ``pixels`` float32 [N, 3, size, size], N may be 0.
+    """
 
     student: Any
     teacher: Any
@@ -155,14 +159,31 @@ class Distillation(nn.Module):
         super().__init__()
         self.student, self.teacher = student, teacher.requires_grad_(False)
 
-    def forward(self, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        generator: torch.Generator | None = None,
+        learned: Tensor | None = None,
+        pixels: Tensor | None = None,
+    ) -> Tensor:
         with torch.no_grad():
-            teacher_hidden = self.teacher.hidden(tokens).flatten(0, 1)
+            teacher_hidden = _hidden(self.teacher, tokens, learned, pixels)
         with parametrize.cached():
-            hidden = head_input(self.student.lm_head, self.student.hidden(tokens).flatten(0, 1))
+            hidden = head_input(self.student.lm_head, _hidden(self.student, tokens, learned, pixels))
             table = self.student.lm_head.weight
         teacher_table = self.teacher.lm_head.weight
         return head_loss(hidden, table, teacher_hidden, teacher_table, generator)
+
+
+def _hidden(network: Any, tokens: Tensor, learned: Tensor | None, pixels: Tensor | None) -> Tensor:
+    """What the head reads at the positions ``learned``, [T, E]."""
+    if pixels is None:
+        x = network.hidden(tokens)
+    else:
+        # Encoding nothing, one process would leave the others, which wait for its share of the encoder, waiting.
+        given = pixels if len(pixels) else pixels.new_zeros(1, *pixels.shape[1:])
+        x = network.hidden(tokens, soft_tokens=network.encode_images(given)[: len(pixels)])
+    return x.flatten(0, 1) if learned is None else x[learned]
 
 
 def train(
@@ -173,6 +194,8 @@ def train(
     settings: Settings,
     run: Path,
     *,
+    images: Sequence[Tensor] | None = None,
+    ignored: Sequence[int] = (),
     resume: bool = False,
     save_every: int = 100,
     micro_batch: int | None = None,
@@ -180,10 +203,13 @@ def train(
 ) -> QuantizedWeights:
     """Train ``student`` in place from the weights of ``start`` to agree with ``teacher``; the trained codes.
 
-    ``tokens``: int [rows, length]. The directory ``run`` keeps the state of every ``save_every``-th step and of an
-    interruption (Ctrl-C, SIGTERM: the step is finished and KeyboardInterrupt raised). With ``resume`` the run
-    continues from there; ``identity`` names what else must be the same then (the recipe, say), for the message.
-    ``micro_batch`` rows go through the networks at once.
+    ``tokens``: int [rows, length]; ``images``: uint8 [n, 3, size, size] for each row, or None, and then an image
+    encoder does not train. Nothing is learned at the positions of ``ignored`` tokens (images', padding).
+
+    The directory ``run`` keeps the state of every ``save_every``-th step and of an interruption (Ctrl-C, SIGTERM: the
+    step is finished and KeyboardInterrupt raised). With ``resume`` the run continues from there; ``identity`` names
+    what else must be the same then (the recipe, say), for the message. ``micro_batch`` rows go through the networks
+    at once.
 
     Raises TrainingError when the settings do not fit, ``run`` holds another run or none to resume, or the loss stops
     being a number; what was saved before stays.
@@ -192,11 +218,15 @@ def train(
     device = next(teacher.parameters()).device
     _check(student, teacher, tokens, settings, world)
     wanted = dict(identity or {}) | {key: str(value) for key, value in asdict(settings).items()}
-    wanted |= {"data": digest([tokens]), "teacher": digest(teacher.state_dict().values())}
+    learned = ~torch.isin(tokens, torch.tensor(ignored, dtype=tokens.dtype))
+    wanted |= {"data": digest([tokens, *(images or ())]), "teacher": digest(teacher.state_dict().values())}
     wanted["initial weights"] = digest(_parts(start))
     saved = _latest(run, wanted, resume)
 
-    distillation = Distillation(prepare(student, start, settings.activations), teacher).to(device)
+    prepare(student, start, settings.activations)
+    if images is None and hasattr(student, "vision_tower"):
+        student.vision_tower.requires_grad_(False)
+    distillation = Distillation(student, teacher).to(device)
     groups: list[dict[str, Any]] = [
         {"params": [parameter], "rms": float(parameter.detach().square().mean().sqrt())}
         for parameter in student.parameters()
@@ -222,7 +252,9 @@ def train(
     seen, began = 0, time.monotonic()
     with _interruptions() as interrupted:
         for step in range(done, settings.steps):
-            rows = _rows(step, len(tokens), settings)[rank * share : (rank + 1) * share]
+            all_rows = _rows(step, len(tokens), settings)
+            count = int(learned[all_rows].sum())
+            rows = all_rows[rank * share : (rank + 1) * share]
             report = torch.zeros(3, device=device)
             for part in rows.split(micro_batch or share):  # type: ignore[no-untyped-call]
                 last = part[-1] == rows[-1]
@@ -231,16 +263,17 @@ def train(
                 generator = None
                 if settings.loss == "sampled":
                     generator = torch.Generator(device).manual_seed(_seed(settings.seed, step, int(part[0])))
-                batch = tokens[part].to(device, torch.int64)
+                batch, places = tokens[part].to(device, torch.int64), learned[part].to(device)
+                pixels = None if images is None else torch.cat([images[row] for row in part]).to(device) / 255
                 with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-                    sums = distillation(batch, generator)
+                    sums = distillation(batch, generator, places, pixels)
                 # FSDP2 averages the processes' gradients; their share of the mean over the batch is wanted.
-                (sums[0] * (world / (settings.batch * tokens.shape[1]))).backward()
+                (sums[0] * (world / count)).backward()
                 report[:2] += sums.detach()
             report[2] = float(interrupted())
             if world > 1:
                 dist.all_reduce(report)
-            loss, kl = (report[:2] / (settings.batch * tokens.shape[1])).tolist()
+            loss, kl = (report[:2] / count).tolist()
             norm = float(_local(nn.utils.clip_grad_norm_(student.parameters(), settings.clip)))
             if not math.isfinite(loss + norm):
                 raise TrainingError(_diverged(step, loss, norm, settings, run))
@@ -249,7 +282,7 @@ def train(
                 group["lr"] = settings.lr * factor * group["rms"]
             optimizer.step()
             optimizer.zero_grad()
-            seen += settings.batch * tokens.shape[1]
+            seen += count
             if progress:
                 rate = seen / (time.monotonic() - began)
                 progress.show(step + 1, f"loss {loss:.4f}, KL {kl:.5f}, {rate:.0f} tokens/s")

@@ -42,8 +42,8 @@ def read_text(path: Path, tokenizer: Tokenizer, context: int, limit: int | None 
 
 
 def _pieces(path: Path, tokenizer: Tokenizer, context: int) -> Iterator[list[int]]:
-    for ids in documents(path, tokenizer):
-        yield from cut(ids[1:], ids[0], context)
+    for document in documents(path, tokenizer):
+        yield from cut(document.ids[1:], document.ids[0], context)
 
 
 def _first(limit: int | None, pieces: Iterable[Sequence[int]]) -> Iterator[tuple[int, ...]]:

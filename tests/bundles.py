@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 import cli
 from gemma3.config import parse_config
+from gemma3.tokenizer import END_OF_IMAGE, IMAGE_SOFT_TOKEN, START_OF_IMAGE
 from scripts.random_checkpoint import made_up_tokenizer
-from tests.shapes import SHAPES, random_model
+from tests.shapes import SHAPES, VISION_SHAPES, random_model
 
 # Enough rows for Gemma's special ids, the bytes and the printable characters.
 CONFIG: dict[str, Any] = SHAPES["like-270m"] | {
@@ -23,18 +24,26 @@ CONFIG: dict[str, Any] = SHAPES["like-270m"] | {
     "sliding_window_pattern": 3,
     "max_position_embeddings": 160,
 }
+IMAGE_PIECES = {637: START_OF_IMAGE, 638: END_OF_IMAGE, 639: IMAGE_SOFT_TOKEN}
+SEEING_CONFIG = VISION_SHAPES["like-4b"] | {
+    "text_config": CONFIG,
+    **dict(zip(("boi_token_index", "eoi_token_index", "image_token_index"), IMAGE_PIECES, strict=True)),
+}
 EXPORT = ("--context", "96", "--chunk", "8")
 
 
-def write_checkpoint(directory: Path, **changes: Any) -> Path:
-    """A random checkpoint at ``directory``, as Hugging Face lays it out."""
+def write_checkpoint(directory: Path, base: dict[str, Any] = CONFIG, **changes: Any) -> Path:
+    """A random checkpoint at ``directory``, as Hugging Face lays it out; with SEEING_CONFIG, one that sees."""
     directory.mkdir(parents=True)
-    config = CONFIG | changes
-    tensors = {name: tensor.clone() for name, tensor in random_model(parse_config(config)).state_dict().items()}
+    config = base | changes
+    parsed = parse_config(config)
+    tensors = {name: tensor.clone() for name, tensor in random_model(parsed).state_dict().items()}
     del tensors["lm_head.weight"]
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "tokenizer.model").write_bytes(made_up_tokenizer(config["vocab_size"]))
+    (directory / "tokenizer.model").write_bytes(
+        made_up_tokenizer(parsed.vocab_size, None if parsed.vision is None else IMAGE_PIECES)
+    )
     return directory
 
 

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
 from quant.qat import Distillation
 from quant.stored import load_quantized
-from tests.bundles import EXPORT, Cli, Run, write_checkpoint
+from tests.bundles import EXPORT, SEEING_CONFIG, Cli, Run, write_checkpoint
 
 SMALL = ("--steps", "3", "--batch", "2", "--length", "16", "--save-every", "2")
 
@@ -108,3 +109,29 @@ def test_a_teacher_with_another_vocabulary(gemma_edge: Cli, checkpoint: Path, te
     teacher = write_checkpoint(tmp_path / "teacher", vocab_size=648)
     result = gemma_edge("qat", checkpoint, "-o", tmp_path / "out", "--data", text, "--teacher", teacher, *SMALL)
     assert_refused(result_without_log(result), "vocabulary of 648, the student of 640")
+
+
+def test_image_conversations(gemma_edge: Cli, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "seeing", SEEING_CONFIG)
+    PIL.Image.new("RGB", (600, 256), "red").save(tmp_path / "wide.png")
+    content = [{"type": "image", "path": "wide.png"}, {"type": "text", "text": "what colour?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    data = tmp_path / "chats.jsonl"
+    data.write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    options = (*SMALL, "--length", "200", "--pan-and-scan")
+    result = gemma_edge("qat", checkpoint, "-o", tmp_path / "out", "--data", data, *options)
+    assert result.code == 0, result.err
+    verdicts = load_quantized(tmp_path / "out").weights.verdicts
+    assert verdicts["vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight"] == "int8-channel: trained"
+    assert verdicts["multi_modal_projector.mm_input_projection_weight"].startswith("float32: kept")
+
+    text_only = write_checkpoint(tmp_path / "text-only")
+    result = gemma_edge(
+        "qat", checkpoint, "-o", tmp_path / "no", "--data", data, "--teacher", text_only, "--length", "200"
+    )
+    assert_refused(result_without_log(result), "text-only: does not see as")
+    result = gemma_edge("qat", text_only, "-o", tmp_path / "no", "--data", data)
+    assert_refused(result_without_log(result), "images for a text-only model")
+    result = gemma_edge("quantize", checkpoint, "-o", tmp_path / "no", "--method", "gptq", "--data", data)
+    assert result.code == 3
+    assert "gptq looks at text alone" in result.err

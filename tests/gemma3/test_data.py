@@ -1,18 +1,24 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 import gemma3
 from gemma3.chat import encode_chat
-from gemma3.data import pack
+from gemma3.config import read_config
+from gemma3.data import documents, pack
 from gemma3.errors import BadInput
 from gemma3.tokenizer import Tokenizer
 from scripts.random_checkpoint import made_up_tokenizer
+from tests.bundles import SEEING_CONFIG, write_checkpoint
+from tests.shapes import tiny_config
 
 VOCABULARY = 640
+CONFIG = tiny_config(vocab_size=VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,7 @@ def written(path: Path, data: str | bytes) -> Path:
 def test_text_in_rows_that_begin_with_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = "some text <end_of_turn>\n\nand more"
     ids = tokenizer.encode(text, bos=False)
-    rows = pack([written(tmp_path / "a.txt", text)], tokenizer, 7, VOCABULARY)
+    rows = pack([written(tmp_path / "a.txt", text)], tokenizer, 7, CONFIG).tokens
     assert rows.dtype == np.int32
     assert rows.shape == (len(ids) // 6, 7)
     assert (rows[:, 0] == tokenizer.bos_id).all()
@@ -48,7 +54,7 @@ def test_documents_follow_one_another_each_with_its_bos(tokenizer: Tokenizer, tm
     for chat in chats:
         stream += encode_chat(tokenizer, chat, add_generation_prompt=False)  # type: ignore[arg-type]
     stream += tokenizer.encode("one", bos=True)
-    (row,) = pack(files, tokenizer, len(stream), VOCABULARY)
+    (row,) = pack(files, tokenizer, len(stream), CONFIG).tokens
     assert row.tolist() == stream
     assert stream.count(tokenizer.bos_id) == 4
 
@@ -56,7 +62,7 @@ def test_documents_follow_one_another_each_with_its_bos(tokenizer: Tokenizer, tm
 def test_a_document_that_begins_with_a_row_gets_no_second_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "abcd")
     length = len(tokenizer.encode("abcd", bos=True))
-    rows = pack([path, path], tokenizer, length, VOCABULARY)
+    rows = pack([path, path], tokenizer, length, CONFIG).tokens
     assert rows[0].tolist() == rows[1].tolist() == tokenizer.encode("abcd", bos=True)
 
 
@@ -85,7 +91,7 @@ def test_data_that_cannot_be_used(
 ) -> None:
     path = written(tmp_path / name, data)
     with pytest.raises(BadInput) as caught:
-        pack([path], tokenizer, 8, VOCABULARY)
+        pack([path], tokenizer, 8, CONFIG)
     assert words in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -99,12 +105,12 @@ def test_settings_that_do_not_fit(
 ) -> None:
     path: Any = written(tmp_path / "a.txt", "words of ordinary text")
     with pytest.raises(BadInput, match=words):
-        pack([path], tokenizer, length, vocabulary)
+        pack([path], tokenizer, length, replace(CONFIG, vocab_size=vocabulary))
 
 
 def test_a_file_that_is_not_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be read"):
-        pack([tmp_path / "none.txt"], tokenizer, 8, VOCABULARY)
+        pack([tmp_path / "none.txt"], tokenizer, 8, CONFIG)
 
 
 def test_the_demos_training_sample_is_usable_and_shares_no_paragraph_with_its_held_out_text() -> None:
@@ -116,5 +122,98 @@ def test_the_demos_training_sample_is_usable_and_shares_no_paragraph_with_its_he
     taught = (demo / "qat.jsonl").read_text(encoding="utf-8")
     contents = {message["content"] for line in taught.splitlines() for message in json.loads(line)["messages"]}
     assert not asked & contents
-    rows = pack([demo / "qat.txt", demo / "qat.jsonl"], Tokenizer(demo), 256, 4096)
-    assert 256 * len(rows) > 250_000
+    rows = pack([demo / "qat.txt", demo / "qat.jsonl"], Tokenizer(demo), 256, tiny_config(vocab_size=4096)).tokens
+    assert rows.size > 250_000
+
+
+# Images
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "seeing", SEEING_CONFIG)
+
+
+def picture(path: Path, colour: str, size: tuple[int, int] = (20, 30)) -> Path:
+    PIL.Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def asking(*parts: str | Path) -> str:
+    """A line of a .jsonl file beside the pictures."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "path": part.name}
+        for part in parts
+    ]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    return json.dumps({"messages": turns}) + "\n"
+
+
+def test_a_conversation_with_images_lies_whole_in_a_row(seeing: Path, tmp_path: Path) -> None:
+    tokenizer, config = Tokenizer(seeing), read_config(seeing / "config.json")
+    assert config.vision is not None
+    red, blue = picture(tmp_path / "red.png", "red"), picture(tmp_path / "blue.png", "blue")
+    chats = written(tmp_path / "a.jsonl", asking(red, "what?") + asking("and", blue, "or", red))
+    text = written(tmp_path / "a.txt", "a few words")
+    first, second = documents(chats, tokenizer, config.vision)
+    assert [len(first.images), len(second.images)] == [1, 2]
+    assert first.images[0].shape == (28, 28, 3)
+    assert (second.images[1] == first.images[0]).all()
+    assert (first.images[0] == (255, 0, 0)).all()
+    assert first.ids.count(config.vision.image_token_id) == config.vision.tokens_per_image
+
+    length = len(first.ids) + len(second.ids) - 1
+    plain, pad = tokenizer.encode("a few words", bos=True), tokenizer.pad_id
+    rows = pack([text, chats, text], tokenizer, length, config)
+    before = plain + first.ids
+    assert rows.tokens.tolist() == [
+        before + [pad] * (length - len(before)),
+        (second.ids + plain + [pad] * length)[:length],
+    ]
+    assert [len(images) for images in rows.images] == [1, 2]
+    assert (rows.images[1][0] == second.images[0]).all()
+
+
+def test_the_last_row_is_kept_for_its_images(seeing: Path, tmp_path: Path) -> None:
+    tokenizer, config = Tokenizer(seeing), read_config(seeing / "config.json")
+    chat = written(tmp_path / "a.jsonl", asking(picture(tmp_path / "a.png", "red"), "what?"))
+    rows = pack([chat], tokenizer, 90, config)
+    (document,) = documents(chat, tokenizer, config.vision)
+    assert rows.tokens.tolist() == [document.ids + [tokenizer.pad_id] * (90 - len(document.ids))]
+    assert [len(row) for row in rows.images] == [1]
+
+
+def test_pan_and_scan_adds_crops(seeing: Path, tmp_path: Path) -> None:
+    tokenizer, vision = Tokenizer(seeing), read_config(seeing / "config.json").vision
+    chat = written(tmp_path / "a.jsonl", asking(picture(tmp_path / "a.png", "red", (600, 256)), "what?"))
+    (plain,) = documents(chat, tokenizer, vision)
+    (scanned,) = documents(chat, tokenizer, vision, pan_and_scan=True)
+    assert (len(plain.images), len(scanned.images)) == (1, 3)
+    assert vision is not None
+    assert scanned.ids.count(vision.image_token_id) == 3 * vision.tokens_per_image
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "image", "path": "none.png"}, "none.png: no such file"),
+        ({"type": "image", "path": "text.png"}, "text.png: begins with"),
+        ({"type": "image"}, "a part of a message is"),
+        ({"type": "video", "path": "a.png"}, "a part of a message is"),
+        ("text", "a part of a message is"),
+        ({"type": "image", "path": "a.png"}, "with images has"),
+    ],
+)
+def test_images_that_cannot_be_used(seeing: Path, tmp_path: Path, part: Any, words: str) -> None:
+    picture(tmp_path / "a.png", "red")
+    written(tmp_path / "text.png", "text")
+    path = written(tmp_path / "a.jsonl", json.dumps({"messages": [{"role": "user", "content": [part]}]}))
+    with pytest.raises(BadInput, match=words) as caught:
+        pack([path], Tokenizer(seeing), 8, read_config(seeing / "config.json"))
+    assert str(path) in str(caught.value)
+
+
+def test_images_to_a_text_only_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", asking(picture(tmp_path / "a.png", "red"), "what?"))
+    with pytest.raises(BadInput, match=r"line 1: images for a text-only model: 1"):
+        pack([path], tokenizer, 90, CONFIG)

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import quant.qat as qat
 from quant.qat import Distillation, Settings, TrainingError, head_loss, train
 from quant.recipe import QuantizedWeights, preset, quantize
-from tests.quant.qat_run import CONFIG, flat, networks, once, rows
-from tests.shapes import random_model
+from tests.quant.qat_run import CONFIG, SEEING, flat, illustrated, networks, once, rows
+from tests.shapes import random_model, with_images
 
 ROOT = Path(__file__).parent.parent.parent
 SETTINGS = Settings(steps=6, batch=4, warmup=0)
@@ -188,6 +188,76 @@ def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err.splitlines()[-1].startswith("6/6 loss ")
 
 
+# Images
+
+
+ENCODER = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+
+
+def test_with_images_the_encoder_trains_too(tmp_path: Path) -> None:
+    student, teacher = random_model(SEEING), random_model(SEEING)
+    start = quantize(student.named_parameters(), preset("int4-channel"))
+    tokens, images, ignored = illustrated(24)
+    unseen, unseen_images, _ = illustrated(30)
+    pixels = torch.cat(unseen_images[24:]) / 255
+    learned = unseen[24:] != ignored[0]
+
+    def divergence() -> float:
+        with torch.no_grad():
+            return float(Distillation(student, teacher)(unseen[24:], None, learned, pixels)[1] / learned.sum())
+
+    settings = Settings(steps=1, lr=1e-12, batch=3, warmup=0)
+    train(student, teacher, start, tokens, settings, tmp_path / "none", images=images, ignored=ignored)
+    before = divergence()
+    student = random_model(SEEING)
+    settings = Settings(steps=60, batch=6, warmup=0)
+    weights = train(student, teacher, start, tokens, settings, tmp_path / "run", images=images, ignored=ignored)
+    assert divergence() < 0.9 * before
+    assert weights.verdicts[ENCODER] == "int8-channel: trained"
+    assert not torch.equal(weights.integers[ENCODER].codes, start.integers[ENCODER].codes)
+    for name, weight in start.tensors.items():
+        if isinstance(weight, Tensor):
+            assert torch.equal(student.get_parameter(name), random_model(SEEING).get_parameter(name)), name
+
+
+def test_without_images_the_encoder_stays_as_it_was(tmp_path: Path) -> None:
+    student = random_model(SEEING)
+    start = quantize(student.named_parameters(), preset("int4-channel"))
+    tokens = torch.tensor([with_images(SEEING, [16], seed=row) for row in range(4)])
+    settings = Settings(steps=2, batch=2, warmup=0)
+    weights = train(student, random_model(SEEING), start, tokens, settings, tmp_path, save_every=1)
+    assert weights.verdicts[ENCODER] == "int8-channel: round to nearest"
+    assert torch.equal(weights.integers[ENCODER].codes, start.integers[ENCODER].codes)
+
+
+def test_rows_one_by_one_are_the_batch_and_ignored_tokens_do_not_count() -> None:
+    """Each row's images go to it, one without images among them; what is predicted at ignored tokens is left out."""
+    teacher, student = random_model(SEEING), random_model(SEEING, seed=1)
+    tokens, images, ignored = illustrated(3)
+    distillation = Distillation(student, teacher)
+    learned = tokens != ignored[0]
+    parts = [distillation(tokens[row : row + 1], None, learned[row : row + 1], images[row] / 255) for row in range(3)]
+    torch.testing.assert_close(distillation(tokens, None, learned, torch.cat(images) / 255), sum(parts))
+    with torch.no_grad():
+        logits = [
+            model(tokens, soft_tokens=model.encode_images(torch.cat(images) / 255)).log_softmax(-1)[learned]
+            for model in (student, teacher)
+        ]
+    kl = F.kl_div(logits[0], logits[1], reduction="sum", log_target=True)
+    torch.testing.assert_close(sum(parts)[1], kl)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_images_in_some_rows(tmp_path: Path) -> None:
+    one, two = (
+        finish(tmp_path / f"run{count}", tmp_path / f"out{count}", processes=count, images=True) for count in (1, 2)
+    )
+    assert one.keys() == two.keys()
+    for name in one:
+        if not name.endswith("codes"):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+
+
 # Refusals
 
 
@@ -252,10 +322,11 @@ def test_settings_and_data_that_do_not_fit(tmp_path: Path, settings: Settings, t
 # Processes
 
 
-def finish(run: Path, out: Path, *, processes: int) -> dict[str, Tensor]:
+def finish(run: Path, out: Path, *, processes: int, images: bool = False) -> dict[str, Tensor]:
     """The weights of a run that ends (after resuming, if it had been begun), by torchrun if it has several."""
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     arguments = [sys.executable, *launch, "-m", "tests.quant.qat_run", str(run), str(out)]
+    arguments += ["--images"] if images else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
