@@ -31,9 +31,9 @@ from export.manifest import (
 from export.reexpress import STAND_INS, reexpressed
 from export.source import open_source
 from gemma3.cache import CacheLayout, CacheStyle, cache_layout
-from gemma3.config import ModelConfig, read_config
+from gemma3.config import ModelConfig, VisionConfig, read_config
 from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
-from gemma3.tokenizer import Tokenizer
+from gemma3.tokenizer import END_OF_IMAGE, IMAGE_SOFT_TOKEN, START_OF_IMAGE, Tokenizer
 from quant.atomic import refuse_target, staging
 from quant.integers import IntegerWeight, equal_codes
 from quant.recipe import QuantizedWeights, Recipe, Rule
@@ -79,14 +79,15 @@ def export_bundle(
 
     A float checkpoint is rounded to nearest in ``recipe``; a quantized one keeps the integers it has (see
     ``open_source``). SFP8 weights become 8-bit integers, unless ``exact_sfp8`` keeps their codes, which only .onnx
-    can. ``context`` defaults to the model's, at most 4096 positions; ``chunk`` to 128 tokens, at most the context.
+    can. ``context`` defaults to the model's, at most 4096 positions; ``chunk`` to 128 tokens, at most the context
+    and at least an image's.
     Raises BadInput or DoesNotFit for what cannot be exported (before any work where it can be known), and
     VerificationFailed when a check does not pass. On any error nothing is left behind.
     """
     refuse_target(out)
     config = read_config(checkpoint / CONFIG)
     context = min(config.max_position_embeddings, 4096) if context is None else context
-    chunk = min(128, context) if chunk is None else chunk
+    chunk = largest_piece(config, context, min(128, context) if chunk is None else chunk)
     layouts = {format: cache_layout(config, STYLES[format], context, chunk) for format in formats}
     with staging(out) as directory:
         tokenizer = copy_tokenizer(checkpoint, config, directory)
@@ -142,21 +143,47 @@ def export_artifact(
         from export.to_executorch import export_pte
 
         report = export_pte(config, without_sfp8(weights), layout, path, eos_ids=eos_ids).to_dict()
-    stored = sum(file.stat().st_size for file in directory.glob(f"{path.name}*"))
+    stored = sum(file.stat().st_size for file in directory.glob(f"*.{format}*"))
     quantized_in_the_runtime = format == "pte" and bool(weights.integers)
     return Artifact(
         file=path.name,
         cache=layout,
-        methods=(Method("forward", _specs(report.pop("inputs")), _specs(report.pop("outputs"))),),
+        methods=tuple(
+            Method(name, _specs(method["inputs"]), _specs(method["outputs"]))
+            for name, method in report.pop("methods").items()
+        ),
         reference_activations="int8" if quantized_in_the_runtime else "float",
         versions={package: version(package) for package in PACKAGES[format]},
         opsets=report.pop("opsets", {}),
         bytes=stored,
         ideal_bytes=weights.ideal_bytes,
-        peak_memory_estimate=stored + layout.total_bytes,
+        peak_memory_estimate=stored + layout.total_bytes + image_bytes(config),
         stand_ins={},
         report=report,
     )
+
+
+def largest_piece(config: ModelConfig, context: int, chunk: int) -> int:
+    """``chunk``, or the soft tokens of an image where these are more: an image goes through the model whole.
+
+    Raises DoesNotFit when one is over the context.
+    """
+    if config.vision is None:
+        return chunk
+    tokens = config.vision.tokens_per_image
+    if tokens > context:
+        raise DoesNotFit(
+            f"an image's {tokens} tokens are over the context of {context}; use --context {tokens} or more"
+        )
+    return max(chunk, tokens)
+
+
+def image_bytes(config: ModelConfig) -> int:
+    """What encoding an image takes at its peak beside the weights: an MLP's hidden values twice, around their GELU."""
+    vision = config.vision
+    if vision is None:
+        return 0
+    return vision.patches_per_side**2 * (2 * vision.intermediate_size + 2 * vision.hidden_size) * 4
 
 
 def _specs(shapes: dict[str, Sequence[int | str]]) -> tuple[TensorSpec, ...]:
@@ -203,15 +230,17 @@ def without_sfp8(weights: QuantizedWeights) -> dict[str, Tensor | IntegerWeight]
 def copy_tokenizer(checkpoint: Path, config: ModelConfig, directory: Path) -> TokenizerInfo:
     """Put the checkpoint's tokenizer into ``directory``. Raises BadInput when it is not the model's.
 
-    tokenizer.json and tokenizer_config.json, which stock runners read, go along where the checkpoint has them.
+    What goes with it, for images and for stock runners, goes along where the checkpoint has it.
     """
-    Tokenizer(checkpoint)
+    complete = Tokenizer(checkpoint)
     shutil.copyfile(checkpoint / TOKENIZER, directory / TOKENIZER)
     # Read while it has no neighbours: released text-only checkpoints list an image token past their own table.
-    tokenizer = Tokenizer(directory / TOKENIZER)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    tokenizer = complete if config.vision else Tokenizer(directory / TOKENIZER)
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, directory / name)
+    if config.vision is not None:
+        _check_image_ids(checkpoint, config.vision, tokenizer)
     if tokenizer.vocab_size > config.vocab_size or tokenizer.bos_id != config.bos_token_id:
         raise BadInput(
             f"{checkpoint}: {TOKENIZER} has {tokenizer.vocab_size} tokens and BOS {tokenizer.bos_id}, config.json "
@@ -226,6 +255,19 @@ def copy_tokenizer(checkpoint: Path, config: ModelConfig, directory: Path) -> To
         pad_id=config.pad_token_id,
         chat_template="gemma3",
     )
+
+
+def _check_image_ids(checkpoint: Path, vision: VisionConfig, tokenizer: Tokenizer) -> None:
+    for piece, expected in (
+        (START_OF_IMAGE, vision.begin_image_token_id),
+        (IMAGE_SOFT_TOKEN, vision.image_token_id),
+        (END_OF_IMAGE, vision.end_image_token_id),
+    ):
+        if tokenizer.special_id(piece) != expected:
+            raise BadInput(
+                f"{checkpoint}: {piece} is token {tokenizer.special_id(piece)} of the tokenizer, {expected} in "
+                "config.json; they are not of the same model"
+            )
 
 
 def weights_behind(manifest: Manifest, checkpoint: Path) -> dict[Format, QuantizedWeights]:

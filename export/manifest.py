@@ -21,7 +21,7 @@ Format = Literal["pte", "onnx"]
 FORMATS: tuple[Format, ...] = ("pte", "onnx")
 Activations = Literal["float", "int8"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: model.vision, and a graph's methods may be several
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
 TOKENIZER = "tokenizer.model"
@@ -43,7 +43,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Method:
-    """A callable of a graph: ``forward`` of a .pte, the graph of an .onnx."""
+    """A callable of a graph: ``forward`` (a text-only model), or one of the three that a model that sees is made of.
+
+    ``vision_encoder`` turns pixels into soft tokens: in a .onnx a graph of its own beside the file, ``vision.onnx``.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -63,7 +66,7 @@ class Artifact:
     opsets: dict[str, int]  # ONNX operator sets by domain; empty for .pte
     bytes: int  # the graph and its external data
     ideal_bytes: int  # the weights at their bits plus two bytes a scale, each stored once
-    peak_memory_estimate: int  # bytes: weights as stored plus the cache
+    peak_memory_estimate: int  # bytes: weights as stored, the cache, and what encoding an image takes
     # SFP8 weights that the file holds as 8-bit integers: how far those are from the SFP8 values, in dB.
     stand_ins: dict[str, float]
     report: dict[str, Any]  # what the exporter says about the file: delegates, undelegated operations, copies
@@ -99,7 +102,7 @@ class Manifest:
     method: str  # how the weights came to their integers: "rtn", "gptq", "qat", …
     weights: dict[str, str]  # each weight's verdict: its scheme, or why it was left alone
     context: int
-    chunk: int
+    chunk: int  # the most tokens a call takes: of a text, or the soft tokens of one image
     reference_dtype: str
     tokenizer: TokenizerInfo
     artifacts: dict[Format, Artifact]
@@ -150,6 +153,10 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if origin is Literal:
         _expect(data in arguments, data, f"one of {arguments}", where)
         return data
+    if origin is types.UnionType and types.NoneType in arguments:
+        rest = [argument for argument in arguments if argument is not types.NoneType]
+        assert len(rest) == 1
+        return None if data is None else _decode(rest[0], data, where)
     allowed = arguments if origin is types.UnionType else (kind,)
     if float in allowed:  # JSON writes 1.0 and 1 as it likes
         allowed = (*allowed, int)

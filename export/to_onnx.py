@@ -51,6 +51,8 @@ from gemma3.model import inverse_frequencies
 from quant.integers import IntegerWeight, equal_codes
 from quant.sfp8 import Sfp8Weight
 
+Shapes = dict[str, list[int | str]]
+
 
 @dataclass(frozen=True)
 class OnnxReport:
@@ -59,8 +61,7 @@ class OnnxReport:
     opsets: dict[str, int]
     ir_version: int
     accuracy_level: int
-    inputs: dict[str, list[int | str]]
-    outputs: dict[str, list[int | str]]
+    methods: dict[str, dict[str, Shapes]]  # name → "inputs", "outputs"
     files: dict[str, int]  # name → bytes
     ideal_bytes: int  # integers at their bits, scales at two bytes, other weights at four
     integers_equal: int  # codes and scales read back from the file and equal to the quantizer's
@@ -89,11 +90,17 @@ def export_onnx(
     inputs, outputs, used = write_graph(
         path, "gemma3", weights, accuracy_level, lambda graph: text_model(graph, config, layout)
     )
+    methods = {"forward": {"inputs": inputs, "outputs": outputs}}
     if config.vision is not None:
-        vision_path = path.with_name(VISION_FILE)
-        used |= write_graph(
-            vision_path, "gemma3-vision", weights, accuracy_level, lambda graph: vision_model(graph, config)
-        )[2]
+        inputs, outputs, seen = write_graph(
+            path.with_name(VISION_FILE),
+            "gemma3-vision",
+            weights,
+            accuracy_level,
+            lambda graph: vision_model(graph, config),
+        )
+        methods["vision_encoder"] = {"inputs": inputs, "outputs": outputs}
+        used |= seen
     unused = sorted(set(weights) - used)
     if unused:
         raise BadInput(f"{len(unused)} weights are not part of this model, the first is {unused[0]}")
@@ -105,8 +112,7 @@ def export_onnx(
         opsets=OPSETS,
         ir_version=IR_VERSION,
         accuracy_level=accuracy_level,
-        inputs=inputs,
-        outputs=outputs,
+        methods=methods,
         files={file.name: file.stat().st_size for graph in graphs_of(path) for file in (graph, data_file(graph))},
         ideal_bytes=sum(
             4 * weight.numel() if isinstance(weight, Tensor) else weight.ideal_bytes for weight in weights.values()

@@ -1,6 +1,6 @@
 """The reference session: the eager network with the ring cache, and the logits that files are compared with."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,19 @@ from quant.activations import Activations, with_integer_weights
 from quant.integers import IntegerWeight
 from quant.recipe import QuantizedWeights
 from quant.stored import is_quantized, load_quantized
-from runtime_py.golden import Recorder, Reference
-from runtime_py.session import Logits, Piece, Pixels, SoftTokens, network_input, pieces
-from runtime_py.validate import Plan
+from runtime_py.golden import Recorder, Reference, relative_rms
+from runtime_py.plan import Plan
+from runtime_py.session import (
+    Image,
+    Logits,
+    Piece,
+    Pixels,
+    Session,
+    SoftTokens,
+    network_input,
+    pieces,
+    soft_tokens_of,
+)
 
 # Logits of a 262 144 vocabulary take a megabyte a position.
 RECORDED_ROWS = 32
@@ -46,7 +56,7 @@ class EagerSession:
     def step(self, token: int) -> Logits:
         return self.prefill([token])
 
-    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
+    def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
         for piece in pieces(self, ids, images):
             logits = self.forced(piece)
         self.logits = logits[-1]
@@ -56,9 +66,10 @@ class EagerSession:
     def forced(self, piece: Piece) -> Logits:
         """Feed ``piece``: float32 [n, V], the logits after each id of a text, after the last alone of an image."""
         tokens = torch.tensor(piece.ids, dtype=torch.int64)[None]
-        image = piece.image
-        soft_tokens = None if image is None else torch.from_numpy(self.encode_image(image))[None]
-        logits = self.model(tokens, self._cache, self.position, last_only=image is not None, soft_tokens=soft_tokens)
+        soft_tokens = None if piece.image is None else torch.from_numpy(soft_tokens_of(self, piece.image))[None]
+        logits = self.model(
+            tokens, self._cache, self.position, last_only=soft_tokens is not None, soft_tokens=soft_tokens
+        )
         self.position += len(piece.ids)
         return np.asarray(logits[0].numpy(), np.float32)
 
@@ -102,25 +113,33 @@ def quantized_model(config: ModelConfig, weights: QuantizedWeights, activations:
     )
 
 
-def record(session: EagerSession, ids: Sequence[int], positions: Iterable[int]) -> Reference:
-    """The logits of ``session`` (at position 0) after ``ids``, kept at ``positions``."""
-    recorder, wanted = Recorder(ids, session.vocab_size), set(positions)
-    for position, logits in every_logit(session, ids):
+def record(session: EagerSession, plan: Plan) -> Reference:
+    """What ``session`` (at position 0) says along ``plan``, kept at its positions."""
+    soft_tokens = encode(session, plan)
+    recorder, wanted = Recorder(plan.ids, session.vocab_size), set(plan.positions)
+    for position, logits in every_logit(session, plan, soft_tokens):
         if position in wanted:
             recorder.add(position, logits)
-    return recorder.reference()
+    return recorder.reference(plan.images, soft_tokens)
 
 
-def every_logit(session: EagerSession, ids: Sequence[int]) -> Iterator[tuple[int, Logits]]:
-    """(position, logits) after each of ``ids``."""
-    for piece in pieces(session, ids, text_chunk=min(session.chunk, RECORDED_ROWS)):
+def encode(session: Session, plan: Plan) -> SoftTokens:
+    """[IMAGES, T, E]; [0, 0, 0] without images."""
+    encoded = [session.encode_image(image) for image in plan.images]
+    return np.stack(encoded) if encoded else np.zeros((0, 0, 0), np.float32)
+
+
+def every_logit(session: EagerSession, plan: Plan, soft_tokens: SoftTokens) -> Iterator[tuple[int, Logits]]:
+    """(position, logits) after each id of the text and each image of ``plan``."""
+    images = plan.shown_images(list(soft_tokens))
+    for piece in pieces(session, plan.ids, images, min(session.chunk, RECORDED_ROWS)):
         rows = session.forced(piece)
         yield from enumerate(rows, session.position - len(rows))
 
 
-def with_noise(reference: Reference, session: EagerSession) -> Reference:
-    """``reference`` with its ``noise_kl``: how far it is from ``session`` (the same model, at position 0) when the
-    embeddings are changed by one unit in the last place.
+def with_noise(reference: Reference, session: EagerSession, plan: Plan) -> Reference:
+    """``reference`` with its noise: how far it is from ``session`` (the same model, at position 0) when what goes into
+    the text model and into the encoder's layers is changed by one unit in the last place.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -128,14 +147,18 @@ def with_noise(reference: Reference, session: EagerSession) -> Reference:
         signs = torch.randint(-1, 2, output.shape, generator=generator)
         return output * (1 + torch.finfo(torch.float32).eps * signs)
 
-    hook = session.model.model.embed_tokens.register_forward_hook(nudge)
+    model = session.model
+    nudged = [model.model.embed_tokens, *([model.vision_tower.vision_model.embeddings] if session.vision else [])]
+    hooks = [module.register_forward_hook(nudge) for module in nudged]
     try:
-        ids = reference.ids.tolist()
-        compared = (reference.compare(position, logits) for position, logits in every_logit(session, ids))
+        soft_tokens = encode(session, plan)
+        compared = (reference.compare(position, logits) for position, logits in every_logit(session, plan, soft_tokens))
         noise = [difference.kl for difference in compared if difference is not None]
     finally:
-        hook.remove()
-    return replace(reference, noise_kl=np.asarray(noise, np.float32))
+        for hook in hooks:
+            hook.remove()
+    changes = [relative_rms(*pair) for pair in zip(soft_tokens, reference.soft_tokens, strict=True)]
+    return replace(reference, noise_kl=np.asarray(noise, np.float32), soft_noise=np.asarray(changes, np.float32))
 
 
 def fresh_references(
@@ -152,8 +175,8 @@ def fresh_references(
 
 def _fresh(manifest: Manifest, plan: Plan, format: Format, weights: QuantizedWeights) -> Reference:
     session = open_own(manifest, format, weights)
-    reference = record(session, plan.ids, plan.positions)
+    reference = record(session, plan)
     if manifest.artifacts[format].reference_activations == "int8":
         session.reset()
-        reference = with_noise(reference, session)
+        reference = with_noise(reference, session, plan)
     return reference

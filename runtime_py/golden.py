@@ -2,12 +2,14 @@
 
 For a vocabulary up to 8192 every logit is kept. Beyond, a position keeps its ``TOP`` largest logits, a random
 subset of columns (the same at every position) and the log-sum-exp over all of them, which is enough for an
-unbiased estimate of the KL divergence (see ``Reference.compare``). Saved, they are the bundle's golden vectors:
-anyone can repeat the check without torch and without the checkpoint.
+unbiased estimate of the KL divergence (see ``Reference.compare``). Of a model that sees it also keeps the images
+that the sequence shows and their soft tokens. Saved, all this is the bundle's golden vectors: anyone can repeat the
+check without torch and without the checkpoint.
 """
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from gemma3.errors import VerificationFailed
-from runtime_py.session import Logits
+from runtime_py.session import Logits, SoftTokens
 
 FULL_VOCABULARY = 8192
 TOP, COLUMNS, SEED = 512, 4096, 0
@@ -51,20 +53,22 @@ class Reference:
     # KL divergence, at every position that was recorded, to the same model after a change of one unit in the last
     # place of its inputs. Without int8 activations next to nothing, and left 0.
     noise_kl: NDArray[np.float32]
+    # Of a model that sees; empty otherwise.
+    images: NDArray[np.uint8]  # [I, S, S, 3]
+    soft_tokens: NDArray[np.float32]  # [I, T, E]
+    soft_noise: NDArray[np.float32]  # [I]: relative RMS change of the soft tokens after the same change
 
     def at(self, positions: Iterable[int]) -> "Reference":
         """The rows of those of ``positions`` that are here."""
         rows = np.flatnonzero(np.isin(self.positions, list(positions)))
-        return Reference(
-            self.ids,
-            self.positions[rows],
-            self.columns,
-            self.values[rows],
-            self.top_columns[rows],
-            self.top_values[rows],
-            self.log_sum_exp[rows],
-            self.argmax[rows],
-            self.noise_kl,  # of them all: it says how the model is, not how these rows are
+        return replace(
+            self,  # the noises of them all: they say how the model is, not how these rows are
+            positions=self.positions[rows],
+            values=self.values[rows],
+            top_columns=self.top_columns[rows],
+            top_values=self.top_values[rows],
+            log_sum_exp=self.log_sum_exp[rows],
+            argmax=self.argmax[rows],
         )
 
     def compare(self, position: int, logits: Logits) -> Difference | None:
@@ -101,6 +105,12 @@ class Reference:
         )
 
 
+def relative_rms(seen: SoftTokens, expected: SoftTokens) -> float:
+    """Of the difference, as a share of what was expected."""
+    delta = seen.astype(np.float64) - expected
+    return math.sqrt(float((delta**2).sum() / (expected.astype(np.float64) ** 2).sum()))
+
+
 def log_sum_exp(logits: NDArray[np.float64]) -> float:
     peak = float(logits.max())
     return peak + float(np.log(np.exp(logits - peak).sum()))
@@ -124,7 +134,7 @@ class Recorder:
         total = log_sum_exp(logits.astype(np.float64))
         self._rows[position] = (logits[self._columns], top, logits[top], total, int(np.argmax(logits)))
 
-    def reference(self) -> Reference:
+    def reference(self, images: NDArray[np.uint8] | None = None, soft_tokens: SoftTokens | None = None) -> Reference:
         positions = sorted(self._rows)
         values, tops, top_values, totals, argmax = zip(*(self._rows[position] for position in positions), strict=True)
         return Reference(
@@ -137,10 +147,14 @@ class Recorder:
             log_sum_exp=np.asarray(totals, np.float32),
             argmax=np.asarray(argmax, np.int32),
             noise_kl=np.zeros(len(positions), np.float32),
+            images=np.zeros((0, 0, 0, 3), np.uint8) if images is None else images,
+            soft_tokens=np.zeros((0, 0, 0), np.float32) if soft_tokens is None else soft_tokens,
+            soft_noise=np.zeros(0 if soft_tokens is None else len(soft_tokens), np.float32),
         )
 
 
-FIELDS = tuple(field.name for field in fields(Reference))
+IMAGES = "images"  # the same for all references, and saved once
+FIELDS = tuple(field.name for field in fields(Reference) if field.name != IMAGES)
 
 
 def save_golden(path: Path, references: Mapping[str, Reference]) -> None:
@@ -150,6 +164,7 @@ def save_golden(path: Path, references: Mapping[str, Reference]) -> None:
         for activations, reference in references.items()
         for name in FIELDS
     }
+    arrays[IMAGES] = next(iter(references.values())).images
     path.write_bytes(save(arrays))  # save_file would leave it readable by its owner alone
 
 
@@ -157,8 +172,9 @@ def load_golden(path: Path) -> dict[str, Reference]:
     """The references by activations. Raises VerificationFailed when the file is damaged."""
     try:
         arrays = load_file(str(path))
+        images = arrays.pop(IMAGES)
         return {
-            activations: Reference(**{name: arrays[f"{activations}.{name}"] for name in FIELDS})
+            activations: Reference(images=images, **{name: arrays[f"{activations}.{name}"] for name in FIELDS})
             for activations in sorted({key.partition(".")[0] for key in arrays})
         }
     except (OSError, SafetensorError, KeyError) as error:

@@ -7,10 +7,11 @@ whether anything but such roundings differs.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 from export.manifest import Check, Format, Manifest
@@ -18,9 +19,10 @@ from gemma3.model import Gemma3, LayerKV
 from quant.recipe import QuantizedWeights
 from runtime_py.eager_session import open_own
 from runtime_py.golden import FULL_VOCABULARY, Difference, Recorder, Reference
+from runtime_py.plan import GOLDEN_NEAR, ONE_BY_ONE, Plan, make_plan, near
 from runtime_py.pte_session import PteSession
-from runtime_py.session import import_runtime
-from runtime_py.validate import GOLDEN_NEAR, ONE_BY_ONE, limited, limits_for, make_plan, near, with_noise_limits
+from runtime_py.session import import_runtime, pieces
+from runtime_py.validate import limited, limits_for, with_noise_limits
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def check_own_cache(
     session = import_runtime("pte")(bundle / artifact.file, artifact.cache, manifest.model, None)
     assert isinstance(session, PteSession)
     model = open_own(manifest, "pte", weights["pte"]).model
-    differences = list(steps(session, model, plan.ids, looked_at))
+    differences = list(steps(session, model, plan, looked_at))
     limits = with_noise_limits(limits_for(manifest, "pte"), references["int8"])
     kl = [difference.kl for difference in differences]
     agree = sum(difference.max_abs <= FLOAT_AGREEMENT for difference in differences) / len(differences)
@@ -53,18 +55,25 @@ def check_own_cache(
     return [limited("pte", name, metric, value, limits) for metric, value in figures.items()]
 
 
-def steps(session: PteSession, model: Gemma3, ids: Sequence[int], looked_at: set[int]) -> Iterator[Difference]:
-    """Feed ``ids`` to a new ``session``; at the positions ``looked_at`` the model steps from the same cache."""
-    for position, token in enumerate(ids):
-        if position not in looked_at:
-            session.step(token)
+def steps(session: PteSession, model: Gemma3, plan: Plan, looked_at: set[int]) -> Iterator[Difference]:
+    """Feed ``plan`` to a new ``session``, text one by one; at the positions ``looked_at`` the model steps from the
+    same cache. Both are fed the soft tokens that the file makes.
+    """
+    shown = plan.shown_images([session.encode_image(image) for image in plan.images])
+    for piece in pieces(session, plan.ids, shown, text_chunk=1):
+        images = () if piece.image is None else (piece.image,)
+        start, last = session.position, session.position + len(piece.ids) - 1
+        if last not in looked_at:
+            session.prefill(piece.ids, images)
             continue
         cache = file_cache(session, model.config.num_layers)
+        soft_tokens = torch.from_numpy(np.stack(images)) if images else None
         with torch.inference_mode():
-            expected = model(torch.tensor([[token]]), cache, position)[0, 0].numpy()
-        recorder = Recorder(ids, session.vocab_size)
-        recorder.add(position, expected)
-        difference = recorder.reference().compare(position, session.step(token))
+            tokens = torch.tensor([piece.ids])
+            expected = model(tokens, cache, start, last_only=True, soft_tokens=soft_tokens)[0, 0].numpy()
+        recorder = Recorder(plan.ids, session.vocab_size)
+        recorder.add(last, expected)
+        difference = recorder.reference().compare(last, session.prefill(piece.ids, images))
         assert difference is not None
         yield difference
 

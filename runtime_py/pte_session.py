@@ -21,7 +21,7 @@ from executorch.extension.pybindings import _portable_lib as runtime
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
-from runtime_py.session import Logits, Pixels, pieces
+from runtime_py.session import Image, Logits, pieces
 
 # The operators of attention and the caches, and of the quantized embedding; they register with the runtime.
 OPERATORS = {
@@ -85,7 +85,7 @@ class PteSession:
     def step(self, token: int) -> Logits:
         return self.prefill([token])
 
-    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
+    def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
         for piece in pieces(self, ids, images):
             inputs = (torch.tensor([piece.ids], dtype=torch.int64), torch.tensor([self.position], dtype=torch.int64))
             # Not cloned: the output is the program's own memory, which the next call overwrites.

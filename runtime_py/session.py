@@ -1,14 +1,15 @@
 """One protocol over every way to run a model: eager PyTorch, .pte and .onnx.
 
 A session holds the cache of one sequence. Ids are fed at ``position``; the logits are those of the last id fed.
-An image is uint8 [S, S, 3], RGB, of the model's own size S; its T soft tokens go where the ids hold T image tokens.
+An image is uint8 [S, S, 3], RGB, of the model's own size S, or already encoded: float32 [T, E]. Its T soft tokens go
+where the ids hold T image tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from gemma3.errors import BadInput, DoesNotFit
 Logits = NDArray[np.float32]
 SoftTokens = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
+Image = Pixels | SoftTokens  # of the same session
 
 
 class Session(Protocol):
@@ -49,7 +51,7 @@ class Session(Protocol):
     def logits(self) -> Logits:
         """float32 [V] of the last id fed; defined once something was fed."""
 
-    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
+    def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
         """Feed one or more ids, and ``images`` where these hold image tokens; the logits of the last."""
 
     def step(self, token: int) -> Logits:
@@ -67,11 +69,11 @@ class Piece:
     """What goes into a graph at once: at most a chunk of text, or the T image tokens of ``image``."""
 
     ids: Sequence[int]
-    image: Pixels | None = None
+    image: Image | None = None
 
 
 def pieces(
-    session: Session, ids: Sequence[int], images: Sequence[Pixels] = (), text_chunk: int | None = None
+    session: Session, ids: Sequence[int], images: Sequence[Image] = (), text_chunk: int | None = None
 ) -> list[Piece]:
     """What ``session`` is fed, in order: text in pieces of ``text_chunk`` (None: its chunk), each image whole.
 
@@ -107,8 +109,19 @@ def pieces(
     return split
 
 
-def check_image(image: Pixels, vision: VisionConfig) -> None:
-    """Raises BadInput when ``image`` is not uint8 [S, S, 3] of the encoder's size."""
+def soft_tokens_of(session: Session, image: Image) -> SoftTokens:
+    """float32 [T, E] of an image in either form."""
+    return session.encode_image(image) if is_pixels(image) else image
+
+
+def is_pixels(image: Image) -> TypeGuard[Pixels]:
+    return image.ndim == 3
+
+
+def check_image(image: Image, vision: VisionConfig) -> None:
+    """Raises BadInput when ``image`` is neither uint8 [S, S, 3] of the encoder's size nor T soft tokens."""
+    if image.dtype == np.float32 and image.ndim == 2 and len(image) == vision.tokens_per_image:
+        return
     shape = (vision.image_size, vision.image_size, 3)
     if image.dtype != np.uint8 or image.shape != shape:
         raise BadInput(
@@ -122,7 +135,7 @@ def network_input(image: Pixels) -> NDArray[np.float32]:
     return np.ascontiguousarray(image.transpose(2, 0, 1)[None]).astype(np.float32) / np.float32(255)
 
 
-def _check(session: Session, ids: Sequence[int], images: Sequence[Pixels]) -> None:
+def _check(session: Session, ids: Sequence[int], images: Sequence[Image]) -> None:
     check_ids(
         ids, vocab_size=session.vocab_size, position=session.position, context=session.context, images=len(images)
     )

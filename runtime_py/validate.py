@@ -1,11 +1,10 @@
 """Is an exported file the model it claims to be? Its logits against its own quantized eager model.
 
-One token sequence is fed in several ways ("walks"), each time after a reset, and the logits after every piece
-are compared with the reference's at that position. The sequence crosses the sliding window W (W − 1, W, W + 1,
-2W) and several wraps of the bounded caches.
+The plan's sequence (runtime_py/plan.py) is fed in several ways, each time after a reset, and the logits after every
+piece are compared with the reference's at that position. The soft tokens that the file itself makes of the plan's
+images go in, and are compared too; one walk is fed the images as pixels.
 """
 
-import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,30 +15,16 @@ import numpy as np
 
 from export.manifest import GOLDEN, Check, Manifest, changed_files, read_manifest
 from export.onnx_file import exact_twin
-from gemma3.cache import CacheLayout
-from gemma3.config import SLIDING
 from gemma3.errors import VerificationFailed
-from runtime_py.golden import FULL_VOCABULARY, Difference, Reference, load_golden
+from runtime_py.golden import FULL_VOCABULARY, Difference, Reference, load_golden, relative_rms
+from runtime_py.plan import ONE_BY_ONE, Plan, make_plan
 from runtime_py.report import table
-from runtime_py.session import Logits, Session, import_runtime, open_session
+from runtime_py.session import Image, Logits, Session, SoftTokens, import_runtime, open_session
 
 log = logging.getLogger(__name__)
 
-# How far the sequence goes: this many windows past the first wrap of the larger bounded cache, and over this many
-# turns of it; never over the context.
-WINDOWS_PAST_THE_WRAP = 4
-TURNS = 3
-# Up to here every position is stepped over one by one; a longer sequence is fed in chunks up to NEAR positions
-# before a landmark and stepped over it.
-STEP_EVERYTHING = 1024
-NEAR = 16
-# Golden vectors keep the positions this near to a landmark.
-GOLDEN_NEAR = 1
-SEED = 20_250_312
-
-ONE_BY_ONE = "one by one"
 METRICS = (
-    *("equal", "max_abs", "mean_abs", "relative_rms"),
+    *("equal", "soft_rms", "max_abs", "mean_abs", "relative_rms"),
     *("kl_mean", "kl_median", "kl_max", "kl_worst_position", "float_equal", "top1_agreement", "decibels"),
 )
 AT_LEAST = ("top1_agreement", "equal")  # metrics whose limit is a minimum
@@ -54,9 +39,12 @@ class Limits:
     top1_agreement: float | None = None
     kl_mean: float | None = None
     kl_max: float | None = None
+    soft_rms: float | None = None  # of an image's soft tokens: root mean square difference, as a share of theirs
 
 
-FLOAT_LIMITS = Limits("float32 on both sides: only the order of additions differs", max_abs=1e-4, top1_agreement=1.0)
+FLOAT_LIMITS = Limits(
+    "float32 on both sides: only the order of additions differs", max_abs=1e-4, top1_agreement=1.0, soft_rms=1e-5
+)
 # By format, for files with integer weights.
 INTEGER_LIMITS = {
     "pte": Limits(
@@ -64,11 +52,13 @@ INTEGER_LIMITS = {
         "still go the other way, so where that carries further (NOISE), further",
         kl_mean=1e-5,
         kl_max=1e-4,
+        soft_rms=1e-3,
     ),
     "onnx": Limits(
         "MatMulNBits at accuracy level 4 rounds activations to int8 by block, the reference keeps them float",
         kl_mean=1e-3,
         kl_max=1e-2,
+        soft_rms=3e-2,
     ),
 }
 
@@ -85,100 +75,15 @@ def with_noise_limits(limits: Limits, reference: Reference) -> Limits:
     if limits.kl_mean is None or limits.kl_max is None:
         return limits
     mean, peak = float(reference.noise_kl.mean()), float(reference.noise_kl.max())
-    return replace(limits, kl_mean=max(limits.kl_mean, NOISE * mean), kl_max=max(limits.kl_max, PEAK_NOISE * peak))
+    raised = replace(limits, kl_mean=max(limits.kl_mean, NOISE * mean), kl_max=max(limits.kl_max, PEAK_NOISE * peak))
+    if limits.soft_rms is None or not len(reference.soft_noise):
+        return raised
+    return replace(raised, soft_rms=max(limits.soft_rms, NOISE * float(reference.soft_noise.max())))
 
 
 def limits_for(manifest: Manifest, format: str) -> Limits:
     exact = all(verdict.startswith("float32") for verdict in manifest.weights.values())
     return FLOAT_LIMITS if exact else INTEGER_LIMITS[format]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is fed and where it is looked at."""
-
-    ids: tuple[int, ...]
-    landmarks: dict[str, int]  # name → position
-    walks: dict[str, tuple[int, ...]]  # name → lengths of the pieces, in order
-
-    @property
-    def positions(self) -> list[int]:
-        """Every position whose logits some walk shows: the last of each piece."""
-        return sorted({end for pieces in self.walks.values() for end in _ends(pieces)})
-
-    @property
-    def golden_positions(self) -> list[int]:
-        """Around the landmarks, and whatever the walks in larger pieces show."""
-        pieces = {end for name, walk in self.walks.items() if name != ONE_BY_ONE for end in _ends(walk)}
-        return sorted(pieces.union(near(self.landmarks.values(), GOLDEN_NEAR, len(self.ids))))
-
-
-def make_plan(manifest: Manifest) -> Plan:
-    """The plan for a bundle depends on its configuration, cache layouts, context and chunk alone."""
-    layouts = [artifact.cache for artifact in manifest.artifacts.values()]
-    window, chunk = manifest.model.sliding_window, manifest.chunk
-    wraps = sorted({local_slots(layout) for layout in layouts})
-    past_the_wrap = wraps[-1] + WINDOWS_PAST_THE_WRAP * window
-    length = min(manifest.context, max(past_the_wrap, TURNS * wraps[-1] + NEAR))
-    landmarks = {"first": 0, "chunk end": chunk - 1, "W−1": window - 1, "W": window, "W+1": window + 1}
-    landmarks |= {f"{count}W": count * window for count in range(2, WINDOWS_PAST_THE_WRAP + 1)}
-    for slots in wraps:
-        landmarks |= {f"wrap {turn} of {slots} slots": turn * slots for turn in range(1, TURNS + 1)}
-    landmarks["last"] = length - 1
-    landmarks = {name: position for name, position in landmarks.items() if position < length}
-    stepped = range(length) if length <= STEP_EVERYTHING else near(landmarks.values(), NEAR, length)
-    odd = itertools.cycle((1, 2, 3, 5, 7, 11, 13, 1, chunk, max(1, chunk - 1), chunk + 1, 2 * chunk + 3))
-    tail = min(8, length - 1)
-    return Plan(
-        ids=tuple(probe_ids(manifest, length)),
-        landmarks=landmarks,
-        walks={
-            "odd sizes": _fill(odd, length),
-            ONE_BY_ONE: _pieces_ending_at(stepped, length),
-            "chunks": _fill(itertools.repeat(chunk), length),
-            "whole prompt": (length - tail, *[1] * tail),
-        },
-    )
-
-
-def local_slots(layout: CacheLayout) -> int:
-    """Slots of the sliding layers' cache (the context where there are none)."""
-    return min((layer.slots for layer in layout.layers if layer.kind == SLIDING), default=layout.context)
-
-
-def probe_ids(manifest: Manifest, length: int) -> list[int]:
-    """BOS, then ids drawn evenly from the whole vocabulary: every row of the table may come up.
-
-    Text hides faults. On the demo checkpoint a window off by one costs a mean KL divergence of 2.8e-3 over these ids
-    and 2.7e-4 over held-out text, which is within the noise of int8 activations.
-    """
-    random = np.random.default_rng(SEED)
-    return [manifest.tokenizer.bos_id, *random.integers(manifest.model.vocab_size, size=length - 1).tolist()]
-
-
-def _ends(pieces: Iterable[int]) -> list[int]:
-    return [end - 1 for end in itertools.accumulate(pieces)]
-
-
-def near(landmarks: Iterable[int], distance: int, length: int) -> list[int]:
-    around = {mark + offset for mark in landmarks for offset in range(-distance, distance + 1)}
-    return sorted(position for position in around if 0 <= position < length)
-
-
-def _pieces_ending_at(positions: Iterable[int], length: int) -> tuple[int, ...]:
-    ends = [0, *(position + 1 for position in positions)]
-    if ends[-1] != length:
-        ends.append(length)
-    return tuple(after - before for before, after in itertools.pairwise(ends))
-
-
-def _fill(sizes: Iterable[int], length: int) -> tuple[int, ...]:
-    pieces: list[int] = []
-    for size in sizes:
-        pieces.append(min(size, length - sum(pieces)))
-        if sum(pieces) == length:
-            break
-    return tuple(pieces)
 
 
 def check_bundle(bundle: Path, references: Mapping[str, Reference] | None = None) -> list[Check]:
@@ -207,12 +112,16 @@ def check_logits(bundle: Path, manifest: Manifest, references: Mapping[str, Refe
     checks = []
     for format, artifact in manifest.artifacts.items():
         reference = references.get(artifact.reference_activations)
-        if reference is None or not np.array_equal(reference.ids, plan.ids):
+        if reference is None or not is_of(plan, reference):
             raise VerificationFailed(f"{bundle / GOLDEN}: no vectors for .{format} as it is now; export it again")
         log.info("validating .%s over %d positions", format, len(plan.ids))
         session = open_session(bundle, format)
         checks += check_session(session, plan, reference, format, limits_for(manifest, format))
     return checks
+
+
+def is_of(plan: Plan, reference: Reference) -> bool:
+    return np.array_equal(reference.ids, plan.ids) and np.array_equal(reference.images, plan.images)
 
 
 def check_exact_twin(bundle: Path, manifest: Manifest, references: Mapping[str, Reference]) -> list[Check]:
@@ -232,18 +141,37 @@ def check_exact_twin(bundle: Path, manifest: Manifest, references: Mapping[str, 
     log.info("validating .onnx multiplied in float32")
     with exact_twin(bundle / artifact.file) as twin:
         session = import_runtime("onnx")(twin, artifact.cache, manifest.model, None)
-        return check_session(session, plan, references[artifact.reference_activations], "onnx", FLOAT_LIMITS)
+        reference = references[artifact.reference_activations]
+        return check_session(session, plan, reference, "onnx", FLOAT_LIMITS, list(reference.soft_tokens))
 
 
-def check_session(session: Session, plan: Plan, reference: Reference, artifact: str, limits: Limits) -> list[Check]:
-    """Walk a new ``session`` through ``plan``; the first walk comes again at the end, after a reset."""
+def check_session(
+    session: Session,
+    plan: Plan,
+    reference: Reference,
+    artifact: str,
+    limits: Limits,
+    given: Sequence[SoftTokens] | None = None,
+) -> list[Check]:
+    """Walk a new ``session`` through ``plan``; the first walk comes again at the end, after a reset.
+
+    ``given`` soft tokens of the plan's images are fed instead of its own, and these are not looked at.
+    """
     limits = with_noise_limits(limits, reference)
     checks = noise_checks(artifact, reference)
+    soft_tokens = given
+    if soft_tokens is None:
+        soft_tokens = [session.encode_image(image) for image in plan.images]
+        checks += soft_token_checks(artifact, reference, soft_tokens, limits)
     first = next(iter(plan.walks))
+
+    def shown(name: str) -> list[Image]:
+        return plan.shown_images(soft_tokens, as_pixels=name == first and given is None)
+
     fresh: dict[int, Logits] = {}
     for name, pieces in plan.walks.items():
         differences = []
-        for position, logits in walk(session, plan.ids, pieces):
+        for position, logits in walk(session, plan, pieces, shown(name)):
             if name == first:
                 fresh[position] = logits.copy()
             difference = reference.compare(position, logits)
@@ -252,9 +180,19 @@ def check_session(session: Session, plan: Plan, reference: Reference, artifact: 
         checks += summarize(artifact, name, differences, limits)
         if name == ONE_BY_ONE:
             checks += at_landmarks(artifact, plan, differences, limits)
-    again = walk(session, plan.ids, plan.walks[first])
+    again = walk(session, plan, plan.walks[first], shown(first))
     change = max(float(np.abs(logits - fresh[position]).max()) for position, logits in again)
     return [*checks, Check(artifact, f"{first} again after a reset", "max_abs", change, 0.0, change == 0.0)]
+
+
+def soft_token_checks(
+    artifact: str, reference: Reference, soft_tokens: Sequence[SoftTokens], limits: Limits
+) -> list[Check]:
+    """Of the plan's images one by one."""
+    return [
+        limited(artifact, f"soft tokens of image {index + 1}", "soft_rms", relative_rms(seen, expected), limits)
+        for index, (seen, expected) in enumerate(zip(soft_tokens, reference.soft_tokens, strict=True))
+    ]
 
 
 def noise_checks(artifact: str, reference: Reference) -> list[Check]:
@@ -263,18 +201,21 @@ def noise_checks(artifact: str, reference: Reference) -> list[Check]:
         return []
     name = "the reference against itself, nudged by one unit in the last place"
     figures = {"kl_mean": float(reference.noise_kl.mean()), "kl_max": float(reference.noise_kl.max())}
+    if len(reference.soft_noise):
+        figures["soft_rms"] = float(reference.soft_noise.max())
     return [Check(artifact, name, metric, value, None, True) for metric, value in figures.items()]
 
 
-def walk(session: Session, ids: Sequence[int], pieces: Iterable[int]) -> Iterator[tuple[int, Logits]]:
-    """Feed ``ids`` from position 0 in ``pieces``: (position, logits) of the last id of each."""
+def walk(session: Session, plan: Plan, pieces: Iterable[int], images: Sequence[Image]) -> Iterator[tuple[int, Logits]]:
+    """Feed the plan's ids from position 0 in ``pieces``, ``images`` at its places: (position, logits) of the last id
+    of each piece.
+    """
     if session.position:
         session.reset()
     end = 0
     for size in pieces:
-        logits = session.prefill(ids[end : end + size])
-        end += size
-        yield end - 1, logits
+        start, end = end, end + size
+        yield end - 1, session.prefill(plan.ids[start:end], images[plan.places_in(start, end)])
 
 
 def summarize(artifact: str, name: str, differences: Sequence[Difference], limits: Limits) -> list[Check]:

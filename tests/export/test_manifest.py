@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from export.manifest import MANIFEST, Check, FileEntry, Manifest, Method, TensorSpec, read_manifest, sha256_of
 from gemma3.errors import BadInput, VerificationFailed
 from tests.runtime_py.test_validate import manifest_of
-from tests.shapes import tiny_config
+from tests.shapes import tiny_config, tiny_vision_config
 
 
 def small() -> Manifest:
@@ -38,6 +38,15 @@ def test_json_and_back_is_the_identity() -> None:
     assert Manifest.from_json(small().to_json()) == small()
 
 
+def test_a_model_that_sees_and_back_is_the_identity() -> None:
+    manifest = replace(small(), model=tiny_vision_config())
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    data = json.loads(manifest.to_json())
+    del data["model"]["vision"]["image_size"]
+    with pytest.raises(BadInput, match=r"missing key manifest\.model\.vision\.image_size"):
+        Manifest.from_json(json.dumps(data))
+
+
 def test_reads_a_bundle(tmp_path: Path) -> None:
     assert read_manifest(write(tmp_path, small())) == small()
 
@@ -57,7 +66,7 @@ def edited(*path: str | int, to: Any) -> str:
         ("{", "not JSON"),
         ("[]", "schema_version is None"),
         ("null", "schema_version is None"),
-        (edited("schema_version", to=2), "schema_version is 2, this program reads 1"),
+        (edited("schema_version", to=1), "schema_version is 1, this program reads 2"),
         (edited("surprise", to=1), r"unknown key manifest\.surprise"),
         (edited("model", "surprise", to=1), r"unknown key manifest\.model\.surprise"),
         (edited("artifacts", "onnx", "cache", "layers", 0, "surprise", to=1), r"cache\.layers\[0\]\.surprise"),

@@ -183,7 +183,7 @@ def test_report_states_the_file(tmp_path: Path) -> None:
     model = onnx.load(tiny.path, load_external_data=False)
     assert {entry.domain: entry.version for entry in model.opset_import} == tiny.report.opsets
     assert model.ir_version == tiny.report.ir_version
-    assert tiny.report.outputs["logits"] == [1, 1, tiny.config.vocab_size]
+    assert tiny.report.methods["forward"]["outputs"]["logits"] == [1, 1, tiny.config.vocab_size]
     levels = {
         attribute.i for node in model.graph.node for attribute in node.attribute if attribute.name == "accuracy_level"
     }

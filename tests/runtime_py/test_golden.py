@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gemma3.errors import VerificationFailed
-from runtime_py.golden import COLUMNS, TOP, Recorder, load_golden, save_golden
+from runtime_py.golden import COLUMNS, TOP, Recorder, load_golden, relative_rms, save_golden
 
 LARGE = 50_000
 
@@ -83,6 +83,21 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert (loaded["float"].values == reference.values).all()
     assert (loaded["int8"].top_values == reference.top_values[1:]).all()
     assert loaded["int8"].compare(0, random_logits(LARGE, 0)) is None
+
+
+def test_images_and_their_soft_tokens_are_saved_once_and_for_each_reference(tmp_path: Path) -> None:
+    recorder = Recorder([5, 6, 7], 10)
+    recorder.add(2, random_logits(10, 0))
+    images = np.random.default_rng(0).integers(256, size=(2, 4, 4, 3)).astype(np.uint8)
+    soft_tokens = np.random.default_rng(1).normal(size=(2, 3, 5)).astype(np.float32)
+    references = {name: recorder.reference(images, soft_tokens * scale) for name, scale in (("float", 1), ("int8", 2))}
+    save_golden(tmp_path / "golden", references)
+    loaded = load_golden(tmp_path / "golden")
+    for name, reference in references.items():
+        assert (loaded[name].images == images).all()
+        assert loaded[name].images.dtype == np.uint8
+        assert (loaded[name].soft_tokens == reference.soft_tokens).all()
+    assert relative_rms(loaded["int8"].soft_tokens, soft_tokens) == pytest.approx(1.0)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -5,29 +6,29 @@ import numpy as np
 import pytest
 import torch
 
-from export.manifest import Artifact, Check, Manifest, TokenizerInfo
+from export.manifest import SCHEMA_VERSION, Artifact, Check, Manifest, TokenizerInfo
 from gemma3.cache import COMPACTING_SLACK, cache_layout
-from gemma3.config import ModelConfig
+from gemma3.config import ModelConfig, parse_config
 from gemma3.model import Gemma3
 from quant.activations import with_integer_weights
 from quant.integers import round_to_nearest
 from runtime_py.eager_session import EagerSession, record, with_noise
 from runtime_py.golden import Reference
-from runtime_py.session import Logits
+from runtime_py.plan import Plan, local_slots, make_plan
+from runtime_py.session import Image, Logits, Piece, Pixels, SoftTokens, soft_tokens_of
 from runtime_py.validate import (
     FLOAT_LIMITS,
     INTEGER_LIMITS,
     NOISE,
     PEAK_NOISE,
     Limits,
-    Plan,
     check_session,
     limits_for,
-    make_plan,
     validation_table,
     with_noise_limits,
 )
-from tests.shapes import random_model, tiny_config
+from scripts.random_checkpoint import SHAPES
+from tests.shapes import VISION_SHAPES, random_model, tiny_config, tiny_vision_config
 
 CONTEXT, CHUNK, WINDOW = 96, 8, 12
 
@@ -38,7 +39,7 @@ def manifest_of(config: ModelConfig, context: int = CONTEXT, chunk: int = CHUNK,
         return Artifact("model", layout, (), "float", {}, {}, 1, 1, 1, {}, {})
 
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model=config,
         recipe="",
         rules={},
@@ -70,7 +71,7 @@ def session_of(model: Gemma3) -> EagerSession:
 
 @pytest.fixture(scope="module")
 def reference(model: Gemma3, plan: Plan) -> Reference:
-    return record(session_of(model), plan.ids, plan.positions)
+    return record(session_of(model), plan)
 
 
 def failed(checks: list[Check]) -> set[str]:
@@ -147,8 +148,8 @@ def test_a_ring_too_small_for_its_chunk_is_caught(model: Gemma3, plan: Plan, ref
 
 def test_a_fault_at_one_position_does_not_drown(model: Gemma3, plan: Plan, reference: Reference) -> None:
     class OneBadPosition(EagerSession):
-        def prefill(self, ids: object) -> Logits:
-            logits = super().prefill(ids)  # type: ignore[arg-type]
+        def prefill(self, ids: object, images: object = ()) -> Logits:
+            logits = super().prefill(ids, images)  # type: ignore[arg-type]
             return logits[::-1].copy() if self.position == 51 else logits
 
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
@@ -166,8 +167,8 @@ def test_a_reset_that_leaves_something_behind_is_caught(model: Gemma3, plan: Pla
             super().reset()
             self.resets += 1
 
-        def prefill(self, ids: object) -> Logits:
-            return super().prefill(ids) + np.float32(1e-7 * (self.resets > 1))  # type: ignore[arg-type]
+        def prefill(self, ids: object, images: object = ()) -> Logits:
+            return super().prefill(ids, images) + np.float32(1e-7 * (self.resets > 1))  # type: ignore[arg-type]
 
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
     checks = check_session(Sticky(model, layout), plan, reference, "pte", FLOAT_LIMITS)
@@ -176,8 +177,8 @@ def test_a_reset_that_leaves_something_behind_is_caught(model: Gemma3, plan: Pla
 
 def test_not_a_number_does_not_pass(model: Gemma3, plan: Plan, reference: Reference) -> None:
     class Broken(EagerSession):
-        def prefill(self, ids: object) -> Logits:
-            return super().prefill(ids) * np.float32("nan")  # type: ignore[arg-type]
+        def prefill(self, ids: object, images: object = ()) -> Logits:
+            return super().prefill(ids, images) * np.float32("nan")  # type: ignore[arg-type]
 
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
     for limits in (FLOAT_LIMITS, INTEGER_LIMITS["onnx"]):
@@ -197,10 +198,10 @@ def test_rounded_activations_get_the_noise_that_the_reference_itself_has(model: 
     integers = {name: round_to_nearest(model.get_parameter(name), 8, None) for name in linears if "lm_head" not in name}
     rounded = random_model(model.config)
     with_integer_weights(rounded, integers, "int8")
-    reference = record(session_of(rounded), plan.ids, plan.positions)
+    reference = record(session_of(rounded), plan)
     assert with_noise_limits(INTEGER_LIMITS["pte"], reference) == INTEGER_LIMITS["pte"]
 
-    noisy = with_noise(reference, session_of(rounded))
+    noisy = with_noise(reference, session_of(rounded), plan)
     limits = with_noise_limits(INTEGER_LIMITS["pte"], noisy)
     assert limits.kl_mean == max(1e-5, NOISE * float(noisy.noise_kl.mean()))
     assert limits.kl_max == max(1e-4, PEAK_NOISE * float(noisy.noise_kl.max()))
@@ -210,8 +211,139 @@ def test_rounded_activations_get_the_noise_that_the_reference_itself_has(model: 
     assert not failed(checks)
     assert any("nudged" in check.name for check in checks)
     # The nudge is gone again, and a model that rounds nothing is told apart.
-    assert (record(session_of(rounded), plan.ids, plan.positions).values == reference.values).all()
+    assert (record(session_of(rounded), plan).values == reference.values).all()
     assert failed(check_session(session_of(model), plan, noisy, "pte", INTEGER_LIMITS["pte"]))
+
+
+# Images
+
+
+@pytest.fixture(scope="module", params=VISION_SHAPES)
+def seeing(request: pytest.FixtureRequest) -> tuple[Gemma3, Plan, Reference]:
+    model = random_model(tiny_vision_config(request.param))
+    plan = make_plan(seeing_manifest(model.config))
+    return model, plan, record(seeing_session(model), plan)
+
+
+def seeing_manifest(config: ModelConfig) -> Manifest:
+    return manifest_of(config, context=128, chunk=max(CHUNK, config.vision.tokens_per_image))
+
+
+def seeing_session(model: Gemma3, kind: type[EagerSession] = EagerSession) -> EagerSession:
+    return kind(model, cache_layout(model.config, "ring", 128, max(CHUNK, model.config.vision.tokens_per_image)))
+
+
+def test_images_are_first_in_a_row_across_the_edges_and_near_the_end(seeing: tuple[Gemma3, Plan, Reference]) -> None:
+    model, plan, _ = seeing
+    vision = model.config.vision
+    tokens = vision.tokens_per_image
+    assert plan.places[0] == 2
+    assert any(after - before == tokens + 2 for before, after in pairwise(plan.places))
+    assert all(after - before >= tokens + 2 for before, after in pairwise(plan.places))
+    artifacts = seeing_manifest(model.config).artifacts.values()
+    assert plan.places[-1] > max(local_slots(artifact.cache) for artifact in artifacts)
+    inside = {position for place in plan.places for position in range(place, place + tokens)}
+    assert {position for position, token in enumerate(plan.ids) if token == vision.image_token_id} == inside
+    for place in plan.places:
+        assert plan.ids[place - 1] == vision.begin_image_token_id
+        assert plan.ids[place + tokens] == vision.end_image_token_id
+    edges = [model.config.sliding_window, seeing_manifest(model.config).chunk]
+    assert all(position in inside or position - 1 in inside for position in edges)
+    # Every image is looked at right after it, by some walk, and no walk cuts one.
+    assert {place + tokens - 1 for place in plan.places} <= set(plan.golden_positions)
+    cuts = {place + offset for place in plan.places for offset in range(1, tokens)}
+    assert not cuts & {position + 1 for position in plan.positions}
+
+
+def test_the_real_shape_has_images_across_the_window_and_past_the_wraps() -> None:
+    config = parse_config(SHAPES["4b"])
+    plan = make_plan(manifest_of(config, context=4096, chunk=256))
+    assert len(plan.ids) == 4096
+    assert plan.images.shape == (2, 896, 896, 3)
+    across = [place for place in plan.places if place <= 1024 < place + 256]
+    assert len(across) == 1
+    assert len(plan.places) == 6
+    assert plan.places[-1] > 2 * 1280
+
+
+def test_probe_images_tell_their_squares_apart() -> None:
+    images = make_plan(seeing_manifest(tiny_vision_config())).images
+    assert images.shape == (2, 28, 28, 3)
+    squares = images.reshape(2, 2, 14, 2, 14, 3).mean(axis=(2, 4)).reshape(8, 3)
+    distances = np.abs(squares[:, None] - squares[None]).max(axis=-1)
+    assert distances[~np.eye(8, dtype=bool)].min() > 10
+
+
+def test_a_model_that_sees_passes_against_itself(seeing: tuple[Gemma3, Plan, Reference]) -> None:
+    model, plan, reference = seeing
+    checks = check_session(seeing_session(model), plan, reference, "pte", FLOAT_LIMITS)
+    assert not failed(checks)
+    assert [check.value for check in checks if check.metric == "soft_rms"] == [0.0, 0.0]
+    assert sum("at image" in check.name for check in checks) == 2 * len(plan.places)
+
+
+class CausalImages(EagerSession):
+    """Feeds an image's soft tokens one by one, so that none sees those after it."""
+
+    def forced(self, piece: Piece) -> Logits:
+        if piece.image is None:
+            return super().forced(piece)
+        for soft_token in soft_tokens_of(self, piece.image):
+            logits = self.model(
+                torch.tensor([piece.ids[:1]]),
+                self._cache,
+                self.position,
+                soft_tokens=torch.tensor(soft_token[None, None]),
+            )
+            self.position += 1
+        return logits[0].numpy()
+
+
+class SwappedImages(EagerSession):
+    """Two images of one call change places."""
+
+    def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
+        return super().prefill(ids, images[::-1])
+
+
+class ShiftedImages(EagerSession):
+    """The soft tokens come in another order."""
+
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        return np.roll(super().encode_image(image), 1, axis=0)
+
+
+class BgrImages(EagerSession):
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        return super().encode_image(image[..., ::-1])
+
+
+@pytest.mark.parametrize("fault", [CausalImages, SwappedImages, ShiftedImages, BgrImages])
+@pytest.mark.parametrize("limits", [FLOAT_LIMITS, *INTEGER_LIMITS.values()])
+@pytest.mark.parametrize("golden", [False, True])
+def test_what_is_wrong_with_images_is_caught(
+    seeing: tuple[Gemma3, Plan, Reference], fault: type[EagerSession], limits: Limits, golden: bool
+) -> None:
+    model, plan, reference = seeing
+    kept = reference.at(plan.golden_positions) if golden else reference
+    checks = check_session(seeing_session(model, fault), plan, kept, "pte", limits)
+    assert failed(checks) - {"soft_rms"}
+    assert ("soft_rms" in failed(checks)) == (fault in (ShiftedImages, BgrImages))
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_window_off_by_one_is_caught_with_images_too(seeing: tuple[Gemma3, Plan, Reference], change: int) -> None:
+    model, plan, reference = seeing
+    other = Gemma3(replace(model.config, sliding_window=model.config.sliding_window + change)).requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    assert failed(check_session(seeing_session(other), plan, reference, "onnx", INTEGER_LIMITS["onnx"]))
+
+
+def test_rounded_activations_of_the_encoder_have_their_noise(seeing: tuple[Gemma3, Plan, Reference]) -> None:
+    model, plan, reference = seeing
+    assert not reference.soft_noise.any()
+    noisy = with_noise(reference, seeing_session(model), plan)
+    assert ((noisy.soft_noise > 1e-9) & (noisy.soft_noise < 1e-5)).all()
 
 
 def test_limits_follow_the_weights() -> None:
