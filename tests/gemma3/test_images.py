@@ -367,10 +367,10 @@ SAMPLES = {
     "progressive": saved(picture(40, 30), "JPEG", progressive=True),
     "CMYK": saved(picture(40, 30, "CMYK"), "JPEG"),
     "palette": saved(picture(40, 30, "P"), "PNG", transparency=3),
-    "interlaced, 16 bits": saved(picture(40, 30, "L").convert("I;16"), "PNG"),
+    "16 bits": saved(picture(40, 30, "L").convert("I;16"), "PNG"),
     "lossless": saved(picture(40, 30, "RGBA"), "WEBP", lossless=True),
     "animated": saved(picture(40, 30), "GIF", save_all=True, append_images=[picture(40, 30, seed=3)]),
-    "run lengths": saved(picture(40, 30, "P"), "BMP"),
+    "BMP, palette": saved(picture(40, 30, "P"), "BMP"),
     "oriented": saved(picture(40, 30), "JPEG", exif=TURNED),
 }
 
