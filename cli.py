@@ -69,6 +69,13 @@ Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy."
 TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k likeliest; 0 is off.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest that hold this much of the mass.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same tokens.")]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", metavar="PATH", help="A picture for the first <image> in the text, or in front of it."),
+]
+PanAndScan = Annotated[
+    bool, typer.Option("--pan-and-scan", help="Also show up to 4 crops of each picture that is far from square.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
@@ -263,6 +270,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     format: Which = None,
     chat: Annotated[bool, typer.Option("--chat", help="Make the prompt a user's turn and answer it.")] = False,
+    image: Images = None,
+    pan_and_scan: PanAndScan = False,
     max_new_tokens: MaxNew = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -270,20 +279,26 @@ def generate(
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Continue a text, streaming."""
-    from gemma3.chat import Message, encode_chat
+    """Continue a text, streaming. Pictures go where it says <image>, one for each; in front where it never does."""
+    from gemma3.chat import encode_chat, encode_prompt
     from gemma3.errors import BadInput
     from runtime_py.conversation import stream_text
     from runtime_py.generate import Sampler
     from runtime_py.generate import generate as start
+    from runtime_py.pictures import placed, read_pictures, views
 
     if not prompt:
         raise BadInput("the prompt is empty; give at least one character")
     sampler = Sampler(temperature, top_k, top_p, seed)
     session, tokenizer, stop_ids = open_bundle(bundle, format, threads)
-    turn: Message = {"role": "user", "content": prompt}
-    ids = encode_chat(tokenizer, [turn]) if chat else tokenizer.encode(prompt, bos=True)
-    generation = start(session, ids, sampler, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+    vision = session.vision
+    pictures = read_pictures(image or [], vision, pan_and_scan)
+    parts, size = placed(prompt, pictures, vision), None if vision is None else vision.tokens_per_image
+    if chat:
+        ids = encode_chat(tokenizer, [{"role": "user", "content": parts}], tokens_per_image=size)
+    else:
+        ids = encode_prompt(tokenizer, parts, size)
+    generation = start(session, ids, sampler, images=views(pictures), stop_ids=stop_ids, max_new_tokens=max_new_tokens)
     for piece in stream_text(generation, tokenizer):
         print(piece, end="", flush=True)
     print()
@@ -295,6 +310,8 @@ def generate(
 def chat(
     bundle: Bundle,
     format: Which = None,
+    image: Images = None,
+    pan_and_scan: PanAndScan = False,
     max_new_tokens: MaxNew = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -302,21 +319,34 @@ def chat(
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Talk to a bundle. One line is one turn; /reset starts over, Ctrl-D ends."""
+    """Talk to a bundle. One line is one turn; /image PATH shows it a picture with the next, as --image does with the
+    first; /reset starts over, Ctrl-D ends.
+    """
+    from gemma3.errors import BadInput
     from runtime_py.conversation import Conversation
     from runtime_py.generate import Sampler
+    from runtime_py.pictures import read_pictures
 
     sampler = Sampler(temperature, top_k, top_p, seed)
     session, tokenizer, stop_ids = open_bundle(bundle, format, threads)
     conversation = Conversation(session, tokenizer, sampler, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+    pictures = read_pictures(image or [], session.vision, pan_and_scan)
     for line in lines("> "):
         if line == "/reset":
             conversation.reset()
+            pictures = []
             continue
         try:
-            for piece in conversation.say(line):
+            if line.startswith("/image "):
+                path = Path(line.removeprefix("/image ").strip())
+                pictures += read_pictures([path], session.vision, pan_and_scan)
+                continue
+            shown, pictures = pictures, []
+            for piece in conversation.say(line, shown):
                 print(piece, end="", flush=True)
             print()
+        except BadInput as error:
+            print(f"error: {error}", file=sys.stderr)
         except DoesNotFit as error:
             print(f"error: {error}; type /reset to start over", file=sys.stderr)
         if conversation.reason == "context":
@@ -581,7 +611,8 @@ def prove(draft: "Draft") -> "list[Check]":
     from runtime_py.eager_session import fresh_references
     from runtime_py.golden import save_golden
     from runtime_py.own_cache import check_own_cache
-    from runtime_py.validate import check_exact_twin, check_logits, make_plan
+    from runtime_py.plan import make_plan
+    from runtime_py.validate import check_exact_twin, check_logits
 
     plan = make_plan(draft.manifest)
     references = fresh_references(draft.manifest, plan, draft.weights)
@@ -603,7 +634,8 @@ def check_against(bundle: Path, model: str) -> "list[Check]":
     from gemma3.checkpoint import resolve_checkpoint
     from runtime_py.eager_session import fresh_references
     from runtime_py.own_cache import check_own_cache
-    from runtime_py.validate import check_bundle, make_plan
+    from runtime_py.plan import make_plan
+    from runtime_py.validate import check_bundle
 
     manifest = read_manifest(bundle)
     weights = weights_behind(manifest, resolve_checkpoint(model))

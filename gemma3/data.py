@@ -102,7 +102,7 @@ def documents(
     """Each document of a file. Raises BadInput as ``pack`` does.
 
     A line of a ``.jsonl`` file is ``{"messages": [{"role", "content"}, …]}``. Content is text, or a list of
-    ``{"type": "text", "text": …}`` and ``{"type": "image", "path": …}``, the path from the file's folder. Without
+    ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``, a path from the file's folder. Without
     ``vision`` images are refused; ``pan_and_scan`` adds crops of those that are far from square.
     """
     text = _read(path)
@@ -156,7 +156,7 @@ def _conversation(
         match given:
             case {"type": "text", "text": str(text)}:
                 return text
-            case {"type": "image", "path": str(name)}:
+            case {"type": "image", "image": str(name)}:
                 views = [] if vision is None else prepare(folder / name, vision.image_size, pan_and_scan)
                 images.extend(views)
                 return Image(crops=max(0, len(views) - 1))

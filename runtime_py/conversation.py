@@ -1,10 +1,11 @@
 """A chat whose turns stay in the session's cache: only what is new is fed."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from gemma3.chat import encode_chat
 from gemma3.tokenizer import Tokenizer
 from runtime_py.generate import Generation, Sampler, StopReason, generate
+from runtime_py.pictures import Picture, placed, views
 from runtime_py.session import Session
 
 
@@ -42,28 +43,36 @@ class Conversation:
         self._unfed: list[int] = []
         self.reason: StopReason | None = None
 
-    def turn_ids(self, text: str) -> list[int]:
+    def turn_ids(self, text: str, pictures: Sequence[Picture] = ()) -> list[int]:
         """What is fed for the next user turn: the whole prompt at first, then the end of the model's turn before it.
 
         Together with the ids fed and generated so far this is the encoded conversation, without encoding the
         model's own words anew (which may split them into other tokens).
         """
-        turn = encode_chat(self._tokenizer, [{"role": "user", "content": text}])
+        vision = self._session.vision
+        content = placed(text, pictures, vision)
+        turn = encode_chat(
+            self._tokenizer,
+            [{"role": "user", "content": content}],
+            tokens_per_image=None if vision is None else vision.tokens_per_image,
+        )
         if self._session.position == 0:
             return turn
         words = [token for token in self._unfed if token not in self._stop_ids]
         newline = self._tokenizer.encode("\n", bos=False)
         return [*words, self._tokenizer.end_of_turn_id, *newline, *turn[1:]]
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str, pictures: Sequence[Picture] = ()) -> Iterator[str]:
         """The model's answer to ``text`` as it is generated; ``reason`` then says why it ended.
 
-        Raises DoesNotFit, with the conversation as it was, when the turn has no room in the context.
+        The pictures go where ``placed`` puts them. Raises, with the conversation as it was, BadInput as ``placed``
+        does and DoesNotFit when the turn has no room in the context.
         """
         generation = generate(
             self._session,
-            self.turn_ids(text),
+            self.turn_ids(text, pictures),
             self._sampler,
+            images=views(pictures),
             stop_ids=self._stop_ids,
             max_new_tokens=self._limit,
         )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma3.errors import BadInput
-from runtime_py.session import Logits, Session
+from runtime_py.session import Image, Logits, Session
 
 StopReason = Literal["stop token", "length", "context"]
 
@@ -65,8 +65,9 @@ class Sampler:
 class Generation:
     """The ids that follow what was fed to ``session``, one by one as they are drawn.
 
-    Iterate once. Afterwards ``reason`` says why it ended, and ``unfed`` holds the ids drawn but not in the cache:
-    the stop token, or the last id. Ending at the context is a reason, not an error.
+    An image token is never drawn, as there would be no image to stand there. Iterate once. Afterwards ``reason``
+    says why it ended, and ``unfed`` holds the ids drawn but not in the cache: the stop token, or the last id. Ending
+    at the context is a reason, not an error.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Generation:
     def __iter__(self) -> Iterator[int]:
         session, count = self._session, 0
         while True:
-            token = self._sampler.sample(session.logits)
+            token = self._sampler.sample(self._drawable(session.logits))
             self.unfed = [token]
             if token in self._stop_ids:
                 self.reason = "stop token"
@@ -100,16 +101,28 @@ class Generation:
             session.step(token)
             self.unfed = []
 
+    def _drawable(self, logits: Logits) -> Logits:
+        vision = self._session.vision
+        if vision is None:
+            return logits
+        drawable = logits.copy()
+        drawable[vision.image_token_id] = -np.inf
+        return drawable
+
 
 def generate(
     session: Session,
     prompt: Sequence[int],
     sampler: Sampler,
     *,
+    images: Sequence[Image] = (),
     stop_ids: Collection[int],
     max_new_tokens: int | None = None,
 ) -> Generation:
-    """Feed ``prompt`` after what the session holds and continue it. Raises what ``Session.prefill`` raises."""
+    """Feed ``prompt`` and its ``images`` after what the session holds and continue it.
+
+    Raises what ``Session.prefill`` raises.
+    """
     generation = Generation(session, sampler, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
-    session.prefill(prompt)
+    session.prefill(prompt, images)
     return generation

@@ -142,7 +142,7 @@ def picture(path: Path, colour: str, size: tuple[int, int] = (20, 30)) -> Path:
 def asking(*parts: str | Path) -> str:
     """A line of a .jsonl file beside the pictures."""
     content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "path": part.name}
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.name}
         for part in parts
     ]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
@@ -196,12 +196,12 @@ def test_pan_and_scan_adds_crops(seeing: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        ({"type": "image", "path": "none.png"}, "none.png: no such file"),
-        ({"type": "image", "path": "text.png"}, "text.png: begins with"),
+        ({"type": "image", "image": "none.png"}, "none.png: no such file"),
+        ({"type": "image", "image": "text.png"}, "text.png: begins with"),
         ({"type": "image"}, "a part of a message is"),
         ({"type": "video", "path": "a.png"}, "a part of a message is"),
         ("text", "a part of a message is"),
-        ({"type": "image", "path": "a.png"}, "with images has"),
+        ({"type": "image", "image": "a.png"}, "with images has"),
     ],
 )
 def test_images_that_cannot_be_used(seeing: Path, tmp_path: Path, part: Any, words: str) -> None:
