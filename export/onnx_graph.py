@@ -36,6 +36,7 @@ IR_VERSION = 11  # opset 23's
 
 # MatMulNBits' blocks are powers of two from 16; ONNX Runtime has fast kernels up to 128.
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
+FAST_BLOCKS = (128, 64, 32)
 ALIGNMENT = 64  # bytes: a cache line, so that weights used straight from the mapped file are aligned
 WEIGHTS_KEY = "gemma_edge.weights"  # on a node: which checkpoint weights its matrix is made of
 
@@ -271,7 +272,7 @@ def _kind(weight: IntegerWeight) -> tuple[int, int]:
 
 
 def block_size(name: str, weight: IntegerWeight) -> int:
-    """Columns per block of the kernels: the group's size, or for one scale a row the largest that needs no padding.
+    """Columns per block of the kernels: the group's size, or for one scale a row the largest that pads by 1/64 at most.
 
     Raises BadInput for bits or groups that the kernels do not have.
     """
@@ -279,7 +280,7 @@ def block_size(name: str, weight: IntegerWeight) -> int:
         raise BadInput(f"{name}: {weight.bits}-bit integers; ONNX Runtime's kernels take 4 or 8")
     if weight.per_channel:
         columns = weight.codes.shape[1]
-        return min(max(columns & -columns, SMALLEST_BLOCK), LARGEST_BLOCK)
+        return next((size for size in FAST_BLOCKS if -columns % size <= columns // 64), SMALLEST_BLOCK)
     size = weight.group_size
     if size < SMALLEST_BLOCK or size > LARGEST_BLOCK or size & (size - 1):
         raise BadInput(
