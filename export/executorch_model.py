@@ -13,6 +13,11 @@ and why:
 * GELU's tanh form is spelled out, since XNNPACK computes the exact form whatever ``approximate`` says (4.7e-4 off).
 * Integer linears that read the same activations share one rounding of them to int8.
 
+A model that sees is three networks: ``TokenEmbedding``, ``ExecutorchModel``, and export/executorch_vision.py's encoder.
+An embedding then has one channel more, 1 for a soft token of an image and 0 for text, because the stock runners pass
+nothing on beside embeddings and a position. A call whose first embedding is an image's is one image, whole: its
+positions see one another.
+
 Shapes as in gemma3.model, with the length before the heads: S new tokens, R ring slots, H query heads, K key/value
 heads, D head dim, E hidden size, V vocabulary.
 """
@@ -44,6 +49,14 @@ GELU_B = GELU_A * 0.044715
 
 
 @dataclass(frozen=True)
+class Sight:
+    """Whether a call is an image: twice the same number, 1 for an image and 0 for text."""
+
+    number: int  # a symbol while tracing
+    factor: Tensor  # float32 [1]
+
+
+@dataclass(frozen=True)
 class Step:
     """What all layers of one kind share in one call."""
 
@@ -52,6 +65,7 @@ class Step:
     sin: Tensor  # [1, S, 1, D/2]
     slots: Tensor | None = None  # int64 [1, S]: ring slots of the new positions (sliding layers)
     mask: Tensor | None = None  # float32 [S, R]: 0 where visible, −∞ elsewhere (sliding layers)
+    sight: Sight | None = None  # None: a text-only model
 
 
 def rows(weight: Weight, index: Tensor) -> Weight:
@@ -76,14 +90,15 @@ def require_whole_groups(weight: IntegerWeight) -> None:
 
 
 class Linear(nn.Module):
-    """A weight [N, K] in float32 or as integers that XNNPACK multiplies with int8 activations.
+    """A weight [N, K] in float32 or as integers that XNNPACK multiplies with int8 activations; bias [N] in float32.
 
     Integers reach XNNPACK as dequantize operators in front of a linear. Raises BadInput for a kind of integer
     weight that XNNPACK has no kernel for.
     """
 
-    def __init__(self, weight: Weight) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.bias = None if bias is None else nn.Buffer(bias.float())
         self.integer = isinstance(weight, IntegerWeight)
         if not isinstance(weight, IntegerWeight):
             self.register_buffer("weight", weight.float())
@@ -132,7 +147,7 @@ def round_activations(x: Tensor) -> Tensor:
 def project(x: Tensor, *linears: Linear) -> list[Tensor]:
     """Each linear applied to x; the integer ones share one rounding of x."""
     rounded = round_activations(x) if any(linear.integer for linear in linears) else x
-    return [F.linear(rounded if linear.integer else x, linear.value()) for linear in linears]
+    return [F.linear(rounded if linear.integer else x, linear.value(), linear.bias) for linear in linears]
 
 
 class Mean(nn.Module):
@@ -192,10 +207,10 @@ class Attention(nn.Module):
         self.kv_heads, self.head_dim = kv_heads, dim
         self.scale = config.query_pre_attn_scalar**-0.5
         self.query = HeadProjection(
-            weights[f"{name}.q_proj.weight"], vector(weights, f"{name}.q_norm.weight"), heads, dim, eps
+            weights[f"{name}.q_proj.weight"], floating(weights, f"{name}.q_norm.weight"), heads, dim, eps
         )
         self.key = HeadProjection(
-            weights[f"{name}.k_proj.weight"], vector(weights, f"{name}.k_norm.weight"), kv_heads, dim, eps
+            weights[f"{name}.k_proj.weight"], floating(weights, f"{name}.k_norm.weight"), kv_heads, dim, eps
         )
         self.value = Linear(weights[f"{name}.v_proj.weight"])
         self.output = Linear(weights[f"{name}.o_proj.weight"])
@@ -225,7 +240,21 @@ class Attention(nn.Module):
             operators.update_cache(keys, cached_keys, step.start)
             operators.update_cache(values, cached_values, step.start)
             start, mask, causal = step.start, None, True
+            if step.sight is not None:
+                return self.attend_seeing(queries, step.start, step.sight)
         return operators.custom_sdpa(queries, cached_keys, cached_values, start, mask, 0.0, causal, self.scale)
+
+    def attend_seeing(self, queries: Tensor, start: int, sight: Sight) -> Tensor:
+        """Causal for text, everything up to the call's end for an image.
+
+        Both are computed, since which one counts is known when the call comes. The other one begins at position 0,
+        where it reads as many keys as there are queries: one, for a single token.
+        """
+        cached = (self.get_buffer("keys"), self.get_buffer("values"))
+        sdpa = torch.ops.llama.custom_sdpa
+        causal = sdpa(queries, *cached, start * (1 - sight.number), None, 0.0, True, self.scale)
+        whole = sdpa(queries, *cached, start * sight.number, None, 0.0, False, self.scale)
+        return causal * (1.0 - sight.factor) + whole * sight.factor
 
 
 class MLP(nn.Module):
@@ -246,7 +275,7 @@ class Layer(nn.Module):
         super().__init__()
 
         def norm(which: str) -> RMSNorm:
-            return RMSNorm(vector(weights, f"{name}.{which}.weight"), config.rms_norm_eps)
+            return RMSNorm(floating(weights, f"{name}.{which}.weight"), config.rms_norm_eps)
 
         self.before_attention = norm("input_layernorm")
         self.attention = Attention(config, kind, slots, weights, f"{name}.self_attn")
@@ -292,20 +321,34 @@ def pack_embedding(codes: Tensor) -> Tensor:
     return nibbles[:, 0::2] << 4 | nibbles[:, 1::2]
 
 
+def see(embeddings: Tensor) -> Sight:
+    """What the last channel of the first embedding says."""
+    is_image = embeddings[0, :1, -1] > 0.5
+    number = cast(int, is_image.to(torch.int64).item())
+    torch._check(number >= 0)  # type: ignore[no-untyped-call]
+    torch._check(number <= 1)  # type: ignore[no-untyped-call]
+    return Sight(number, is_image.float())
+
+
 class ExecutorchModel(nn.Module):
-    """tokens int64 [1, S] at positions start_pos (int64 [1]) onwards → logits float32 [1, 1, V] of the last one."""
+    """Inputs at positions start_pos (int64 [1]) onwards → logits float32 [1, 1, V] of the last one.
+
+    They are tokens int64 [1, S], or for a model that sees embeddings float32 [1, S, E + 1]: one image, whole, or text,
+    by the last channel of the first.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
         super().__init__()
         assert layout.style == "ring"
         self.config = config
         self.context = layout.context
-        self.embedding = Embedding(weights["model.embed_tokens.weight"])
+        if config.vision is None:
+            self.embedding = Embedding(weights["model.embed_tokens.weight"])
         self.layers = nn.ModuleList(
             Layer(config, cache.kind, cache.slots, weights, f"model.layers.{index}")
             for index, cache in enumerate(layout.layers)
         )
-        self.norm = RMSNorm(vector(weights, "model.norm.weight"), config.rms_norm_eps)
+        self.norm = RMSNorm(floating(weights, "model.norm.weight"), config.rms_norm_eps)
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self.head = Linear(weights[head])
         self.kinds = [kind for kind in (SLIDING, FULL) if kind in config.layer_types]
@@ -313,35 +356,53 @@ class ExecutorchModel(nn.Module):
         for kind in self.kinds:
             self.register_buffer(f"{kind}_frequencies", inverse_frequencies(config, kind).view(1, 1, 1, -1))
 
-    def forward(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        length = tokens.shape[1]
+    def forward(self, inputs: Tensor, start_pos: Tensor) -> Tensor:
+        length = inputs.shape[1]
         start = cast(int, start_pos[0].item())
         torch._check_is_size(start)  # type: ignore[no-untyped-call]
         torch._check(start + length <= self.context)  # type: ignore[no-untyped-call]
         positions = start_pos + torch.arange(length)
-        steps = {kind: self.step(kind, start, positions, start_pos + (length - 1)) for kind in self.kinds}
-        # A multiplication of its own: folded into the table's scales they would no longer be the quantizer's.
-        x = self.embedding(tokens[0]) * math.sqrt(self.config.hidden_size)
+        sight = None if self.config.vision is None else see(inputs)
+        steps = {kind: self.step(kind, start, positions, start_pos + (length - 1), sight) for kind in self.kinds}
+        if self.config.vision is None:
+            # A multiplication of its own: folded into the table's scales they would no longer be the quantizer's.
+            x = self.embedding(inputs[0]) * math.sqrt(self.config.hidden_size)
+        else:
+            x = inputs[0, :, :-1]
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(x, steps[kind])
         return project(self.norm(x[-1:]), self.head)[0].unsqueeze(0)
 
-    def step(self, kind: LayerKind, start: int, positions: Tensor, last: Tensor) -> Step:
+    def step(self, kind: LayerKind, start: int, positions: Tensor, last: Tensor, sight: Sight | None) -> Step:
         angles = positions.view(1, -1, 1, 1).float() * self.get_buffer(f"{kind}_frequencies")
         cos, sin = angles.cos(), angles.sin()
         if kind == FULL:
-            return Step(start, cos, sin)
+            return Step(start, cos, sin, sight=sight)
         ring = self.ring
         slots = (positions % ring).view(1, -1)
         # The position each slot holds after this step; negative where none has been written. ExecuTorch's integer
         # remainder follows C on negative operands, hence + ring in front of it.
         slot_positions = last - (last + ring - torch.arange(ring)) % ring
-        visible = attention_mask(positions, slot_positions, self.config.sliding_window) & (slot_positions >= 0)
-        return Step(start, cos, sin, slots, torch.where(visible, 0.0, float("-inf")))
+        same_image = None if sight is None else ((slot_positions >= positions[0]) & (sight.factor > 0)).unsqueeze(0)
+        visible = attention_mask(positions, slot_positions, self.config.sliding_window, same_image)
+        return Step(start, cos, sin, slots, torch.where(visible & (slot_positions >= 0), 0.0, float("-inf")), sight)
 
 
-def vector(weights: Weights, name: str) -> Tensor:
-    """A norm's weight, which no recipe quantizes."""
+class TokenEmbedding(nn.Module):
+    """tokens int64 [1, S] → float32 [1, S, E + 1], the last channel 0: text."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        self.embedding = Embedding(weights["model.embed_tokens.weight"])
+        self.scale = math.sqrt(config.hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.pad(self.embedding(tokens) * self.scale, (0, 1))
+
+
+def floating(weights: Weights, name: str) -> Tensor:
+    """A weight that is computed with in float32. Raises BadInput when a recipe has quantized it."""
     weight = weights[name]
-    assert isinstance(weight, Tensor), f"{name} is quantized"
+    if not isinstance(weight, Tensor):
+        raise BadInput(f"{name} is quantized, and only linears and the table can be; keep it with a rule 'float32'")
     return weight

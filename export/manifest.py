@@ -22,6 +22,10 @@ FORMATS: tuple[Format, ...] = ("pte", "onnx")
 Activations = Literal["float", "int8"]
 
 SCHEMA_VERSION = 2  # 2: model.vision, and a graph's methods may be several
+# What a graph's methods are called: one of a text-only model, three of one that sees. ExecuTorch's stock runners know
+# those of a .pte by these names.
+FORWARD = "forward"
+VISION_ENCODER, TOKEN_EMBEDDING, TEXT_DECODER = "vision_encoder", "token_embedding", "text_decoder"
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
 TOKENIZER = "tokenizer.model"

@@ -2,8 +2,8 @@
 
 A .pte is a flatbuffer program (instructions, tensors, where everything lies) followed by segments of data. A
 delegate's payload is a flatbuffer of its own, the XNNPACK graph, whose constants are named data of the program.
-The weights carry no names of their own there, but the calls keep the order in which ExecutorchModel makes them:
-LAYER_LINEARS for each layer, then the head.
+The weights carry no names of their own there, but the calls keep the order in which the networks make them: those of
+LAYER_LINEARS for each layer, then the head; in an image encoder the patches', those of VISION_LINEARS, the projection.
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.manifest import FORWARD, TOKEN_EMBEDDING, VISION_ENCODER
 from gemma3.errors import BadInput, VerificationFailed
 from quant.integers import IntegerWeight
 
@@ -45,6 +47,14 @@ LAYER_LINEARS = (
     "mlp.gate_proj",
     "mlp.up_proj",
     "mlp.down_proj",
+)
+VISION_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "mlp.fc1",
+    "mlp.fc2",
 )
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Kernels that move no data: sizes, symbols and views.
@@ -91,21 +101,23 @@ class PteFile:
                 return plan
         raise BadInput(f"{self.path}: has no method {method}; it was not exported by this program")
 
-    @cached_property
-    def forward(self) -> ExecutionPlan:
-        return self.plan("forward")
-
     def constant_method(self, name: str) -> Any:
         """The value that a constant method returns."""
         plan = self.plan(name)
         return plan.values[plan.outputs[0]].val.__dict__[next(iter(plan.values[plan.outputs[0]].val.__dict__))]
 
+    @property
+    def networks(self) -> list[ExecutionPlan]:
+        """The methods that compute something."""
+        return [plan for plan in self.program.execution_plan if plan.chains[0].instructions]
+
     def kernels(self) -> Iterator[tuple[str, list[Any]]]:
-        """(name, arguments) of the undelegated calls, in order."""
-        for instruction in self.forward.chains[0].instructions:
-            call = instruction.instr_args
-            if isinstance(call, KernelCall):
-                yield self.forward.operators[call.op_index].name, [self.forward.values[i].val for i in call.args]
+        """(name, arguments) of the undelegated calls, in order, of one method after the other."""
+        for plan in self.networks:
+            for instruction in plan.chains[0].instructions:
+                call = instruction.instr_args
+                if isinstance(call, KernelCall):
+                    yield plan.operators[call.op_index].name, [plan.values[i].val for i in call.args]
 
     def segment(self, index: int) -> Bytes:
         segment = self.program.segments[index]
@@ -123,12 +135,13 @@ class PteFile:
     def named(self) -> dict[str, int]:
         return {entry.key: entry.segment_index for entry in self.program.named_data}
 
-    def linears(self) -> Iterator[Linear]:
-        """The matrix multiplications of all delegates in the order of their calls, RMSNorm's means left out."""
-        for instruction in self.forward.chains[0].instructions:
+    def linears(self, method: str = FORWARD) -> Iterator[Linear]:
+        """The matrix multiplications of a method's delegates in the order of their calls, means left out."""
+        plan = self.plan(method)
+        for instruction in plan.chains[0].instructions:
             if not isinstance(instruction.instr_args, DelegateCall):
                 continue
-            delegate = self.forward.delegates[instruction.instr_args.delegate_index]
+            delegate = plan.delegates[instruction.instr_args.delegate_index]
             graph = xnnpack_graph(self.segment(delegate.processed.index))
             values = {}
             for entry in graph["xvalues"]:
@@ -206,27 +219,34 @@ def stored_integers(file: PteFile) -> Iterator[tuple[str, IntegerWeight]]:
         if name.startswith("quantized_decomposed::embedding"):
             yield EMBEDDING, _embedding(file, name, arguments)
     _, head_dim = cache_shapes_pte(file)[0][2:]
-    head = EMBEDDING if file.constant_method("tie_word_embeddings") else HEAD
-    halves: list[IntegerWeight] = []
-    index = -1
-    linears = list(file.linears())
-    if len(linears) % len(LAYER_LINEARS) != 1:
-        raise BadInput(f"{file.path}: {len(linears)} linears are not {len(LAYER_LINEARS)} a layer and a head")
-    for index, linear in enumerate(linears):
-        layer, place = divmod(index, len(LAYER_LINEARS))
-        if linear.weight is None:
+    for name, linears in groupby(named_linears(file), key=lambda pair: pair[0]):
+        parts = [linear.weight for _, linear in linears if linear.weight is not None]
+        if len(parts) == 2:
+            yield name, join_halves(parts[0], parts[1], head_dim)
+        elif parts:
+            yield name, parts[0]
+
+
+def named_linears(file: PteFile) -> Iterator[tuple[str, Linear]]:
+    """Each matrix multiplication with the checkpoint name of its weight; both halves of a split one with the same."""
+    for plan in file.networks:
+        if plan.name == TOKEN_EMBEDDING:
             continue
-        if index == len(linears) - 1:
-            yield head, linear.weight
-            continue
-        name = f"model.layers.{layer}.{LAYER_LINEARS[place]}.weight"
-        if place < 4:  # halves of the queries and keys
-            halves.append(linear.weight)
-            if len(halves) == 2:
-                yield name, join_halves(halves[0], halves[1], head_dim)
-                halves = []
+        if plan.name == VISION_ENCODER:
+            first = ["vision_tower.vision_model.embeddings.patch_embedding.weight"]
+            layer, in_layer = "vision_tower.vision_model.encoder.layers", list(VISION_LINEARS)
+            last = "multi_modal_projector.mm_input_projection_weight"
         else:
-            yield name, linear.weight
+            first, layer, in_layer = [], "model.layers", list(LAYER_LINEARS)
+            last = EMBEDDING if file.constant_method("tie_word_embeddings") else HEAD
+        linears = list(file.linears(plan.name))
+        layers, rest = divmod(len(linears) - len(first) - 1, len(in_layer))
+        if rest:
+            raise BadInput(
+                f"{file.path}: {len(linears)} linears in {plan.name} are not {len(in_layer)} a layer and {last}"
+            )
+        inner = [f"{layer}.{index}.{place}.weight" for index in range(layers) for place in in_layer]
+        yield from zip([*first, *inner, last], linears, strict=True)
 
 
 def _embedding(file: PteFile, kernel: str, arguments: list[Any]) -> IntegerWeight:

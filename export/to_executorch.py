@@ -2,6 +2,13 @@
 
     forward(tokens int64 [1, S], start_pos int64 [1]) → logits float32 [1, 1, V] of the last token; 1 ≤ S ≤ chunk
 
+A model that sees has three methods in the same file, which ExecuTorch's multimodal runners look for by name; the last
+channel of E + 1 says whether an embedding is an image's:
+
+    vision_encoder(pixels float32 [1, 3, size, size] in 0 … 1) → soft tokens float32 [1, T, E + 1]
+    token_embedding(tokens int64 [1, S]) → embeddings float32 [1, S, E + 1]
+    text_decoder(embeddings float32 [1, S, E + 1], start_pos int64 [1]) → logits float32 [1, 1, V]
+
 The constant methods are those that ExecuTorch's stock runners ask for. ``to_edge_transform_and_lower``, the usual way
 here, traces the whole model four times and runs XNNPACK's 17 graph passes (for images, batch norms, stock attention)
 over every delegate: 128 s for six tiny layers, where the way below takes under 20 s. What makes the difference:
@@ -23,9 +30,12 @@ from typing import Any
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir.passes import MemoryPlanningPass
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from export.executorch_model import ExecutorchModel, Weights
+from export.executorch_model import ExecutorchModel, TokenEmbedding, Weights
+from export.executorch_vision import VisionEncoder
+from export.manifest import FORWARD, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from export.pte_file import (
     EMBEDDING,
     PteFile,
@@ -38,7 +48,7 @@ from export.pte_file import (
 from export.xnnpack_partition import LevelPartitioner
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
-from gemma3.errors import VerificationFailed
+from gemma3.errors import BadInput, VerificationFailed
 from quant.integers import IntegerWeight, equal_codes
 
 __all__ = ["PteReport", "cache_bytes_pte", "export_pte", "read_back_pte"]
@@ -46,12 +56,20 @@ __all__ = ["PteReport", "cache_bytes_pte", "export_pte", "read_back_pte"]
 log = logging.getLogger(__name__)
 
 
+Shapes = dict[str, list[int | str]]
+
+
+@dataclass(frozen=True)
+class Signature:
+    inputs: Shapes
+    outputs: Shapes
+
+
 @dataclass(frozen=True)
 class PteReport:
     """What was written, what reading it back showed, and what making it took."""
 
-    inputs: dict[str, list[int | str]]
-    outputs: dict[str, list[int | str]]
+    methods: dict[str, Signature]
     bytes: int
     ideal_bytes: int  # integers at their bits, scales at two bytes, other weights at four
     second_table_bytes: int  # the tied table again: a gather and a matrix multiplication cannot share one
@@ -78,14 +96,20 @@ def export_pte(
 
     ``weights`` by checkpoint name: float tensors (written as float32) or IntegerWeight of 4 bits, or of 8 bits per
     channel; integer linears multiply with activations rounded to int8 per token. ``layout`` must be of the ring
-    style. Raises BadInput for weights that XNNPACK has no kernel for, and VerificationFailed when an integer in the
-    file is not the quantizer's. The same arguments give the same bytes.
+    style, and its chunk hold an image's soft tokens. Raises BadInput for weights that XNNPACK has no kernel for or a
+    shorter chunk, and VerificationFailed when an integer in the file is not the quantizer's. The same arguments give
+    the same bytes.
     """
+    if config.vision and layout.chunk < config.vision.tokens_per_image:
+        raise BadInput(
+            f"chunk {layout.chunk} is smaller than an image's {config.vision.tokens_per_image} tokens, which go into "
+            f"one call; use --chunk {config.vision.tokens_per_image} or more"
+        )
     started = time.perf_counter()
     with torch.no_grad():
-        program = trace(ExecutorchModel(config, weights, layout).eval(), layout)
-    executorch = lower(program, constant_methods(config, layout, eos_ids))
-    del program
+        programs = trace(config, weights, layout)
+    executorch = lower(programs, constant_methods(config, layout, eos_ids))
+    del programs
     with path.open("wb") as stream:
         executorch.write_to_file(stream)
     del executorch
@@ -101,12 +125,11 @@ def export_pte(
     _check_caches(file, layout)
     table = weights[EMBEDDING]
     report = PteReport(
-        inputs={"tokens": [1, f"1..{layout.chunk}"], "start_pos": [1]},
-        outputs={"logits": [1, 1, config.vocab_size]},
+        methods=signatures(config, layout),
         bytes=path.stat().st_size,
         ideal_bytes=sum(_ideal_bytes(weight) for weight in weights.values()),
         second_table_bytes=_ideal_bytes(table) if config.tie_word_embeddings else 0,
-        delegates=len(file.forward.delegates),
+        delegates=sum(len(plan.delegates) for plan in file.networks),
         undelegated=kernel_counts(file),
         integers_equal=equal,
         integers_unequal=unequal,
@@ -125,20 +148,51 @@ def export_pte(
     return report
 
 
-def trace(model: ExecutorchModel, layout: CacheLayout) -> ExportedProgram:
-    """The model as a graph whose token count is a symbol."""
-    example = (torch.zeros(1, min(3, layout.chunk), dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+def trace(config: ModelConfig, weights: Weights, layout: CacheLayout) -> dict[str, ExportedProgram]:
+    """Each method's graph; the number of tokens is a symbol."""
+    length = min(3, layout.chunk)
+    tokens, start_pos = torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    if config.vision is None:
+        return {FORWARD: _trace(ExecutorchModel(config, weights, layout), (tokens, start_pos), layout.chunk)}
+    size = config.vision.image_size
+    embeddings = torch.zeros(1, length, config.hidden_size + 1)
+    return {
+        VISION_ENCODER: _trace(VisionEncoder(config, weights), (torch.zeros(1, 3, size, size),), 1),
+        TOKEN_EMBEDDING: _trace(TokenEmbedding(config, weights), (tokens,), layout.chunk),
+        TEXT_DECODER: _trace(ExecutorchModel(config, weights, layout), (embeddings, start_pos), layout.chunk),
+    }
+
+
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> ExportedProgram:
+    """With ``longest`` over 1, the first input has 1 to so many tokens."""
     dynamic = None
-    if layout.chunk > 1:
-        dynamic = {"tokens": {1: Dim("length", min=1, max=layout.chunk)}, "start_pos": None}
-    return torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
+    if longest > 1:
+        dynamic = ({1: Dim("length", min=1, max=longest)}, *(None for _ in inputs[1:]))
+    return torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic, strict=False)
 
 
-def lower(program: ExportedProgram, methods: dict[str, Any]) -> Any:
-    """The program with XNNPACK's part delegated, in ExecuTorch's final form (an ExecutorchProgramManager)."""
+def signatures(config: ModelConfig, layout: CacheLayout) -> dict[str, Signature]:
+    length, logits = f"1..{layout.chunk}", Shapes(logits=[1, 1, config.vocab_size])
+    if config.vision is None:
+        return {FORWARD: Signature({"tokens": [1, length], "start_pos": [1]}, logits)}
+    size, channels = config.vision.image_size, config.hidden_size + 1
+    return {
+        VISION_ENCODER: Signature(
+            {"pixels": [1, 3, size, size]}, {"soft_tokens": [1, config.vision.tokens_per_image, channels]}
+        ),
+        TOKEN_EMBEDDING: Signature({"tokens": [1, length]}, {"embeddings": [1, length, channels]}),
+        TEXT_DECODER: Signature({"embeddings": [1, length, channels], "start_pos": [1]}, logits),
+    }
+
+
+def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dict[str, Any]) -> Any:
+    """The methods with XNNPACK's part delegated, in ExecuTorch's final form (an ExecutorchProgramManager).
+
+    A program alone becomes the method "forward".
+    """
     edge = to_edge(
-        program,
-        constant_methods=methods,
+        programs,
+        constant_methods=constants,
         compile_config=EdgeCompileConfig(
             # The caches' custom operators are not in the edge dialect's list.
             _check_ir_validity=False,

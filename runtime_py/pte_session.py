@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # ExecuTorch has threads of its own. With torch's library of matrix products adding some inside each of them,
 # decoding takes twice as long. Read when torch is imported, so set before.
@@ -18,10 +19,11 @@ import torch  # loads libtorch, which the libraries below need
 # The library itself: the Python module around it imports the compiler as well, which takes ten seconds.
 from executorch.extension.pybindings import _portable_lib as runtime
 
+from export.manifest import FORWARD, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
-from runtime_py.session import Image, Logits, pieces
+from runtime_py.session import Image, Logits, Pixels, SoftTokens, network_input, pieces, soft_tokens_of
 
 # The operators of attention and the caches, and of the quantized embedding; they register with the runtime.
 OPERATORS = {
@@ -42,17 +44,23 @@ NOISE = ("[cpuinfo_utils.cpp", "Resetting threadpool")
 class PteSession:
     """The caches are inside the loaded program; what they hold beyond the position is never read.
 
+    The image encoder, most of a small model that sees, is loaded when there is an image to encode, and let go before
+    the text model takes its soft tokens.
+
     ``threads`` None leaves the number to ExecuTorch; a number applies to the whole process. Raises BadInput when
     the file does not load or is not of this layout and vocabulary.
     """
 
     def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
+        self._path = path
         with native_errors(path):
             if threads is not None:
                 runtime._unsafe_reset_threadpool(threads)
-            program = runtime._load_program(str(path), program_verification=runtime.Verification.InternalConsistency)
-            self._forward = program.load_method("forward")
+            program = self._open()
             methods = {program.get_method_name(index) for index in range(program.num_methods())}
+            self._decoder = program.load_method(FORWARD if config.vision is None else TEXT_DECODER)
+            self._embedding = None if config.vision is None else self._load(TOKEN_EMBEDDING)
+        self._encoder: Any = None
         expected = {
             "get_max_seq_len": layout.chunk,
             "get_max_context_len": layout.context,
@@ -71,10 +79,17 @@ class PteSession:
         self.position = 0
         self.logits: Logits = np.empty(0, np.float32)
 
+    def _open(self) -> Any:
+        return runtime._load_program(str(self._path), program_verification=runtime.Verification.InternalConsistency)
+
+    def _load(self, method: str) -> Any:
+        """A method of a program of its own: those of one program share the memory that the caches are in."""
+        return self._open().load_method(method)
+
     def cache(self, layer: int) -> tuple[Logits, Logits]:
         """The keys and values [1, slots, K, D] that one layer holds now: copies of the program's own buffers."""
         names = (f"layers.{layer}.attention.keys", f"layers.{layer}.attention.values")
-        keys, values = (self._forward.get_attribute(name).numpy().copy() for name in names)
+        keys, values = (self._decoder.get_attribute(name).numpy().copy() for name in names)
         return keys, values
 
     def reset(self) -> None:
@@ -82,17 +97,39 @@ class PteSession:
         self.position = 0
         self.logits = np.empty(0, np.float32)
 
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        if self._encoder is None:
+            with native_errors(self._path):
+                self._encoder = self._load(VISION_ENCODER)
+        output = self._encoder.call((torch.from_numpy(network_input(image)),), clone_outputs=False)[0]
+        soft_tokens: SoftTokens = output[0, :, :-1].numpy().copy()  # the last channel says that they are an image's
+        return soft_tokens
+
     def step(self, token: int) -> Logits:
         return self.prefill([token])
 
     def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
-        for piece in pieces(self, ids, images):
-            inputs = (torch.tensor([piece.ids], dtype=torch.int64), torch.tensor([self.position], dtype=torch.int64))
+        split = pieces(self, ids, images)
+        encoded = iter([soft_tokens_of(self, image) for image in images])
+        self._encoder = None
+        for piece in split:
+            if piece.image is not None:
+                inputs = image_embeddings(next(encoded))
+            else:
+                inputs = torch.tensor([piece.ids], dtype=torch.int64)
+                if self._embedding is not None:
+                    inputs = self._embedding.call((inputs,), clone_outputs=False)[0]
+            position = torch.tensor([self.position], dtype=torch.int64)
             # Not cloned: the output is the program's own memory, which the next call overwrites.
-            output = self._forward.call(inputs, clone_outputs=False)[0]
+            output = self._decoder.call((inputs, position), clone_outputs=False)[0]
             self.position += len(piece.ids)
         self.logits = output.numpy().reshape(-1).copy()
         return self.logits
+
+
+def image_embeddings(soft_tokens: SoftTokens) -> torch.Tensor:
+    """What the decoder takes for an image: float32 [1, T, E + 1], 1 in the last channel."""
+    return torch.nn.functional.pad(torch.from_numpy(soft_tokens), (0, 1), value=1.0)[None]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Tiny models as .pte files, for the tests of the exporter and of the session."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from gemma3.model import Gemma3
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
 from runtime_py.pte_session import PteSession
-from tests.shapes import random_model
+from runtime_py.session import Pixels, network_input
+from tests.shapes import random_model, random_pixels
 
 CHUNK = 8
 
@@ -32,10 +34,12 @@ class TinyPte:
         """The same integers, with the inputs of integer linears rounded to int8 as XNNPACK does."""
         return with_integer_weights(random_model(self.config), self.weights.integers, "int8")
 
-    def eager_logits(self, ids: list[int]) -> torch.Tensor:
+    def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
         """[len(ids), V]"""
+        model = self.eager()
         with torch.no_grad():
-            return self.eager()(torch.tensor([ids]))[0]
+            soft_tokens = model.encode_images(network_inputs(images)) if images else None
+            return model(torch.tensor([ids]), soft_tokens=soft_tokens)[0]
 
 
 def tiny_pte(
@@ -45,7 +49,18 @@ def tiny_pte(
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     weights = quantize(state.items(), preset(scheme, embedding))
-    layout = cache_layout(config, "ring", context, CHUNK)
+    chunk = CHUNK if config.vision is None else max(CHUNK, config.vision.tokens_per_image)
+    layout = cache_layout(config, "ring", context, chunk)
     path = directory / "model.pte"
     report = export_pte(config, weights.tensors, layout, path, eos_ids=[1, 106])
     return TinyPte(path, config, layout, weights, report)
+
+
+def random_images(config: ModelConfig, count: int) -> list[Pixels]:
+    pixels = (random_pixels(config, count) * 255).round().to(torch.uint8)
+    return list(pixels.permute(0, 2, 3, 1).numpy())
+
+
+def network_inputs(images: Sequence[Pixels]) -> torch.Tensor:
+    """float32 [N, 3, S, S]"""
+    return torch.cat([torch.from_numpy(network_input(image)) for image in images])

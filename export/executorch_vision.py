@@ -1,0 +1,139 @@
+"""Gemma 3's image encoder and projector written for ExecuTorch: same arithmetic as gemma3.vision, for XNNPACK.
+
+What differs, and why:
+
+* The patches are cut out of the image by a permutation and multiplied as one matrix; a convolution would ask XNNPACK's
+  backend for the passes that export/xnnpack_partition.py leaves out.
+* Attention is ``llama.custom_sdpa``, which never holds the scores of all queries: 4096 patches have 1.07 GB of them.
+* Means (LayerNorm's, the pooling's) are linears with fixed weights, GELU is spelled out and integer linears share
+  one rounding of their input, all as in export/executorch_model.py.
+
+Shapes: S pixels a side, G patches a side, P = G² patches, C encoder width, H heads, T soft tokens an image,
+E the text model's hidden size. Nothing is dynamic.
+"""
+
+import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers the attention operator)
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.executorch_model import GELU_A, GELU_B, Linear, Mean, RMSNorm, Weights, floating, project
+from gemma3.config import ModelConfig, VisionConfig
+
+TOWER, PROJECTOR = "vision_tower.vision_model", "multi_modal_projector"
+
+
+def linear(weights: Weights, name: str) -> Linear:
+    return Linear(weights[f"{name}.weight"], floating(weights, f"{name}.bias"))
+
+
+class LayerNorm(nn.Module):
+    """(x − mean(x)) / √(variance(x) + eps) · weight + bias, over the last axis."""
+
+    def __init__(self, weights: Weights, name: str, eps: float) -> None:
+        super().__init__()
+        gain = floating(weights, f"{name}.weight").float()
+        self.register_buffer("gain", gain)
+        self.register_buffer("bias", floating(weights, f"{name}.bias").float())
+        self.mean = Mean(gain.numel(), gain.numel())
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - self.mean(x)
+        return x * torch.rsqrt(self.mean(x * x) + self.eps) * self.get_buffer("gain") + self.get_buffer("bias")
+
+
+class Patches(nn.Module):
+    """pixels [1, 3, S, S] in 0 … 1 → [P, C], positions added."""
+
+    def __init__(self, config: VisionConfig, weights: Weights) -> None:
+        super().__init__()
+        self.side, self.size = config.patches_per_side, config.patch_size
+        name = f"{TOWER}.embeddings"
+        kernel = floating(weights, f"{name}.patch_embedding.weight")
+        self.embedding = Linear(kernel.flatten(1), floating(weights, f"{name}.patch_embedding.bias"))
+        self.register_buffer("positions", floating(weights, f"{name}.position_embedding.weight").float())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        grid = (pixels * 2.0 - 1.0).view(3, self.side, self.size, self.side, self.size)
+        patches = grid.permute(1, 3, 0, 2, 4).reshape(self.side**2, -1)
+        return project(patches, self.embedding)[0] + self.get_buffer("positions")
+
+
+class SelfAttention(nn.Module):
+    """Every patch attends to every patch."""
+
+    def __init__(self, config: VisionConfig, weights: Weights, name: str) -> None:
+        super().__init__()
+        self.split = (1, config.patches_per_side**2, config.num_attention_heads, -1)
+        self.query, self.key, self.value, self.output = (
+            linear(weights, f"{name}.{which}_proj") for which in ("q", "k", "v", "out")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [part.view(self.split) for part in project(x, self.query, self.key, self.value)]
+        return project(torch.ops.llama.custom_sdpa(*heads, 0).view(x.shape), self.output)[0]
+
+
+class MLP(nn.Module):
+    def __init__(self, weights: Weights, name: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = (linear(weights, f"{name}.{which}") for which in ("fc1", "fc2"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (x,) = project(x, self.fc1)
+        return project(x * torch.sigmoid(x * (GELU_A + GELU_B * (x * x))), self.fc2)[0]
+
+
+class Layer(nn.Module):
+    def __init__(self, config: VisionConfig, weights: Weights, name: str) -> None:
+        super().__init__()
+        self.before_attention, self.before_mlp = (
+            LayerNorm(weights, f"{name}.{which}", config.layer_norm_eps) for which in ("layer_norm1", "layer_norm2")
+        )
+        self.attention = SelfAttention(config, weights, f"{name}.self_attn")
+        self.mlp = MLP(weights, f"{name}.mlp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.before_attention(x))
+        return x + self.mlp(self.before_mlp(x))
+
+
+class Projector(nn.Module):
+    """[P, C], each square of patches averaged → [1, T, E] in rows of the image."""
+
+    def __init__(self, config: VisionConfig, weights: Weights) -> None:
+        super().__init__()
+        size, width = config.pool_size, config.hidden_size
+        self.squares = (config.patches_per_side // size, size, config.patches_per_side // size, size, width)
+        self.soft_tokens = (1, config.tokens_per_image, -1)
+        self.mean = Mean(size**2, size**2)
+        self.norm = RMSNorm(floating(weights, f"{PROJECTOR}.mm_soft_emb_norm.weight"), config.layer_norm_eps)
+        # Stored as [C, E], to be multiplied from the right.
+        self.projection = Linear(floating(weights, f"{PROJECTOR}.mm_input_projection_weight").T.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, width = self.squares[1], self.squares[-1]
+        pooled = self.mean(x.view(self.squares).permute(0, 2, 4, 1, 3).reshape(-1, size**2))
+        return project(self.norm(pooled.view(-1, width)), self.projection)[0].view(self.soft_tokens)
+
+
+class VisionEncoder(nn.Module):
+    """pixels float32 [1, 3, S, S] in 0 … 1 → float32 [1, T, E + 1], the last channel 1: an image's soft tokens."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        vision = config.vision
+        assert vision is not None
+        self.patches = Patches(vision, weights)
+        self.layers = nn.ModuleList(
+            Layer(vision, weights, f"{TOWER}.encoder.layers.{index}") for index in range(vision.num_hidden_layers)
+        )
+        self.norm = LayerNorm(weights, f"{TOWER}.post_layernorm", vision.layer_norm_eps)
+        self.projector = Projector(vision, weights)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patches(pixels)
+        for layer in self.layers:
+            x = layer(x)
+        return F.pad(self.projector(self.norm(x)), (0, 1), value=1.0)
