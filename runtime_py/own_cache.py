@@ -47,7 +47,7 @@ def check_own_cache(
     assert isinstance(session, PteSession)
     model = open_own(manifest, "pte", weights["pte"]).model
     differences = list(steps(session, model, plan, looked_at))
-    limits = with_noise_limits(limits_for(manifest, "pte"), references["int8"])
+    limits = with_noise_limits(limits_for(manifest, "pte"), references["int8"], len(differences))
     kl = [difference.kl for difference in differences]
     agree = sum(difference.max_abs <= FLOAT_AGREEMENT for difference in differences) / len(differences)
     figures = {"kl_mean": sum(kl) / len(kl), "kl_median": median(kl), "kl_max": max(kl), "float_equal": agree}
