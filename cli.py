@@ -384,7 +384,9 @@ def accuracy(
     reference: Annotated[
         str, typer.Option("--reference", metavar="CHECKPOINT", help="The original, full-precision model.")
     ],
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Plain text, or conversations (.jsonl).")],
+    data: Annotated[
+        Path, typer.Option("--data", metavar="FILE", help="Plain text, or conversations, with images or not (.jsonl).")
+    ],
     baseline: Annotated[
         list[str] | None, typer.Option("--baseline", metavar="MODEL", help="Another one, beside; may be repeated.")
     ] = None,
@@ -400,6 +402,7 @@ def accuracy(
         int | None, typer.Option("--context", help="Positions a stretch of text may have [the most all models hold].")
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", help="Predict this many at most.")] = None,
+    pan_and_scan: PanAndScan = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -417,13 +420,14 @@ def accuracy(
     tokenizer = Tokenizer(source.path)
     asked = read_questions(questions) if questions else []
     context = common_context([reference, model, *(baseline or [])], context)
-    text = read_text(data, tokenizer, context, tokens)
+    text = read_text(data, tokenizer, context, tokens, source.config.vision, pan_and_scan=pan_and_scan)
     candidates = candidates_of(model, context, tokenizer, format, threads, checkpoint)
     baselines: dict[str, Candidate] = {}
     for one in baseline or []:
         baselines |= candidates_of(one, context, tokenizer, format, threads)
     stop_ids = (*source.config.eos_token_ids, tokenizer.end_of_turn_id)
     bars: dict[str, Progress] = {}
+    ask = partial(exact_match, tokenizer=tokenizer, questions=asked, stop_ids=stop_ids, pan_and_scan=pan_and_scan)
 
     def show(name: str, done: int) -> None:
         bar = bars.get(name) or bars.setdefault(name, Progress(text.tokens))
@@ -436,7 +440,7 @@ def accuracy(
         baselines,
         open_eager(source.path, context, min(EAGER_CHUNK, context)),
         text,
-        partial(exact_match, tokenizer=tokenizer, questions=asked, stop_ids=stop_ids) if asked else None,
+        ask if asked else None,
         show,
     )
     if as_json:
@@ -519,7 +523,7 @@ def demo(
         for question in asked[:: len(asked) // 3]:
             print(f"> {question.prompt}")
             for format in FORMATS:
-                print(f".{format}: {answer(sessions[f'.{format}'], tokenizer, question.prompt, stop_ids)}")
+                print(f".{format}: {answer(sessions[f'.{format}'], tokenizer, question, stop_ids)}")
         log.info("measuring speed and memory")
         speeds = {f".{one.format}": one for one in measure(bundle, FORMATS)}
 

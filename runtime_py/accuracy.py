@@ -17,9 +17,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gemma3.data import Document
 from gemma3.errors import BadInput, VerificationFailed
 from runtime_py.report import table
-from runtime_py.session import Logits, Piece, Session, chunks, pieces
+from runtime_py.session import Image, Logits, Piece, Session, chunks, pieces
 
 Floats = NDArray[np.float64]
 
@@ -121,9 +122,9 @@ class Tally:
         )
 
 
-def stretches(ids: Sequence[int], bos_id: int, context: int) -> list[list[int]]:
-    """``ids`` (without BOS) cut so that each piece, after a BOS of its own, is predicted within ``context``."""
-    return [[bos_id, *piece] for piece in chunks(ids, context)]
+def stretches(ids: Sequence[int], bos_id: int, context: int) -> list[Document]:
+    """Text (without BOS) cut so that each piece, after a BOS of its own, is predicted within ``context``."""
+    return [Document([bos_id, *piece], []) for piece in chunks(ids, context)]
 
 
 @runtime_checkable
@@ -134,27 +135,32 @@ class ChunkForced(Protocol):
         """Feed ``piece``: float32 [n, V], the logits after each id of a text, after the last alone of an image."""
 
 
-def every_position(session: Session, ids: Sequence[int]) -> Iterator[Logits]:
-    """Feed ``ids`` after what ``session`` holds: the logits [V] after each, few of them in memory."""
+def every_position(session: Session, ids: Sequence[int], images: Sequence[Image] = ()) -> Iterator[tuple[int, Logits]]:
+    """Feed ``ids`` after what ``session`` holds: (position, logits [V]) after each id of a text and each image.
+
+    Few of the logits are in memory.
+    """
     if isinstance(session, ChunkForced):
-        for piece in pieces(session, ids, text_chunk=min(session.chunk, ROWS_AT_ONCE)):
-            yield from session.forced(piece)
+        for piece in pieces(session, ids, images, text_chunk=min(session.chunk, ROWS_AT_ONCE)):
+            rows = session.forced(piece)
+            yield from enumerate(rows, session.position - len(rows))
     else:
-        for token in ids:
-            yield session.step(token)
+        for piece in pieces(session, ids, images, text_chunk=1):
+            logits = session.prefill(piece.ids, () if piece.image is None else (piece.image,))
+            yield session.position - 1, logits
 
 
 def compare(
     model: Session,
     references: Mapping[str, Session],
-    stretches: Iterable[Sequence[int]],
+    stretches: Iterable[Document],
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Comparison]:
     """``model`` against each of ``references`` at once, so that a slow one is run once.
 
-    Each stretch is fed from an empty cache; all its ids but the first are predicted. ``progress`` is told how many
-    have been. Raises BadInput when fewer than two are or a reference has another vocabulary, VerificationFailed
-    when logits are not finite.
+    Each stretch is fed from an empty cache; all its ids but the first and image tokens are predicted. ``progress`` is
+    told how many have been. Raises BadInput when fewer than two are or a reference has another vocabulary,
+    VerificationFailed when logits are not finite.
     """
     sessions = (model, *references.values())
     for name, reference in references.items():
@@ -165,11 +171,17 @@ def compare(
             )
     tallies = {name: Tally() for name in references}
     tokens = 0
-    for ids in stretches:
+    for stretch in stretches:
+        if len(stretch.ids) < 2:
+            continue
         for session in sessions:
             session.reset()
-        steps = zip(*(every_position(session, ids[:-1]) for session in sessions), strict=True)
-        for position, (token, logits) in enumerate(zip(ids[1:], steps, strict=True)):
+        fed = (every_position(session, stretch.ids[:-1], stretch.images) for session in sessions)
+        for steps in zip(*fed, strict=True):
+            (position,) = {position for position, _ in steps}
+            token, logits = stretch.ids[position + 1], [one for _, one in steps]
+            if model.vision is not None and token == model.vision.image_token_id:
+                continue
             for name, one in zip(("the model", *references), logits, strict=True):
                 if not np.isfinite(one).all():
                     raise VerificationFailed(

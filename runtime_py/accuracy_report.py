@@ -1,14 +1,15 @@
 """What ``gemma-edge accuracy`` measures of several models on the same tokens and questions, and how it shows it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from export.manifest import Check, sha256_of
-from gemma3.data import documents
-from gemma3.errors import BadInput
+from gemma3.config import VisionConfig
+from gemma3.data import Document, documents
+from gemma3.errors import BadInput, DoesNotFit
 from gemma3.tokenizer import Tokenizer
 from runtime_py.accuracy import Comparison, compare, comparison_table
 from runtime_py.accuracy import stretches as cut
@@ -25,35 +26,48 @@ class Text:
 
     sha256: str  # of the file
     context: int
-    stretches: tuple[tuple[int, ...], ...]
-
-    @property
-    def tokens(self) -> int:
-        """Predicted: all but each stretch's BOS."""
-        return sum(len(ids) - 1 for ids in self.stretches)
+    stretches: tuple[Document, ...]
+    tokens: int  # predicted: all but each stretch's BOS and image tokens
 
 
-def read_text(path: Path, tokenizer: Tokenizer, context: int, limit: int | None = None) -> Text:
-    """Plain text, or conversations (.jsonl); at most the first ``limit`` tokens. Raises what ``documents`` does."""
+def read_text(
+    path: Path,
+    tokenizer: Tokenizer,
+    context: int,
+    limit: int | None = None,
+    vision: VisionConfig | None = None,
+    *,
+    pan_and_scan: bool = False,
+) -> Text:
+    """Plain text, or conversations (.jsonl); at most the first ``limit`` tokens. Raises what ``documents`` does.
+
+    A conversation with images is one stretch, never cut; DoesNotFit when it is over the context.
+    """
     if limit is not None and limit < 2:
         raise BadInput(f"the number of tokens is {limit}; use 2 or more")
-    stretches = tuple(_first(limit, _pieces(path, tokenizer, context)))
-    return Text(sha256_of(path), context, stretches)
+    image_token = None if vision is None else vision.image_token_id
+    stretches, tokens = [], 0
+    for stretch in _pieces(path, documents(path, tokenizer, vision, pan_and_scan=pan_and_scan), context):
+        if limit is not None and not stretch.images:
+            stretch = Document(stretch.ids[: limit - tokens + 1], [])
+        stretches.append(stretch)
+        tokens += sum(token != image_token for token in stretch.ids[1:])
+        if limit is not None and tokens >= limit:
+            break
+    return Text(sha256_of(path), context, tuple(stretches), tokens)
 
 
-def _pieces(path: Path, tokenizer: Tokenizer, context: int) -> Iterator[list[int]]:
-    for document in documents(path, tokenizer):
-        yield from cut(document.ids[1:], document.ids[0], context)
-
-
-def _first(limit: int | None, pieces: Iterable[Sequence[int]]) -> Iterator[tuple[int, ...]]:
-    left = limit
-    for piece in pieces:
-        yield tuple(piece if left is None else piece[: left + 1])
-        if left is not None:
-            left -= len(piece) - 1
-            if left <= 0:
-                return
+def _pieces(path: Path, documents: Iterable[Document], context: int) -> Iterator[Document]:
+    for document in documents:
+        if not document.images:
+            yield from cut(document.ids[1:], document.ids[0], context)
+        elif len(document.ids) - 1 > context:
+            raise DoesNotFit(
+                f"{path}: a conversation with {len(document.images)} images has {len(document.ids)} tokens, "
+                f"the context {context}; leave it out or export with a larger --context"
+            )
+        else:
+            yield document
 
 
 @dataclass(frozen=True)

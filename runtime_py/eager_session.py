@@ -1,6 +1,6 @@
 """The reference session: the eager network with the ring cache, and the logits that files are compared with."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from quant.activations import Activations, with_integer_weights
 from quant.integers import IntegerWeight
 from quant.recipe import QuantizedWeights
 from quant.stored import is_quantized, load_quantized
+from runtime_py.accuracy import every_position
 from runtime_py.golden import Recorder, Reference, relative_rms
 from runtime_py.plan import Plan
 from runtime_py.session import (
@@ -31,9 +32,6 @@ from runtime_py.session import (
     pieces,
     soft_tokens_of,
 )
-
-# Logits of a 262 144 vocabulary take a megabyte a position.
-RECORDED_ROWS = 32
 
 
 class EagerSession:
@@ -117,7 +115,7 @@ def record(session: EagerSession, plan: Plan) -> Reference:
     """What ``session`` (at position 0) says along ``plan``, kept at its positions."""
     soft_tokens = encode(session, plan)
     recorder, wanted = Recorder(plan.ids, session.vocab_size), set(plan.positions)
-    for position, logits in every_logit(session, plan, soft_tokens):
+    for position, logits in every_position(session, plan.ids, plan.shown_images(list(soft_tokens))):
         if position in wanted:
             recorder.add(position, logits)
     return recorder.reference(plan.images, soft_tokens)
@@ -127,14 +125,6 @@ def encode(session: Session, plan: Plan) -> SoftTokens:
     """[IMAGES, T, E]; [0, 0, 0] without images."""
     encoded = [session.encode_image(image) for image in plan.images]
     return np.stack(encoded) if encoded else np.zeros((0, 0, 0), np.float32)
-
-
-def every_logit(session: EagerSession, plan: Plan, soft_tokens: SoftTokens) -> Iterator[tuple[int, Logits]]:
-    """(position, logits) after each id of the text and each image of ``plan``."""
-    images = plan.shown_images(list(soft_tokens))
-    for piece in pieces(session, plan.ids, images, min(session.chunk, RECORDED_ROWS)):
-        rows = session.forced(piece)
-        yield from enumerate(rows, session.position - len(rows))
 
 
 def with_noise(reference: Reference, session: EagerSession, plan: Plan) -> Reference:
@@ -152,7 +142,10 @@ def with_noise(reference: Reference, session: EagerSession, plan: Plan) -> Refer
     hooks = [module.register_forward_hook(nudge) for module in nudged]
     try:
         soft_tokens = encode(session, plan)
-        compared = (reference.compare(position, logits) for position, logits in every_logit(session, plan, soft_tokens))
+        compared = (
+            reference.compare(position, logits)
+            for position, logits in every_position(session, plan.ids, plan.shown_images(list(soft_tokens)))
+        )
         noise = [difference.kl for difference in compared if difference is not None]
     finally:
         for hook in hooks:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma3.chat import encode_chat
 from gemma3.data import read_utf8
 from gemma3.errors import BadInput
+from gemma3.images import read_image
 from gemma3.tokenizer import Tokenizer
 from runtime_py.accuracy import Estimate
-from runtime_py.conversation import stream_text
-from runtime_py.generate import Sampler, generate
+from runtime_py.conversation import Conversation
+from runtime_py.generate import Sampler
+from runtime_py.pictures import read_pictures
 from runtime_py.report import table
 from runtime_py.session import Session
 
@@ -24,31 +25,44 @@ class Question:
     category: str
     prompt: str
     answer: str
+    images: tuple[Path, ...] = ()
 
 
 def read_questions(path: Path) -> list[Question]:
-    """One JSON object a line with the fields of Question, all text. Raises BadInput for anything else."""
+    """One JSON object a line with the fields of Question, all text; ``images`` may be left out, or is a list of paths
+    from the file's folder. Raises BadInput for anything else and for images that cannot be read.
+    """
     text = read_utf8(path)
     questions = [
-        _question(line, f"{path}: line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
+        _question(line, path.parent, f"{path}: line {number}")
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
     ]
     if not questions:
         raise BadInput(f"{path}: holds no questions; give one JSON object a line")
     return questions
 
 
-def _question(line: str, where: str) -> Question:
+def _question(line: str, folder: Path, where: str) -> Question:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not JSON ({error})") from None
+    names = data.pop("images", []) if isinstance(data, dict) else None
     if not (
         isinstance(data, dict)
         and data.keys() == {"category", "prompt", "answer"}
         and all(isinstance(value, str) and value for value in data.values())
     ):
         raise BadInput(f"{where}: is {line[:60]!r}, expected text under 'category', 'prompt' and 'answer'")
-    return Question(**data)
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise BadInput(f"{where}: 'images' is {str(names)[:60]!r}, expected a list of paths")
+    try:
+        for name in names:
+            read_image(folder / name)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+    return Question(**data, images=tuple(folder / name for name in names))
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,17 @@ class Score:
         return f"{self.right} of {self.asked}, {self.share.show('.1f', 100)} %"
 
 
-def answer(session: Session, tokenizer: Tokenizer, prompt: str, stop_ids: Collection[int]) -> str:
-    """The greedy answer to ``prompt`` as the first turn of a chat, without the space around it."""
-    session.reset()
-    ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
-    generation = generate(session, ids, Sampler(), stop_ids=stop_ids, max_new_tokens=MAX_NEW_TOKENS)
-    return "".join(stream_text(generation, tokenizer)).strip()
+def answer(
+    session: Session,
+    tokenizer: Tokenizer,
+    question: Question,
+    stop_ids: Collection[int],
+    pan_and_scan: bool = False,
+) -> str:
+    """The greedy answer to ``question`` as the first turn of a chat, without the space around it."""
+    pictures = read_pictures(question.images, session.vision, pan_and_scan)
+    conversation = Conversation(session, tokenizer, Sampler(), stop_ids=stop_ids, max_new_tokens=MAX_NEW_TOKENS)
+    return "".join(conversation.say(question.prompt, pictures)).strip()
 
 
 def exact_match(
@@ -80,11 +99,13 @@ def exact_match(
     questions: Sequence[Question],
     stop_ids: Collection[int],
     progress: Callable[[int], None] = lambda asked: None,
+    *,
+    pan_and_scan: bool = False,
 ) -> dict[str, Score]:
     """By category: answers equal to the expected ones to the letter. ``progress`` is told how many were asked."""
     right: dict[str, list[bool]] = {}
     for asked, question in enumerate(questions, 1):
-        correct = answer(session, tokenizer, question.prompt, stop_ids) == question.answer
+        correct = answer(session, tokenizer, question, stop_ids, pan_and_scan) == question.answer
         right.setdefault(question.category, []).append(correct)
         progress(asked)
     return {category: Score(sum(ones), len(ones)) for category, ones in right.items()}

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -10,12 +11,13 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from gemma3.cache import cache_layout
+from gemma3.data import Document
 from gemma3.errors import BadInput, VerificationFailed
 from runtime_py.accuracy import Comparison, Estimate, compare, comparison_table, every_position, stretches
 from runtime_py.eager_session import EagerSession
-from runtime_py.session import Logits
+from runtime_py.session import Logits, network_input
 from tests.runtime_py.sessions import FunctionSession
-from tests.shapes import random_model, random_tokens, tiny_config
+from tests.shapes import random_model, random_pixels, random_tokens, tiny_config, tiny_vision_config, with_images
 
 
 def replaying(rows: NDArray[np.float32]) -> FunctionSession:
@@ -25,7 +27,7 @@ def replaying(rows: NDArray[np.float32]) -> FunctionSession:
 
 def compared(reference: NDArray[np.float32], model: NDArray[np.float32], tokens: Sequence[int]) -> Comparison:
     """``tokens`` [T] predicted by the rows of the two [T, V]."""
-    result = compare(replaying(model), {"r": replaying(reference)}, [[0, *tokens]])
+    result = compare(replaying(model), {"r": replaying(reference)}, [Document([0, *tokens], [])])
     return result["r"]
 
 
@@ -155,7 +157,7 @@ def test_several_references_run_the_model_once() -> None:
         return list(rows[len(ids) - 1])
 
     references = {"a": replaying(rows), "b": replaying(rows[::-1].copy())}
-    result = compare(FunctionSession(model, 4), references, [[0, 1, 2, 3, 1, 2, 3]])
+    result = compare(FunctionSession(model, 4), references, [Document([0, 1, 2, 3, 1, 2, 3], [])])
     assert fed == [0, 1, 2, 3, 1, 2]
     assert result["a"].kl.value == 0
     assert result["b"] == compared(rows[::-1].copy(), rows, [1, 2, 3, 1, 2, 3])
@@ -163,7 +165,7 @@ def test_several_references_run_the_model_once() -> None:
 
 def test_stretches_predict_every_id_once_within_the_context() -> None:
     pieces = stretches([10, 11, 12, 13, 14], bos_id=2, context=3)
-    assert pieces == [[2, 10, 11, 12], [2, 13, 14]]
+    assert [piece.ids for piece in pieces] == [[2, 10, 11, 12], [2, 13, 14]]
     seen: list[list[int]] = []
 
     def remember(fed: list[int]) -> list[float]:
@@ -188,7 +190,7 @@ def test_chunks_and_single_steps_agree_past_the_window() -> None:
 
         def __init__(self) -> None:
             self._inner = EagerSession(model, layout)
-            self.vocab_size, self.context, self.chunk = self._inner.vocab_size, 48, 5
+            self.vocab_size, self.context, self.chunk, self.vision = self._inner.vocab_size, 48, 5, None
             self.reset, self.step, self.prefill = self._inner.reset, self._inner.step, self._inner.prefill
 
         @property
@@ -199,8 +201,8 @@ def test_chunks_and_single_steps_agree_past_the_window() -> None:
         def logits(self) -> Logits:
             return self._inner.logits
 
-    in_chunks = np.stack([row.copy() for row in every_position(session, ids)])
-    stepped = np.stack([row.copy() for row in every_position(OneByOne(), ids)])
+    in_chunks = np.stack([row.copy() for _, row in every_position(session, ids)])
+    stepped = np.stack([row.copy() for _, row in every_position(OneByOne(), ids)])
     assert in_chunks.shape == (48, config.vocab_size)
     np.testing.assert_allclose(in_chunks, stepped, atol=1e-4)
     figures = compare(OneByOne(), {"r": session}, stretches(ids * 2, 2, 48))["r"]
@@ -209,10 +211,32 @@ def test_chunks_and_single_steps_agree_past_the_window() -> None:
     assert figures.same_top.value == 1.0
 
 
+def test_images_are_shown_and_their_tokens_are_not_predicted() -> None:
+    config = tiny_vision_config("image-over-window")
+    model, layout = random_model(config), cache_layout(config, "ring", 96, 16)
+    vision = config.vision
+    assert vision is not None
+    ids = with_images(config, [5, None, 3, None, 9])
+    pixels = random_pixels(config, 2)
+    images = list((pixels.permute(0, 2, 3, 1) * 255).round().numpy().astype(np.uint8))
+    document = Document(ids, images)
+    exact = torch.from_numpy(np.stack([network_input(image)[0] for image in images]))
+    logits = model(torch.tensor([ids]), soft_tokens=model.encode_images(exact))[0]
+    losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+    text = torch.tensor(ids[1:]) != vision.image_token_id
+    figures = compare(EagerSession(model, layout), {"r": EagerSession(model, layout)}, [document])["r"]
+    assert figures.tokens == int(text.sum()) == len(ids) - 1 - 2 * vision.tokens_per_image
+    assert figures.perplexity.value == pytest.approx(math.exp(losses[text].mean()), rel=1e-4)
+    assert figures.kl_max < 1e-12
+    blind = [np.zeros_like(image) for image in images]
+    other = compare(EagerSession(model, layout), {"r": EagerSession(model, layout)}, [Document(ids, blind)])["r"]
+    assert abs(other.perplexity.value - figures.perplexity.value) > 1e-3
+
+
 def test_a_reference_of_another_vocabulary() -> None:
     five, four = FunctionSession(lambda _: [0.0] * 5, 5), FunctionSession(lambda _: [0.0] * 4, 4)
     with pytest.raises(BadInput, match="the original has 4 tokens, the model 5"):
-        compare(five, {"the original": four}, [[0, 1, 2]])
+        compare(five, {"the original": four}, [Document([0, 1, 2], [])])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -230,7 +254,7 @@ def test_logits_that_are_not_finite(bad: float) -> None:
 def test_too_few_tokens(pieces: list[list[int]]) -> None:
     session = FunctionSession(lambda _: [0.0] * 3, 3)
     with pytest.raises(BadInput, match="fewer than 2 tokens"):
-        compare(session, {"r": FunctionSession(lambda _: [0.0] * 3, 3)}, pieces)
+        compare(session, {"r": FunctionSession(lambda _: [0.0] * 3, 3)}, [Document(ids, []) for ids in pieces])
 
 
 def test_the_table_has_a_column_a_model() -> None:

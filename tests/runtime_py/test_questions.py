@@ -1,7 +1,9 @@
+import json
 import math
 from pathlib import Path
 
 import pytest
+from PIL import Image as PillowImage
 
 from gemma3.chat import encode_chat
 from gemma3.errors import BadInput, DoesNotFit
@@ -109,3 +111,44 @@ def test_files_that_hold_no_questions(tmp_path: Path, data: bytes, words: str) -
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be read"):
         read_questions(tmp_path / "none")
+
+
+# Images
+
+
+def picture(path: Path) -> str:
+    PillowImage.new("RGB", (8, 4), "red").save(path)
+    return path.name
+
+
+def line(**data: object) -> str:
+    return json.dumps({"category": "colour", "prompt": "What colour?", "answer": "Red."} | data)
+
+
+def test_images_are_found_from_the_files_folder(tmp_path: Path) -> None:
+    name = picture(tmp_path / "a.png")
+    (tmp_path / "questions.jsonl").write_text(line(images=[name, name]) + "\n" + line())
+    shown, plain = read_questions(tmp_path / "questions.jsonl")
+    assert shown.images == (tmp_path / name,) * 2
+    assert plain.images == ()
+
+
+@pytest.mark.parametrize(
+    ("images", "word"),
+    [
+        ("a.png", "expected a list"),
+        ([1], "expected a list"),
+        (["none.png"], "no such file"),
+        (["q.jsonl"], "begins with"),
+    ],
+)
+def test_images_that_cannot_be_are_named_with_their_line(tmp_path: Path, images: object, word: str) -> None:
+    (tmp_path / "q.jsonl").write_text(line() + "\n" + line(images=images))
+    with pytest.raises(BadInput, match=f"line 2: .*{word}"):
+        read_questions(tmp_path / "q.jsonl")
+
+
+def test_a_text_only_model_is_asked_about_no_image(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    question = Question("colour", "What colour?", "Red.", (tmp_path / picture(tmp_path / "a.png"),))
+    with pytest.raises(BadInput, match="an image for a text-only model"):
+        exact_match(knowing(tokenizer, {}), tokenizer, [question], ())
