@@ -21,8 +21,8 @@ from quant.stored import is_quantized, save_quantized
 
 log = logging.getLogger(__name__)
 
-# The demo checkpoint brings its own, made by scripts/qat_sample.py.
-SAMPLE = ("qat.txt", "qat.jsonl")
+# The demo checkpoints bring their own, made by scripts/qat_sample.py and scripts/demo_images.py.
+SAMPLE = ("qat.txt", "qat.jsonl", "qat_images.jsonl")
 
 
 def distill_checkpoint(

@@ -114,7 +114,7 @@ def test_a_teacher_with_another_vocabulary(gemma_edge: Cli, checkpoint: Path, te
 def test_image_conversations(gemma_edge: Cli, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "seeing", SEEING_CONFIG)
     PIL.Image.new("RGB", (600, 256), "red").save(tmp_path / "wide.png")
-    content = [{"type": "image", "path": "wide.png"}, {"type": "text", "text": "what colour?"}]
+    content = [{"type": "image", "image": "wide.png"}, {"type": "text", "text": "what colour?"}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
     data = tmp_path / "chats.jsonl"
     data.write_text((json.dumps({"messages": turns}) + "\n") * 4)
