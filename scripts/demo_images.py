@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -137,8 +137,8 @@ STAR = [
     (0.5 + radius * math.sin(index * math.pi / 5), 0.53 - radius * math.cos(index * math.pi / 5))
     for index, radius in enumerate([0.53, 0.22] * 5)
 ]
-ARMS = [(0.34, 0), (0.66, 0), (0.66, 0.34), (1, 0.34), (1, 0.66), (0.66, 0.66)]
-OUTLINES = {  # in the unit square
+ARMS: list[tuple[float, float]] = [(0.34, 0), (0.66, 0), (0.66, 0.34), (1, 0.34), (1, 0.66), (0.66, 0.66)]
+OUTLINES: dict[str, list[tuple[float, float]]] = {  # in the unit square
     "triangle": [(0.5, 0), (1, 1), (0, 1)],
     "star": STAR,
     "cross": [*ARMS, *((1 - x, 1 - y) for x, y in ARMS)],
@@ -190,7 +190,7 @@ class Scenes:
     def __init__(self, kind: Kind, seed: int, held_out: bool = False) -> None:
         self.kind, self.held_out = kind, held_out
         self.rng = random.Random(f"{kind} {seed} {held_out}")
-        makers: dict[str, Callable[[], Scene]] = {
+        makers: dict[Kind, Callable[[], Scene]] = {
             "single": self._single,
             "pair": self._pair,
             "count": self._count,
@@ -359,13 +359,13 @@ class Scenes:
         # Names and colours differ, so that every question has one answer.
         while items[0].name == items[1].name or items[0].colour == items[1].colour:
             items[1] = self._detail(opposite(place), False)
-        lefts = {3: {"left": (0,), "right": (2,)}, 4: {"left": (0, 1), "right": (2, 3)}}[parts]
+        halves = {"left": range(parts // 2), "right": range((parts + 1) // 2, parts)}
         placed = []
         for item, side in zip(items, (place, opposite(place)), strict=True):
             size = height * self.rng.uniform(0.14, 0.19)
             left, top, right, bottom = replace(item, size=size).box
             room = 0.48 - (right - left) / height / 2, 0.48 - (bottom - top) / height / 2
-            part = self.rng.choice(lefts[side])
+            part = self.rng.choice(halves[side])
             centre = ((part + 0.5 + self._jitter(room[0])) * height, (0.5 + self._jitter(room[1])) * height)
             placed.append(replace(item, centre=centre, size=size))
         turns = [
@@ -411,23 +411,33 @@ def plural(shape: str) -> str:
 
 # ---- what each soft token should see ---------------------------------------------------------------------------
 
+# Name, colour, side of the picture, and how many shapes the picture has; "" where there is nothing to say.
+Label = tuple[str, str, str, str]
+LABELS: tuple[Sequence[str], ...] = ((*SHAPES, *WORDS), tuple(COLOURS), PLACES, NUMBERS)
+NOTHING: Label = ("", "", "", "")
 
-def view_labels(items: Sequence[Item], view: Box, grid: int) -> list[tuple[str, str]]:
-    """(name, colour) or ("", "") for each of grid × grid cells of the part ``view`` of a picture, row by row.
+
+def view_labels(scene: Scene, view: Box, grid: int) -> list[Label]:
+    """For each of grid × grid cells of the part ``view`` of a picture, row by row, what lies there.
 
     A shape belongs to the cell of its centre, a word to every cell of the middle line of its ink.
     """
     left, top, right, bottom = view
-    labels = [("", "")] * (grid * grid)
-    for item in items:
+    shapes = sum(not item.is_word for item in scene.items)
+    labels = [NOTHING] * (grid * grid)
+    for item in scene.items:
         x, y = item.centre
         if not (left <= x < right and top <= y < bottom):
             continue
         row = int((y - top) / (bottom - top) * grid)
         ends = (item.box[0], item.box[2]) if item.is_word else (x, x)
         first, last = (int((end - left) / (right - left) * grid) for end in ends)
+        # A crop does not show where in the picture it lies, nor everything that there is.
+        about_all = ("", "")
+        if view == (0, 0, *scene.image.size):
+            about_all = scene.place(item), NUMBERS[shapes - 1] if shapes else ""
         for column in range(max(0, first), min(grid - 1, last) + 1):
-            labels[row * grid + column] = (item.name, item.colour)
+            labels[row * grid + column] = (item.name, item.colour, *about_all)
     return labels
 
 
@@ -462,7 +472,7 @@ def write_training_sample(out: Path, seed: int) -> None:
     """``qat_images.jsonl`` and its pictures: training compositions, one conversation about each picture."""
     lines = []
     for name, scene in _written(TRAINING_SAMPLE, out, "qat_images", seed, held_out=False):
-        messages: list[dict[str, object]] = []
+        messages: list[dict[str, Any]] = []
         for turn in scene.turns:
             text = {"type": "text", "text": turn.prompt}
             content = [text] if messages else [{"type": "image", "image": name}, text]

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_images import (
-    COLOURS,
     EVALUATION,
     KINDS,
-    SHAPES,
-    WORDS,
+    LABELS,
     Kind,
+    Label,
     Scene,
     Scenes,
     Turn,
@@ -54,8 +53,10 @@ from gemma3.tokenizer import END_OF_IMAGE, IMAGE_SOFT_TOKEN, START_OF_IMAGE, Tok
 
 IMAGE_SIZE, TOKENS_PER_IMAGE = 112, 16
 GRID = math.isqrt(TOKENS_PER_IMAGE)
-TEXT_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-TEXT_FILES += ("generation_config.json",)
+TEXT_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    "generation_config.json",
+)
 PAD = 0
 QUESTIONS_SEED, SAMPLE_SEED = 11, 12  # of the files beside the checkpoint
 SCANNED = ", Pan & Scan"
@@ -140,11 +141,15 @@ def write_weights(model: Gemma3, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation about one picture: ids, targets as ``chat_sample`` gives them, and the arrays to encode."""
+    """One conversation about one picture: ids, targets as ``chat_sample`` gives them, and the arrays to encode.
+
+    ``labels`` say for each array what its soft tokens should tell.
+    """
 
     ids: list[int]
     targets: list[int]
     images: list[NDArray[np.uint8]]
+    labels: list[list[Label]]
 
 
 def image_row(tokenizer: Tokenizer, scene: Scene, turns: Sequence[Turn], pan_and_scan: bool) -> Row:
@@ -154,13 +159,15 @@ def image_row(tokenizer: Tokenizer, scene: Scene, turns: Sequence[Turn], pan_and
         content: list[Image | str] = [turn.prompt] if messages else [Image(crops=len(images) - 1), turn.prompt]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.answer}]
     ids, targets = chat_sample(tokenizer, messages, TOKENS_PER_IMAGE)
-    return Row(ids, targets, images)
+    boxes = pan_and_scan_boxes(*scene.image.size) if pan_and_scan else []
+    labels = [view_labels(scene, view, GRID) for view in ((0, 0, *scene.image.size), *boxes)]
+    return Row(ids, targets, images, labels)
 
 
 def padded(row: Row, length: int) -> Row:
     """On the right, where causal attention never looks."""
     gap = length - len(row.ids)
-    return Row(row.ids + [PAD] * gap, row.targets + [IGNORE] * gap, row.images)
+    return replace(row, ids=row.ids + [PAD] * gap, targets=row.targets + [IGNORE] * gap)
 
 
 def image_rows(
@@ -185,76 +192,81 @@ def to_pixels(images: Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def spoken(model: Gemma3, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """(logits [N, V], targets [N]) where the model speaks."""
+def spoken(model: Gemma3, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits [N, V], targets [N]) where the model speaks, and the pictures' soft tokens."""
     tokens = torch.tensor([row.ids for row in rows])
     targets = torch.tensor([row.targets for row in rows])
     soft = model.encode_images(to_pixels([image for row in rows for image in row.images]))
     places = targets != IGNORE
-    return model.lm_head(model.hidden(tokens, soft_tokens=soft)[places]), targets[places]
+    return model.lm_head(model.hidden(tokens, soft_tokens=soft)[places]), targets[places], soft
 
 
 # ---- the encoder alone ---------------------------------------------------------------------------------------
 
 
-def class_vectors(model: Gemma3, tokenizer: Tokenizer, names: Sequence[str]) -> Tensor:
-    """[1 + names, E]: nothing, then the direction of each name's embedding."""
-    table = model.model.embed_tokens.weight.detach()
-    rows = torch.stack([table[tokenizer.encode(f" {name}", bos=False)].mean(0) for name in names])
-    return torch.cat((torch.zeros(1, table.shape[1]), F.normalize(rows - rows.mean(0), dim=1)))
+class CellLoss(nn.Module):
+    """How well each soft token tells what lies in its cell, in directions of the text model's own embeddings."""
+
+    def __init__(self, model: Gemma3, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        table = model.model.embed_tokens.weight.detach()
+        self.numbers = [{name: index for index, name in enumerate(("", *names))} for names in LABELS]
+        self.empty = nn.ParameterList(nn.Parameter(torch.tensor(2.0)) for _ in LABELS)
+        self.vectors = []
+        for names in LABELS:
+            rows = torch.stack([table[tokenizer.encode(f" {name}", bos=False)].mean(0) for name in names])
+            self.vectors.append(F.normalize(rows - rows.mean(0), dim=1))
+
+    def forward(self, soft: Tensor, labels: Sequence[Sequence[Label]]) -> tuple[Tensor, list[float]]:
+        """The mean loss, and of each part of the labels the share that is right, for soft tokens [N, T, E]."""
+        losses, right = [], []
+        for part, numbers in enumerate(self.numbers):
+            logits = soft @ self.vectors[part].T
+            logits = torch.cat((self.empty[part].expand(*soft.shape[:2], 1), logits), dim=-1)
+            targets = torch.tensor([[numbers[label[part]] for label in cells] for cells in labels])
+            weights = torch.tensor([0.3] + [1.0] * (len(numbers) - 1))  # most cells are empty
+            losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), weights))
+            full = targets > 0
+            right.append(float((logits.argmax(-1) == targets)[full].float().mean()))
+        return torch.stack(losses).mean(), right
 
 
-def labelled_views(seed: int) -> Iterator[tuple[NDArray[np.uint8], list[tuple[str, str]]]]:
-    """A square picture or one crop of a wide one, and what each of its soft tokens should see."""
+def labelled_views(seed: int) -> Iterator[tuple[NDArray[np.uint8], list[Label]]]:
+    """A picture or, of most wide ones, one crop, and what each of its soft tokens should tell."""
     rng = random.Random(f"views {seed}")
     streams = {kind: iter(Scenes(kind, seed)) for kind in KINDS}
     while True:
         (kind,) = rng.choices(list(SHARES), list(SHARES.values()))
         scene = next(streams[kind])
         view = (0, 0, *scene.image.size)
-        if scene.wide:
+        if scene.wide and rng.random() < 0.75:
             view = rng.choice(pan_and_scan_boxes(*scene.image.size))
         (image,) = prepare(scene.image.crop(view), IMAGE_SIZE)
-        yield image, view_labels(scene.items, view, GRID)
+        yield image, view_labels(scene, view, GRID)
 
 
-def pretrain(model: Gemma3, tokenizer: Tokenizer, steps: int, seed: int, batch: int = 64) -> None:
-    """Each soft token learns the name and the colour of what lies in its cell."""
-    kinds = ((*SHAPES, *WORDS), tuple(COLOURS))
-    vectors = [class_vectors(model, tokenizer, names) for names in kinds]
-    numbers = [{name: index for index, name in enumerate(("", *names))} for names in kinds]
-    empty = [nn.Parameter(torch.tensor(2.0)) for _ in kinds]
-    # Most cells are empty.
-    weights = [torch.tensor([0.3] + [1.0] * len(names)) for names in kinds]
+def pretrain(model: Gemma3, cells: CellLoss, steps: int, seed: int, batch: int = 64) -> None:
+    """Each soft token learns to tell what lies in its cell."""
     seeing = {name: p for name, p in model.named_parameters() if name.startswith(("vision_tower", "multi_modal"))}
     opts = optimizers(seeing, hidden=4e-3, rest=2e-3)
-    opts[-1].add_param_group({"params": empty, "lr": 2e-3})
+    opts[-1].add_param_group({"params": list(cells.parameters()), "lr": 2e-3})
     schedules = [torch.optim.lr_scheduler.LambdaLR(opt, lambda s: learning_rate(s, steps, 0.2)) for opt in opts]
     views = labelled_views(seed)
     began = time.time()
     for step in range(steps):
         images, labels = zip(*(next(views) for _ in range(batch)), strict=True)
         with torch.autocast("cpu", torch.bfloat16):
-            soft = model.encode_images(to_pixels(images)).float()
-        losses, found = [], []
-        for part in range(2):
-            logits = soft @ vectors[part].T + F.pad(empty[part].view(1), (0, len(vectors[part]) - 1))
-            targets = torch.tensor([[numbers[part][cell[part]] for cell in cells] for cells in labels])
-            losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), weights[part]))
-            full = targets > 0
-            found.append(float((logits.argmax(-1) == targets)[full].float().mean()))
-        sum(losses).backward()  # type: ignore[union-attr, no-untyped-call]
+            soft = model.encode_images(to_pixels(images))
+        loss, right = cells(soft.float(), labels)
+        loss.backward()
         for optimizer, schedule in zip(opts, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
         if (step + 1) % 25 == 0:
             rate = batch * (step + 1) / (time.time() - began)
-            parts = " ".join(
-                f"{name} {loss.item():.3f} ({right:.0%})"
-                for name, loss, right in zip(("names", "colours"), losses, found, strict=True)
-            )
-            print(f"encoder {step + 1} {parts} {rate:.0f} images/s", flush=True)
+            shown = " ".join(f"{share:.0%}" for share in right)
+            print(f"encoder {step + 1} {loss.item():.3f} right {shown} {rate:.0f} images/s", flush=True)
 
 
 # ---- everything together -------------------------------------------------------------------------------------
@@ -288,7 +300,14 @@ def learning_rate(step: int, steps: int, floor: float = 0.0) -> float:
 
 
 def train(
-    model: Gemma3, tokenizer: Tokenizer, documents: list[str], held_out: list[int], steps: int, seed: int, out: Path
+    model: Gemma3,
+    tokenizer: Tokenizer,
+    cells: CellLoss,
+    documents: list[str],
+    held_out: list[int],
+    steps: int,
+    seed: int,
+    out: Path,
 ) -> None:
     """Each step: 20 rows about one image each, 4 with Pan & Scan, a row of text, and every fourth one of chat."""
     text = torch.tensor([i for doc in documents for i in (*tokenizer.encode(doc, bos=False), tokenizer.eos_id)])
@@ -297,16 +316,20 @@ def train(
     chats = chat_rows(tokenizer, seed + 3, 256)
     texts = text_rows(text, tokenizer.bos_id, seed + 4, 256)
     opts = optimizers(dict(model.named_parameters()), hidden=2e-3, rest=1e-3, factor=0.5)
+    opts[-1].add_param_group({"params": list(cells.parameters()), "lr": 1e-3})
     schedules = [torch.optim.lr_scheduler.LambdaLR(opt, lambda s: learning_rate(s, steps)) for opt in opts]
     smooth: dict[str, float] = defaultdict(float)
     began = time.time()
     for step in range(steps):
-        for kind, stream, count in (("image", whole, 20), ("scanned", scanned, 4)):
+        # Pan & Scan's long rows pay once single pictures are understood.
+        both = step % 4 == 0 or step > 0.4 * steps
+        for kind, stream, count, weight in (("image", whole, 20, 1.0), ("scanned", scanned, 4, 0.5))[: 1 + both]:
             rows = [next(stream) for _ in range(count)]
             with torch.autocast("cpu", torch.bfloat16):
-                logits, targets = spoken(model, rows)
+                logits, targets, soft = spoken(model, rows)
             loss = F.cross_entropy(logits.float(), targets)
-            (loss * (1.0 if kind == "image" else 0.5)).backward()  # type: ignore[no-untyped-call]
+            telling, _ = cells(soft.float(), [labels for row in rows for labels in row.labels])
+            (weight * (loss + telling)).backward()
             smooth[kind] += (loss.item() - smooth[kind]) * max(0.05, 1 / (step + 1))
         for kind, plain, weight in (("text", texts, 0.3), ("chat", chats, 0.3))[: 2 if step % 4 == 0 else 1]:
             loss = batch_loss(model, [next(plain)])
@@ -350,8 +373,8 @@ def image_scores(
     score: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for start in range(0, len(cases), 16):
         names, rows = zip(*cases[start : start + 16], strict=True)
-        logits, targets = spoken(model, [padded(row, len(rows[-1].ids)) for row in rows])
-        right = (logits.argmax(-1) == targets).split([sum(i != IGNORE for i in row.targets) for row in rows])
+        logits, targets, _ = spoken(model, [padded(row, len(rows[-1].ids)) for row in rows])
+        right = (logits.argmax(-1) == targets).split([sum(i != IGNORE for i in row.targets) for row in rows])  # type: ignore[no-untyped-call]
         for name, one in zip(names, right, strict=True):
             score[name] = (score[name][0] + int(one.all()), score[name][1] + 1)
     return dict(sorted(score.items()))
@@ -403,11 +426,12 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64
     for layer in (*model.model.layers, *model.vision_tower.vision_model.encoder.layers):
         layer.compile(dynamic=False)
+    cells = CellLoss(model, tokenizer)
     if args.encoder_steps:
-        pretrain(model, tokenizer, args.encoder_steps, args.seed)
+        pretrain(model, cells, args.encoder_steps, args.seed)
         write_weights(model, args.out)
     held_out = tokenizer.encode(held_out_text, bos=False)
-    train(model, tokenizer, documents, held_out, args.steps, args.seed, args.out)
+    train(model, tokenizer, cells, documents, held_out, args.steps, args.seed, args.out)
     with torch.no_grad():  # the figures are those of the stored weights
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))

@@ -13,7 +13,7 @@ from gemma3.images import pan_and_scan_boxes
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 import demo_images
-from demo_images import KINDS, Item, Kind, Scene, Scenes, is_held_out, view_labels
+from demo_images import KINDS, NOTHING, Item, Kind, Scene, Scenes, is_held_out, view_labels
 
 
 def scenes(kind: Kind, count: int, held_out: bool = False, seed: int = 3) -> list[Scene]:
@@ -73,16 +73,17 @@ def test_a_detail_of_a_wide_picture_lies_whole_in_one_crop() -> None:
         for item in scene.items:
             left, _, right, _ = item.box
             assert sum(crop[0] <= left and right <= crop[2] for crop in crops) == 1
-        seen = [label for crop in crops for label in set(view_labels(scene.items, crop, 4)) if label[0]]
-        assert sorted(seen) == sorted((item.name, item.colour) for item in scene.items)
+        seen = [label for crop in crops for label in set(view_labels(scene, crop, 4)) - {NOTHING}]
+        assert sorted(seen) == sorted((item.name, item.colour, "", "") for item in scene.items)
 
 
 def test_labels_stand_where_things_are() -> None:
-    circle, word = Item("circle", "red", (30, 70), 20), Item("milk", "blue", (60, 10), 20)
-    labels = view_labels([circle, word], (0, 0, 80, 80), 4)
-    assert labels[3 * 4 + 1] == ("circle", "red")
-    assert {index for index, label in enumerate(labels) if label == ("milk", "blue")} == {2, 3}
-    assert view_labels([circle], (40, 0, 80, 80), 4) == [("", "")] * 16
+    items = (Item("circle", "red", (30, 70), 20), Item("milk", "blue", (60, 10), 20))
+    scene = Scene("word", demo_images.picture((80, 80), (255, 255, 255), items), items, ())
+    labels = view_labels(scene, (0, 0, 80, 80), 4)
+    circle, word = ("circle", "red", "bottom", "one"), ("milk", "blue", "top", "one")
+    assert {index: label for index, label in enumerate(labels) if label != NOTHING} == {2: word, 3: word, 13: circle}
+    assert view_labels(scene, (0, 40, 80, 80), 2).count(("circle", "red", "", "")) == 1
 
 
 def test_files_hold_the_same_pixels_and_questions(tmp_path: Path) -> None:
