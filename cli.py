@@ -55,7 +55,7 @@ SchemeOption = Annotated[
 ]
 EmbeddingOption = Annotated[
     Literal["int8", "int4", "sfp8"] | None,
-    typer.Option("--embedding", help="How the embedding table is stored [int8; sfp8 and fp32 with those schemes]."),
+    typer.Option("--embedding", help="How the embedding table is stored [int8; fp32 with that scheme]."),
 ]
 RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="A recipe (.toml) instead of --scheme and --embedding.")
@@ -189,13 +189,14 @@ def qat(
     steps: Annotated[int, typer.Option("--steps")] = 500,
     batch: Annotated[int, typer.Option("--batch", help="Rows a step.")] = 4,
     length: Annotated[int, typer.Option("--length", help="Tokens a row.")] = 256,
-    pan_and_scan: Annotated[
-        bool, typer.Option("--pan-and-scan", help="Add crops of images that are far from square.")
-    ] = False,
+    pan_and_scan: PanAndScan = False,
     micro_batch: Annotated[
         int | None, typer.Option("--micro-batch", min=1, help="Rows at once; the rest of a step's is accumulated.")
     ] = None,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate, in root mean squares of each weight.")] = 1e-3,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", help="Peak learning rate, in root mean squares of each weight [0.001; 0.0005 with SFP8]."),
+    ] = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps until the peak.")] = 10,
     loss: Annotated[
         Literal["full", "sampled"],
@@ -222,13 +223,15 @@ def qat(
     from export.distill import distill_checkpoint
     from export.source import DEFAULT_SCHEME
     from gemma3.checkpoint import resolve_checkpoint
-    from quant.qat import Settings
+    from quant.qat import Settings, default_lr
     from quant.recipe import preset
 
+    wanted = recipe_of(scheme, embedding, recipe) or preset(DEFAULT_SCHEME)
+    lr = default_lr(wanted) if lr is None else lr
     settings = Settings(steps, batch, lr, warmup, loss=loss, activations=activations, bf16=bf16, seed=seed)
     distill_checkpoint(
         resolve_checkpoint(model),
-        recipe_of(scheme, embedding, recipe) or preset(DEFAULT_SCHEME),
+        wanted,
         out,
         settings,
         data=data or [],

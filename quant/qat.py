@@ -42,7 +42,7 @@ from quant.atomic import sync
 from quant.fake import convert, head_input, prepare
 from quant.integers import IntegerWeight
 from quant.progress import Progress
-from quant.recipe import QuantizedWeights
+from quant.recipe import SCHEMES, QuantizedWeights, Recipe, Sfp8
 from quant.sfp8 import Sfp8Weight
 
 log = logging.getLogger(__name__)
@@ -303,6 +303,11 @@ def schedule(step: int, settings: Settings) -> float:
     """The learning rate of a step as a fraction of its peak: linear warm-up, then half a cosine to zero."""
     warm = (step + 1) / (settings.warmup + 1)
     return min(1.0, warm) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+
+
+def default_lr(recipe: Recipe) -> float:
+    """What trained the demo checkpoint best: less where SFP8 already is near."""
+    return 5e-4 if any(isinstance(SCHEMES[rule.scheme], Sfp8) for rule in recipe.rules) else 1e-3
 
 
 def _rows(step: int, count: int, settings: Settings) -> Tensor:

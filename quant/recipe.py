@@ -122,9 +122,9 @@ def preset(scheme: str, embedding: str | None = None) -> Recipe:
     """The recipe that a command's ``--scheme`` and ``--embedding`` name.
 
     Linears get the scheme, norms stay, and the embedding table (with the head, tied or not) gets a setting of its
-    own. Unless said otherwise that is SFP8 with SFP8, and else int8 per row, because at int4 the table costs a
-    small model more than all its linears. The image encoder's linears are int8 per row: they are a tenth of the 4B's
-    weights, and SigLIP's 4304 columns are no multiple of 32.
+    own. Unless said otherwise that is int8 per row: at int4 the table costs a small model more than all its linears,
+    and in SFP8, of the same size, twenty times as much. The image encoder's linears are int8 per row: they are
+    a tenth of the 4B's weights, and SigLIP's 4304 columns are no multiple of 32.
     """
     if scheme not in LINEAR_SCHEMES:
         raise RecipeError(f"scheme {scheme!r} is unknown; use one of {', '.join(LINEAR_SCHEMES)}")
@@ -132,7 +132,7 @@ def preset(scheme: str, embedding: str | None = None) -> Recipe:
         if embedding is not None:
             raise RecipeError(f"embedding {embedding!r} has no meaning with scheme fp32; leave it out")
         return Recipe("fp32", (Rule("*", "float32"),))
-    table = embedding or ("sfp8" if scheme == "sfp8" else "int8")
+    table = embedding or "int8"
     linears = Rule("*_proj.weight", LINEAR_SCHEMES[scheme])
     return Recipe(f"{scheme}+embedding-{table}", (*KEPT, *_table_rules(table), *ENCODER, linears))
 

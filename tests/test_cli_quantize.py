@@ -78,7 +78,7 @@ def test_a_recipe_file(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_sfp8_as_integers_and_exact(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
-    options = ("--scheme", "sfp8", "--format", "onnx", *EXPORT)
+    options = ("--scheme", "sfp8", "--embedding", "sfp8", "--format", "onnx", *EXPORT)
     result = gemma_edge("export", checkpoint, "-o", tmp_path / "integers", *options)
     assert result.code == 0, result.err
     assert "SFP8 weights as int8-block32" in result.out

@@ -183,6 +183,10 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000002"]
 
 
+def test_sfp8_is_moved_less() -> None:
+    assert qat.default_lr(preset("sfp8")) < qat.default_lr(preset("int4-channel"))
+
+
 def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_run(tmp_path)
     assert capsys.readouterr().err.splitlines()[-1].startswith("6/6 loss ")

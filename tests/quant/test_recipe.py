@@ -107,7 +107,7 @@ def test_unknown_names() -> None:
 
 
 def test_sfp8() -> None:
-    quantized = quantize(weights("untied"), preset("sfp8"))
+    quantized = quantize(weights("untied"), preset("sfp8", "sfp8"))
     assert all(isinstance(weight, Sfp8Weight) or "norm" in name for name, weight in quantized.tensors.items())
     mixed = quantize(weights("untied"), preset("sfp8", "int4")).tensors
     assert isinstance(mixed["model.layers.0.mlp.up_proj.weight"], Sfp8Weight)
