@@ -28,7 +28,7 @@ class OnnxSession:
 
     def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
         self._threads = threads
-        self._session = _open(path, threads)
+        self._session = open_graph(path, threads)
         shapes = _cache_shapes(layout)
         _check_shapes(path, self._session, shapes | {"logits": [1, 1, config.vocab_size]})
         if config.vision is not None:
@@ -93,7 +93,7 @@ class OnnxSession:
 
     def _encode(self, images: Sequence[Image]) -> list[SoftTokens]:
         """[1, T, E] of each, for soft tokens themselves."""
-        encoder = _open(self._vision_path, self._threads) if any(map(is_pixels, images)) else None
+        encoder = open_encoder(self._vision_path, self._threads) if any(map(is_pixels, images)) else None
         encoded: list[SoftTokens] = []
         for image in images:
             if encoder is not None and is_pixels(image):
@@ -103,9 +103,16 @@ class OnnxSession:
         return encoded
 
 
-def _open(path: Path, threads: int | None) -> ort.InferenceSession:
+def open_encoder(path: Path, threads: int | None) -> ort.InferenceSession:
+    """Without a plan of its memory, for which ONNX Runtime would keep 100 MB more from the second image on."""
+    return open_graph(path, threads, plan_memory=False)
+
+
+def open_graph(path: Path, threads: int | None, plan_memory: bool = True) -> ort.InferenceSession:
+    """Raises BadInput when the file is damaged or refers to anything unsafe."""
     load_graph(path)  # refuses what ONNX Runtime should not be asked to open
     options = ort.SessionOptions()
+    options.enable_mem_pattern = plan_memory
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     try:
