@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from export.manifest import (
@@ -36,7 +37,7 @@ from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
 from gemma3.tokenizer import END_OF_IMAGE, IMAGE_SOFT_TOKEN, START_OF_IMAGE, Tokenizer
 from quant.atomic import refuse_target, staging
 from quant.integers import IntegerWeight, equal_codes
-from quant.recipe import QuantizedWeights, Recipe, Rule
+from quant.recipe import Quantized, QuantizedWeights, Recipe, Rule
 from quant.sfp8 import Sfp8Weight
 from quant.stored import CONFIG, is_quantized
 
@@ -291,23 +292,31 @@ def check_integers(directory: Path, manifest: Manifest, weights: Mapping[Format,
     """Are the codes and scales in each file those of ``weights``? The share of weights that are, one by one."""
     checks = []
     for format, artifact in manifest.artifacts.items():
-        integers = weights[format].integers
-        if not integers:
+        quantized = weights[format].quantized
+        if not quantized:
             continue
         stored = read_back(format, directory / artifact.file)
-        equal = sum(equal_codes(stored[name], weight) for name, weight in integers.items() if name in stored)
-        total = sum(weight.codes.numel() for weight in integers.values())
+        equal = sum(_equal(stored[name], weight) for name, weight in quantized.items() if name in stored)
+        total = sum(weight.codes.numel() for weight in quantized.values())
         name = f"integers in the file are the quantizer's ({equal} of {total})"
         checks.append(Check(format, name, "equal", equal / total, 1.0, equal == total))
     return checks
 
 
-def read_back(format: Format, path: Path) -> dict[str, IntegerWeight]:
-    """The integer weights that the file holds, by checkpoint name."""
-    if format == "onnx":
-        from export.to_onnx import read_back_onnx
+def _equal(stored: Quantized, weight: Quantized) -> int:
+    """How many codes are the same under the same scale."""
+    if isinstance(weight, IntegerWeight):
+        return equal_codes(stored, weight) if isinstance(stored, IntegerWeight) else 0
+    same = isinstance(stored, Sfp8Weight) and torch.equal(stored.scale, weight.scale)
+    return int((stored.codes == weight.codes).sum()) if same else 0
 
-        return read_back_onnx(path)
+
+def read_back(format: Format, path: Path) -> Mapping[str, Quantized]:
+    """The quantized weights that the file holds, by checkpoint name."""
+    if format == "onnx":
+        from export.to_onnx import read_back_onnx, read_back_sfp8
+
+        return {**read_back_onnx(path), **read_back_sfp8(path)}
     from export.to_executorch import read_back_pte
 
     return read_back_pte(path)

@@ -38,6 +38,7 @@ IR_VERSION = 11  # opset 23's
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
 FAST_BLOCKS = (128, 64, 32)
 ALIGNMENT = 64  # bytes: a cache line, so that weights used straight from the mapped file are aligned
+SFP8_SCALE = ".scale"
 WEIGHTS_KEY = "gemma_edge.weights"  # on a node: which checkpoint weights its matrix is made of
 
 
@@ -233,7 +234,7 @@ class GraphBuilder:
         """float32 [rows, columns], from one byte a value in the file."""
         if name not in self._decoded:
             codes = self._stored(name + ".codes", lambda: weight.codes.numpy())
-            scale = self._stored(name + ".scale", lambda: weight.scale.numpy())
+            scale = self._stored(name + SFP8_SCALE, lambda: weight.scale.numpy())
             values = self.op.Gather(self.floats(DECODE.tolist()), self.op.Cast(codes, to=ir.DataType.INT32))
             self._decoded[name] = self.op.Mul(values, scale)
         return self._decoded[name]
@@ -366,3 +367,13 @@ def stored_integers(path: Path) -> Iterator[tuple[str, IntegerWeight]]:
         for name, rows in note["rows"].items():
             yield name, IntegerWeight(codes[start : start + rows], scales[start : start + rows], bits, shorter_last)
             start += rows
+
+
+def stored_sfp8(path: Path) -> Iterator[tuple[str, Sfp8Weight]]:
+    """The SFP8 codes and scales that the file keeps (see ``GraphBuilder.sfp8_matrix``)."""
+    initializers = {tensor.name: tensor for tensor in load_graph(path).graph.initializer}
+    for label in initializers:
+        if label.endswith(SFP8_SCALE):
+            name = label.removesuffix(SFP8_SCALE)
+            codes, scale = (read_initializer(path, initializers[part]) for part in (name + ".codes", label))
+            yield name, Sfp8Weight(torch.from_numpy(codes), torch.from_numpy(scale))

@@ -40,6 +40,7 @@ from export.onnx_graph import (
     block_size,
     declare,
     stored_integers,
+    stored_sfp8,
     typed_value,
     write_graph,
 )
@@ -128,6 +129,11 @@ def read_back_onnx(path: Path) -> dict[str, IntegerWeight]:
     Raises BadInput as ``load_graph`` does.
     """
     return dict(chain.from_iterable(map(stored_integers, graphs_of(path))))
+
+
+def read_back_sfp8(path: Path) -> dict[str, Sfp8Weight]:
+    """The same of SFP8's codes, where the files keep them."""
+    return dict(chain.from_iterable(map(stored_sfp8, graphs_of(path))))
 
 
 def compare_integers(weights: Weights, path: Path) -> tuple[int, int]:

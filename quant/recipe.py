@@ -15,8 +15,9 @@ from torch import Tensor
 from quant.integers import IntegerWeight, require_finite, round_to_nearest
 from quant.sfp8 import Sfp8Weight, encode_weight
 
+Quantized = IntegerWeight | Sfp8Weight
 # A weight as it is stored: kept, or quantized.
-Weight = Tensor | IntegerWeight | Sfp8Weight
+Weight = Tensor | Quantized
 
 
 class RecipeError(ValueError):
@@ -92,6 +93,10 @@ class QuantizedWeights:
     @property
     def integers(self) -> dict[str, IntegerWeight]:
         return {name: weight for name, weight in self.tensors.items() if isinstance(weight, IntegerWeight)}
+
+    @property
+    def quantized(self) -> dict[str, Quantized]:
+        return {name: weight for name, weight in self.tensors.items() if not isinstance(weight, Tensor)}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

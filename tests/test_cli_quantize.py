@@ -8,9 +8,10 @@ import torch
 
 from export.manifest import read_manifest
 from export.to_onnx import read_back_onnx
+from gemma3.checkpoint import open_checkpoint
 from quant.recipe import preset
 from quant.stored import load_quantized
-from tests.bundles import EXPORT, Cli, Run
+from tests.bundles import EXPORT, Cli, Run, rewrite_tensors, write_checkpoint
 
 
 def assert_refused(result: Run, *words: str) -> None:
@@ -91,15 +92,25 @@ def test_sfp8_as_integers_and_exact(gemma_edge: Cli, checkpoint: Path, tmp_path:
 
     result = gemma_edge("export", checkpoint, "-o", tmp_path / "exact", "--exact-sfp8", *options)
     assert result.code == 0, result.err
-    exact = read_manifest(tmp_path / "exact").artifacts["onnx"]
+    manifest = read_manifest(tmp_path / "exact")
+    counted = next(check.name for check in manifest.validation if check.metric == "equal")
+    source = open_checkpoint(checkpoint)
+    codes = sum(source.tensor(name).numel() for name in linears)
+    assert f"({codes} of {codes})" in counted
+    exact = manifest.artifacts["onnx"]
     assert exact.stand_ins == {}
     assert exact.bytes < 1.2 * exact.ideal_bytes
     assert gemma_edge("validate", tmp_path / "exact", "--checkpoint", checkpoint).code == 0
+    other = write_checkpoint(tmp_path / "other")
+    rewrite_tensors(other, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].mul_(-1))
+    result = gemma_edge("validate", tmp_path / "exact", "--checkpoint", other)
+    assert result.code == 5
+    assert "integers in the file are the quantizer's" in result.err
 
     options = ("--scheme", "sfp8", "--format", "pte", "--exact-sfp8", *EXPORT)
     result = gemma_edge("export", checkpoint, "-o", tmp_path / "pte", *options)
     assert_refused(result, "only .onnx can hold SFP8's own codes")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["exact", "integers"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exact", "integers", "other"]
 
 
 @pytest.mark.parametrize(
