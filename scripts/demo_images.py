@@ -1,8 +1,8 @@
 """What the demo checkpoint that sees learns from: pictures drawn by code, and questions about them.
 
-Everything is deterministic for one seed and Pillow version. Compositions divide training from evaluation: a colour and
-a shape (``HELD_OUT_PAIRS``), or a word and a place (``held_out_place``), that never occur together in training, while
-each of the two does in other company. Every picture for evaluation shows such a composition.
+Everything is deterministic for one seed and Pillow version. Compositions divide training from evaluation: a thing in
+a colour at a place, or a number of things in a colour. One in six never occurs in training, where each two of its three
+parts do occur together. Every picture for evaluation shows such a composition.
 """
 
 import json
@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,13 +34,6 @@ PLACES = ("left", "right", "top", "bottom")
 NUMBERS = ("one", "two", "three", "four", "five")
 BACKGROUNDS = ((255, 255, 255), (250, 245, 225), (225, 225, 225), (215, 230, 245))
 
-HELD_OUT_PAIRS = frozenset(
-    zip(
-        ("red", "green", "blue", "yellow", "orange", "purple"),
-        ("star", "circle", "cross", "ring", "triangle", "square"),
-        strict=True,
-    )
-)
 AT = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 CENTRES = {"left": (0.24, 0.5), "right": (0.76, 0.5), "top": (0.5, 0.22), "bottom": (0.5, 0.78)}
 
@@ -48,9 +41,15 @@ SQUARE_SIDES = (160, 224, 288)
 WIDE_HEIGHTS = (256, 288, 320)
 
 
-def held_out_place(word: str) -> str:
-    """The one place where training never shows ``word``."""
-    return PLACES[WORDS.index(word) % len(PLACES)]
+# A name, colour and place, or a number, shape and colour.
+Composition = tuple[str, str, str]
+HELD_OUT_EVERY = 6
+
+
+def is_held_out(composition: Composition) -> bool:
+    counted = composition[0] in NUMBERS
+    parts = (NUMBERS, SHAPES, tuple(COLOURS)) if counted else ((*SHAPES, *WORDS), tuple(COLOURS), PLACES)
+    return sum(names.index(name) for names, name in zip(parts, composition, strict=True)) % HELD_OUT_EVERY == 0
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,11 @@ class Scene:
         return self.image.width > 2 * self.image.height
 
     @property
-    def compositions(self) -> set[tuple[str, str]]:
-        """Every (colour, shape) and (word, place) that the picture shows."""
-        return {(item.name, self.place(item)) if item.is_word else (item.colour, item.name) for item in self.items}
+    def compositions(self) -> set[Composition]:
+        """What the picture shows: so many equal shapes, or each thing where it is."""
+        if self.kind == "count":
+            return {(NUMBERS[len(self.items) - 1], self.items[0].name, self.items[0].colour)}
+        return {(item.name, item.colour, self.place(item)) for item in self.items}
 
     def place(self, item: Item) -> str:
         """The side of the picture that ``item`` is nearest to; left or right on a wide one."""
@@ -116,11 +117,6 @@ class Scene:
         if self.wide or abs(x) > abs(y):
             return "left" if x < 0 else "right"
         return "top" if y < 0 else "bottom"
-
-
-def is_held_out(composition: tuple[str, str]) -> bool:
-    first, second = composition
-    return held_out_place(first) == second if first in WORDS else composition in HELD_OUT_PAIRS
 
 
 def article(word: str) -> str:
@@ -205,23 +201,18 @@ class Scenes:
 
     # -- what is drawn
 
-    def _shape(
-        self, held_out: bool | None = None, shapes: Sequence[str] = SHAPES, no_colour: str = ""
+    def _thing(
+        self, names: Sequence[str], place: str, held_out: bool | None = None, no_colour: str = ""
     ) -> tuple[str, str]:
-        """(shape, colour)."""
+        """(name, colour) of something to be seen at ``place``."""
         wanted = self.held_out if held_out is None else held_out
         pairs = [
-            (shape, colour)
-            for shape in shapes
+            (name, colour)
+            for name in names
             for colour in COLOURS
-            if ((colour, shape) in HELD_OUT_PAIRS) == wanted and colour != no_colour
+            if is_held_out((name, colour, place)) == wanted and colour != no_colour
         ]
         return self.rng.choice(pairs)
-
-    def _word_for(self, places: Sequence[str], held_out: bool | None = None) -> tuple[str, str]:
-        """(word, place)."""
-        wanted = self.held_out if held_out is None else held_out
-        return self.rng.choice([(w, p) for w in WORDS for p in places if (held_out_place(w) == p) == wanted])
 
     def _jitter(self, amount: float) -> float:
         return self.rng.uniform(-amount, amount)
@@ -269,7 +260,7 @@ class Scenes:
 
     def _single(self) -> Scene:
         side, place = self.rng.choice(SQUARE_SIDES), self.rng.choice(PLACES)
-        shape, colour = self._shape()
+        shape, colour = self._thing(SHAPES, place)
         item = Item(shape, colour, self._at(place, side), side * self.rng.uniform(0.18, 0.36))
         which = self._ask("shape", shape, "Which shape is this?", "What shape is in the image?", "Name the shape.")
         turns = [
@@ -283,9 +274,10 @@ class Scenes:
     def _pair(self) -> Scene:
         """Two shapes of different kinds and colours, beside or above each other; the held-out one on either side."""
         side = self.rng.choice(SQUARE_SIDES)
-        shape, colour = self._shape()
-        other_shape, other_colour = self._shape(False, [s for s in SHAPES if s != shape], colour)
         places = self.rng.choice((("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")))
+        shape, colour = self._thing(SHAPES, places[0])
+        others = [name for name in SHAPES if name != shape]
+        other_shape, other_colour = self._thing(others, places[1], False, colour)
         items = [
             Item(name, paint, self._at(place, side), side * self.rng.uniform(0.18, 0.36))
             for name, paint, place in zip((shape, other_shape), (colour, other_colour), places, strict=True)
@@ -311,9 +303,11 @@ class Scenes:
         return self._scene((side, side), items, turns)
 
     def _count(self) -> Scene:
-        """One to five equal shapes, in different cells of a grid of three by three."""
-        side, number = self.rng.choice(SQUARE_SIDES), self.rng.randint(1, len(NUMBERS))
-        shape, colour = self._shape()
+        """Two to five equal shapes, in different cells of a grid of three by three."""
+        side = self.rng.choice(SQUARE_SIDES)
+        compositions = product(NUMBERS[1:], SHAPES, COLOURS)
+        named, shape, colour = self.rng.choice([c for c in compositions if is_held_out(c) == self.held_out])
+        number = NUMBERS.index(named) + 1
         size = side * self.rng.uniform(0.16, 0.24)
         cells = self.rng.sample(range(9), number)
         centres = [
@@ -321,24 +315,21 @@ class Scenes:
         ]
         items = [Item(shape, colour, (x * side, y * side), size) for x, y in centres]
         many = plural(shape)
-        text = f"{NUMBERS[number - 1]} {colour} {shape if number == 1 else many}"
         how_many = self._ask(
             "count",
-            NUMBERS[number - 1],
+            named,
             f"How many {many} are there?",
             f"How many {many} do you see?",
             f"Count the {many}.",
             "How many shapes are there?",
         )
         colours = self._ask("colour", colour, f"What colour are the {many}?", f"Which colour do the {many} have?")
-        # One shape alone is described by its place, as a single one is.
-        turns = [how_many, colours] if number == 1 else [how_many, colours, self._describe(text)]
-        return self._scene((side, side), items, turns)
+        return self._scene((side, side), items, [how_many, colours, self._describe(f"{named} {colour} {many}")])
 
     def _word(self) -> Scene:
-        side = self.rng.choice(SQUARE_SIDES)
-        word, place = self._word_for(PLACES)
-        item = Item(word, self.rng.choice(tuple(COLOURS)), self._at(place, side), side * self.rng.uniform(0.15, 0.19))
+        side, place = self.rng.choice(SQUARE_SIDES), self.rng.choice(PLACES)
+        word, colour = self._thing(WORDS, place)
+        item = Item(word, colour, self._at(place, side), side * self.rng.uniform(0.15, 0.19))
         item = replace(item, centre=_inside(item, side))
         read = self._ask(
             "word", word, "Read the word.", "What does it say?", "Which word is in the image?", "What is written there?"
@@ -378,11 +369,7 @@ class Scenes:
         return self._scene((parts * height, height), placed, [*turns, self._describe(text)])
 
     def _detail(self, place: str, held_out: bool) -> Item:
-        if self.rng.random() < 0.5:
-            words = [word for word in WORDS if (held_out_place(word) == place) == held_out]
-            name, colour = self.rng.choice(words), self.rng.choice(tuple(COLOURS))
-        else:
-            name, colour = self._shape(held_out)
+        name, colour = self._thing(WORDS if self.rng.random() < 0.5 else SHAPES, place, held_out)
         return Item(name, colour, (0, 0), 0)
 
     def _about(self, item: Item, side: str) -> list[Turn]:
