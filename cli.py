@@ -13,14 +13,13 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gemma3.cache import cache_layout
 from gemma3.errors import DoesNotFit
 
 if TYPE_CHECKING:
@@ -40,14 +39,13 @@ app = typer.Typer(
 )
 log = logging.getLogger("cli")
 DEBUG = "GEMMA_EDGE_DEBUG"
-DEMO_TOKENS, DEMO_QUESTIONS = 4000, 60
 # What `accuracy` uses where no bundle says: the defaults of `export`.
 LARGEST_STRETCH, EAGER_CHUNK = 4096, 128
 
 Scheme = Literal["fp32", "int4-channel", "int4-block32", "sfp8"]
 OneFormat = Literal["pte", "onnx"]
 
-Model = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory, or 'demo'.")]
+Model = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory, 'demo' or 'demo-vision'.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `gemma-edge export` wrote.")]
 SchemeOption = Annotated[
     Scheme | None,
@@ -484,85 +482,27 @@ def inspect(
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the bundle there.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the bundles there.")] = None,
 ) -> None:
-    """The whole path on the demo checkpoint: export in int4, prove, measure, chat; a table at the end."""
+    """The whole path on the demo checkpoints, one of text and one that sees: export in int4, prove, measure, ask."""
     from export.bundle import require_passed
-    from export.manifest import FORMATS, TOKENIZER
-    from gemma3.checkpoint import load_model, open_checkpoint, resolve_checkpoint
-    from gemma3.tokenizer import Tokenizer
+    from export.manifest import FORMATS
+    from gemma3.checkpoint import resolve_checkpoint
     from quant.recipe import preset
-    from runtime_py.accuracy import compare, stretches
-    from runtime_py.bench import bench as measure
-    from runtime_py.eager_session import EagerSession
-    from runtime_py.questions import answer, exact_match, read_questions, total
-    from runtime_py.report import megabytes, table
-    from runtime_py.session import open_session
-    from runtime_py.validate import check_bundle, stepped_figures
+    from runtime_py.demo import about_images, about_text
+    from runtime_py.validate import check_bundle
 
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = Path(scratch) / "bundle" if out is None else out
-        manifest = export_proven("demo", preset("int4-block32"), bundle, FORMATS)
-        log.info("replaying the golden vectors, as `gemma-edge validate` does anywhere")
-        require_passed(check_bundle(bundle))
-
-        source = resolve_checkpoint("demo")
-        tokenizer, stop_ids = Tokenizer(bundle / TOKENIZER), manifest.tokenizer.eos_ids
-        questions = read_questions(source / "questions.jsonl")
-        asked = questions[:: max(1, len(questions) // DEMO_QUESTIONS)]
-        held_out = tokenizer.encode((source / "heldout.txt").read_text(encoding="utf-8"), bos=False)[:DEMO_TOKENS]
-        layout = cache_layout(manifest.model, "ring", manifest.context, manifest.chunk)
-        pieces = stretches(held_out, manifest.tokenizer.bos_id, manifest.context)
-        original = EagerSession(load_model(open_checkpoint(source)), layout)
-        sessions = {f".{format}": open_session(bundle, format) for format in FORMATS}
-        quality = {}
-        for name, session in sessions.items():
-            log.info("%s: accuracy over %d held-out tokens", name, len(held_out))
-            quality[name] = compare(session, {"original": original}, pieces)["original"]
-        right = {}
-        for name, session in {"original": original, **sessions}.items():
-            log.info("%s: asking %d questions", name, len(asked))
-            right[name] = total(exact_match(session, tokenizer, asked, stop_ids))
-        for question in asked[:: len(asked) // 3]:
-            print(f"> {question.prompt}")
-            for format in FORMATS:
-                print(f".{format}: {answer(sessions[f'.{format}'], tokenizer, question, stop_ids)}")
-        log.info("measuring speed and memory")
-        speeds = {f".{one.format}": one for one in measure(bundle, FORMATS)}
-
-    artifacts = {f".{format}": artifact for format, artifact in manifest.artifacts.items()}
-    figures = {f".{format}": stepped_figures(manifest.validation, format) for format in FORMATS}
-    rows: list[tuple[str, Callable[[str], str]]] = [
-        ("file", lambda name: megabytes(artifacts[name].bytes)),
-        ("file / ideal bytes", lambda name: f"{artifacts[name].bytes / artifacts[name].ideal_bytes:.3f}"),
-        ("max |Δlogit| to quantized eager", lambda name: f"{figures[name]['max_abs']:.2g}"),
-        ("KL to quantized eager, mean", lambda name: f"{figures[name]['kl_mean']:.2g}"),
-        ("same top token", lambda name: f"{figures[name]['top1_agreement']:.1%}"),
-        ("prefill, tok/s", lambda name: str(speeds[name].prefill)),
-        ("decode, tok/s", lambda name: str(speeds[name].decode)),
-        ("load", lambda name: f"{speeds[name].load_seconds:.2f} s"),
-        ("peak RSS", lambda name: megabytes(speeds[name].peak_rss_bytes)),
-    ]
-    perplexities = [one.perplexity for one in quality.values()]
-    first, *_ = quality.values()
-    print()
-    print(
-        table(
-            ("", "original", *sessions),
-            [
-                *((label, "", *(show(name) for name in sessions)) for label, show in rows),
-                (
-                    f"perplexity, {first.tokens} tokens",
-                    *(one.show(".3f") for one in (first.reference_perplexity, *perplexities)),
-                ),
-                ("ΔNLL to the original (paired), nats", "", *(one.delta_nll.show("+.4f") for one in quality.values())),
-                ("KL to the original, mean", "", *(one.kl.show(".3g") for one in quality.values())),
-                ("right answers", *map(str, right.values())),
-            ],
-        )
-    )
+        for model, about in (("demo", about_text), ("demo-vision", about_images)):
+            bundle = (out or Path(scratch)) / model
+            bundle.parent.mkdir(parents=True, exist_ok=True)
+            export_proven(model, preset("int4-block32"), bundle, FORMATS)
+            log.info("replaying the golden vectors, as `gemma-edge validate` does anywhere")
+            require_passed(check_bundle(bundle))
+            for line in about(bundle, resolve_checkpoint(model)):
+                print(line)
     if out is not None:
-        log.info("the bundle is in %s", out)
+        log.info("the bundles are in %s", out)
 
 
 # What the commands share.
@@ -619,7 +559,7 @@ def prove(draft: "Draft") -> "list[Check]":
     from runtime_py.golden import save_golden
     from runtime_py.own_cache import check_own_cache
     from runtime_py.plan import make_plan
-    from runtime_py.validate import check_exact_twin, check_logits
+    from runtime_py.validate import check_exact_encoder, check_exact_twin, check_logits
 
     plan = make_plan(draft.manifest)
     references = fresh_references(draft.manifest, plan, draft.weights)
@@ -630,6 +570,7 @@ def prove(draft: "Draft") -> "list[Check]":
         *integers,
         *check_logits(draft.directory, draft.manifest, references),
         *check_own_cache(draft.directory, draft.manifest, draft.weights, references),
+        *check_exact_encoder(draft.directory, draft.manifest, references),
         *check_exact_twin(draft.directory, draft.manifest, references),
     ]
 

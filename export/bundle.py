@@ -172,9 +172,11 @@ def largest_piece(config: ModelConfig, context: int, chunk: int) -> int:
     if config.vision is None:
         return chunk
     tokens = config.vision.tokens_per_image
-    if tokens > context:
+    needed = tokens + 4  # BOS, a mark on either side, and something about it
+    if needed > context:
         raise DoesNotFit(
-            f"an image's {tokens} tokens are over the context of {context}; use --context {tokens} or more"
+            f"an image's {tokens} tokens and those around it are over the context of {context}; "
+            f"use --context {needed} or more"
         )
     return max(chunk, tokens)
 

@@ -54,14 +54,17 @@ class Checkpoint:
         return ((name, self.tensor(name)) for name in self._stored)
 
 
+DEMOS = {"demo": "demo", "demo-vision": "demo_vision"}  # model argument → folder beside this file
+
+
 def resolve_checkpoint(model: str) -> Path:
-    """The directory that a command's model argument names: ``demo``, or a local path. Raises BadInput."""
-    if model == "demo":
-        return Path(__file__).parent / "demo"
+    """The directory that a command's model argument names: a demo checkpoint's, or a local path. Raises BadInput."""
+    if model in DEMOS:
+        return Path(__file__).parent / DEMOS[model]
     path = Path(model)
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
-        raise BadInput(f"{model}: {kind}; give a Hugging Face checkpoint directory, or 'demo'")
+        raise BadInput(f"{model}: {kind}; give a Hugging Face checkpoint directory, 'demo' or 'demo-vision'")
     return path
 
 

@@ -89,6 +89,8 @@ def _measure(
     session = open_session(bundle, format, threads)
     load_seconds = time.perf_counter() - start
     ids = np.random.default_rng(SEED).integers(session.vocab_size, size=prompt + new_tokens).tolist()
+    if session.vision is not None:  # an image token is no text
+        ids = [0 if token == session.vision.image_token_id else token for token in ids]
     prefill, decode = [], []
     for repetition in range(repetitions + 1):
         session.reset()

@@ -1,0 +1,137 @@
+"""What ``gemma-edge demo`` shows of the bundles of the demo checkpoints, line by line."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from export.manifest import FORMATS, TOKENIZER, Manifest, read_manifest
+from gemma3.cache import cache_layout
+from gemma3.checkpoint import load_model, open_checkpoint
+from gemma3.tokenizer import Tokenizer
+from runtime_py.accuracy import compare, stretches
+from runtime_py.bench import bench
+from runtime_py.eager_session import EagerSession
+from runtime_py.questions import Question, Score, answer, exact_match, read_questions, total
+from runtime_py.report import megabytes, table
+from runtime_py.session import Session, open_session
+from runtime_py.validate import stepped_figures
+
+log = logging.getLogger(__name__)
+
+TOKENS, QUESTIONS, IMAGE_QUESTIONS, WIDE_QUESTIONS = 4000, 60, 48, 24
+SHOWN = 3
+ORIGINAL = "original"
+
+
+def about_text(bundle: Path, source: Path) -> Iterator[str]:
+    """Answers, and a table: size, agreement with the eager model, accuracy, speed and memory of each file."""
+    manifest = read_manifest(bundle)
+    tokenizer = Tokenizer(bundle / TOKENIZER)
+    asked = some(read_questions(source / "questions.jsonl"), QUESTIONS)
+    held_out = tokenizer.encode((source / "heldout.txt").read_text(encoding="utf-8"), bos=False)[:TOKENS]
+    pieces = stretches(held_out, manifest.tokenizer.bos_id, manifest.context)
+    sessions = open_all(bundle, source, manifest)
+    original, *files = sessions
+    quality = {}
+    for name in files:
+        log.info("%s: accuracy over %d held-out tokens", name, len(held_out))
+        quality[name] = compare(sessions[name], {original: sessions[original]}, pieces)[original]
+    right = scores(sessions, tokenizer, asked, manifest)
+    yield from answers(sessions, tokenizer, some(asked, SHOWN), manifest)
+    log.info("measuring speed and memory")
+    speeds = {f".{one.format}": one for one in bench(bundle, FORMATS)}
+    artifacts = {f".{format}": artifact for format, artifact in manifest.artifacts.items()}
+    figures = {f".{format}": stepped_figures(manifest.validation, format) for format in FORMATS}
+    rows: list[tuple[str, Callable[[str], str]]] = [
+        ("file", lambda name: megabytes(artifacts[name].bytes)),
+        ("file / ideal bytes", lambda name: f"{artifacts[name].bytes / artifacts[name].ideal_bytes:.3f}"),
+        ("max |Δlogit| to quantized eager", lambda name: f"{figures[name]['max_abs']:.2g}"),
+        ("KL to quantized eager, mean", lambda name: f"{figures[name]['kl_mean']:.2g}"),
+        ("same top token", lambda name: f"{figures[name]['top1_agreement']:.1%}"),
+        ("prefill, tok/s", lambda name: str(speeds[name].prefill)),
+        ("decode, tok/s", lambda name: str(speeds[name].decode)),
+        ("load", lambda name: f"{speeds[name].load_seconds:.2f} s"),
+        ("peak RSS", lambda name: megabytes(speeds[name].peak_rss_bytes)),
+    ]
+    first, *_ = quality.values()
+    perplexities = [first.reference_perplexity, *(one.perplexity for one in quality.values())]
+    yield ""
+    yield table(
+        ("", *sessions),
+        [
+            *((label, "", *map(show, files)) for label, show in rows),
+            (f"perplexity, {first.tokens} tokens", *(one.show(".3f") for one in perplexities)),
+            ("ΔNLL to the original (paired), nats", "", *(one.delta_nll.show("+.4f") for one in quality.values())),
+            ("KL to the original, mean", "", *(one.kl.show(".3g") for one in quality.values())),
+            ("right answers", *map(str, right.values())),
+        ],
+    )
+
+
+def about_images(bundle: Path, source: Path) -> Iterator[str]:
+    """Answers about pictures that were not trained on, and a table of how many each file gets right."""
+    manifest = read_manifest(bundle)
+    tokenizer = Tokenizer(bundle / TOKENIZER)
+    questions = read_questions(source / "questions_images.jsonl")
+    wide = [question for question in questions if question.category.startswith("wide")]
+    asked = some([question for question in questions if question not in wide], IMAGE_QUESTIONS)
+    wide = some(wide, WIDE_QUESTIONS)
+    sessions = open_all(bundle, source, manifest)
+    yield ""
+    yield from answers(sessions, tokenizer, some(asked, SHOWN), manifest)
+    rows = {
+        "right answers about pictures": scores(sessions, tokenizer, asked, manifest),
+        "about wide pictures": scores(sessions, tokenizer, wide, manifest),
+        "the same with Pan & Scan": scores(sessions, tokenizer, wide, manifest, pan_and_scan=True),
+    }
+    artifacts = manifest.artifacts.values()
+    soft = [
+        max(check.value for check in manifest.validation if check.metric == "soft_rms" and check.artifact == format)
+        for format in FORMATS
+    ]
+    yield ""
+    yield table(
+        ("", *sessions),
+        [
+            ("file", "", *(megabytes(artifact.bytes) for artifact in artifacts)),
+            ("soft tokens to quantized eager, relative RMS", "", *(f"{value:.2g}" for value in soft)),
+            *((label, *map(str, right.values())) for label, right in rows.items()),
+        ],
+    )
+
+
+def some(questions: Sequence[Question], count: int) -> list[Question]:
+    """About so many, spread evenly."""
+    return list(questions[:: max(1, len(questions) // count)])
+
+
+def open_all(bundle: Path, source: Path, manifest: Manifest) -> dict[str, Session]:
+    """The full-precision model, then each file."""
+    layout = cache_layout(manifest.model, "ring", manifest.context, manifest.chunk)
+    original: Session = EagerSession(load_model(open_checkpoint(source)), layout)
+    return {ORIGINAL: original, **{f".{format}": open_session(bundle, format) for format in manifest.artifacts}}
+
+
+def answers(
+    sessions: Mapping[str, Session], tokenizer: Tokenizer, asked: Sequence[Question], manifest: Manifest
+) -> Iterator[str]:
+    for question in asked:
+        yield " ".join((">", *(path.name for path in question.images), question.prompt))
+        for name, session in sessions.items():
+            if name != ORIGINAL:
+                yield f"{name}: {answer(session, tokenizer, question, manifest.tokenizer.eos_ids)}"
+
+
+def scores(
+    sessions: Mapping[str, Session],
+    tokenizer: Tokenizer,
+    asked: Sequence[Question],
+    manifest: Manifest,
+    pan_and_scan: bool = False,
+) -> dict[str, Score]:
+    right = {}
+    for name, session in sessions.items():
+        log.info("%s: asking %d questions%s", name, len(asked), " with Pan & Scan" if pan_and_scan else "")
+        eos_ids = manifest.tokenizer.eos_ids
+        right[name] = total(exact_match(session, tokenizer, asked, eos_ids, pan_and_scan=pan_and_scan))
+    return right
