@@ -45,7 +45,9 @@ LARGEST_STRETCH, EAGER_CHUNK = 4096, 128
 Scheme = Literal["fp32", "int4-channel", "int4-block32", "sfp8"]
 OneFormat = Literal["pte", "onnx"]
 
-Model = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory, 'demo' or 'demo-vision'.")]
+Model = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory, 'demo' or 'demo-vision'.")
+]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `gemma-edge export` wrote.")]
 SchemeOption = Annotated[
     Scheme | None,
