@@ -106,6 +106,7 @@ class MultiModalProjector(nn.Module):
         self.mm_input_projection_weight = nn.Parameter(torch.zeros(config.hidden_size, text_hidden_size))
 
     def forward(self, patches: Tensor) -> Tensor:
-        grid = patches.transpose(1, 2).unflatten(2, (self.side, self.side))
+        images, _, width = patches.shape
+        grid = patches.transpose(1, 2).reshape(images, width, self.side, self.side)
         pooled = F.avg_pool2d(grid, self.pool_size).flatten(2).transpose(1, 2)
         return self.mm_soft_emb_norm(pooled) @ self.mm_input_projection_weight

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol, TypeGuard
+from typing import Protocol, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +111,7 @@ def pieces(
 
 def soft_tokens_of(session: Session, image: Image) -> SoftTokens:
     """float32 [T, E] of an image in either form."""
-    return session.encode_image(image) if is_pixels(image) else image
+    return session.encode_image(image) if is_pixels(image) else cast(SoftTokens, image)
 
 
 def is_pixels(image: Image) -> TypeGuard[Pixels]:
