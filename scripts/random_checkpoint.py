@@ -88,14 +88,19 @@ PIECES = 262_144  # of the released vocabulary; the image token of the models th
 IMAGE_PIECES = {255_999: "<start_of_image>", 256_000: "<end_of_image>"}
 
 
-def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """bfloat16, of a size that keeps every product's variance; the logits' deviation is about 1."""
+def random_weights(config: dict[str, Any], seed: int, prefixes: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
+    """bfloat16, of a size that keeps every product's variance; the logits' deviation is about 1.
+
+    Only those whose names begin with one of ``prefixes``.
+    """
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Gemma3(parse_config(config)).state_dict().items()}
     del shapes["lm_head.weight"]  # tied
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
+        if not name.startswith(prefixes):
+            continue
         deviation = 0.1 if "norm" in name or name.endswith("bias") else shape[1:].numel() ** -0.5
         # A LayerNorm's weight, unlike an RMSNorm's, is no offset from 1.
         mean = 1.0 if name.startswith("vision_tower") and "norm" in name and name.endswith("weight") else 0.0

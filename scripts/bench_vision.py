@@ -1,0 +1,212 @@
+"""The image encoder at its real size with random weights: peak memory, and time beside transformers' own run.
+
+    python -m scripts.bench_vision onnx|pte [--layers 27] [--threads 2] [--rounds 3]
+
+Each file is run in a process of its own for its peak memory. Then all encode the same image in turns, transformers
+among them, so that whatever else the machine does falls on all alike.
+"""
+
+import argparse
+import copy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.onnx_graph import write_graph
+from export.onnx_vision import vision_model
+from gemma3.config import ModelConfig, parse_config
+from quant.recipe import ENCODER, KEPT, Recipe, Weight, quantize
+from runtime_py.onnx_session import open_encoder
+from runtime_py.report import table
+from scripts.random_checkpoint import SHAPES, random_weights
+
+PARTS = ("vision_tower.", "multi_modal_projector.")
+INT8 = Recipe("int8", (*KEPT, *ENCODER))
+
+# In a process without torch. VmHWM, because the peak that getrusage gives begins with the parent's.
+ALONE = {
+    "onnx": """
+import sys
+from pathlib import Path
+import numpy as np
+from runtime_py.onnx_session import open_encoder
+encoder = open_encoder(Path(sys.argv[1]), int(sys.argv[2]))
+shape = encoder.get_inputs()[0].shape
+encoder.run(None, {"pixels": np.random.default_rng(0).random(shape, np.float32)})
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+""",
+    "pte": """
+import sys
+from pathlib import Path
+from runtime_py.pte_session import open_program, runtime, torch
+from export.manifest import VISION_ENCODER
+runtime._unsafe_reset_threadpool(int(sys.argv[2]))
+encoder = open_program(Path(sys.argv[1])).load_method(VISION_ENCODER)
+shape = encoder.method_meta().input_tensor_meta(0).sizes()
+encoder.call((torch.rand(shape),), clone_outputs=False)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+""",
+}
+
+Pixels = NDArray[np.float32]  # [1, 3, S, S] in 0 … 1
+SoftTokens = NDArray[np.float32]  # [1, T, E]
+Encode = Callable[[Pixels], SoftTokens]
+
+
+def write(format: str, config: ModelConfig, weights: dict[str, Weight], path: Path) -> None:
+    if format == "onnx":
+        write_graph(path, "gemma3-vision", weights, 4, lambda graph: vision_model(graph, config))
+    else:
+        write_pte(config, weights, path)
+
+
+def write_pte(config: ModelConfig, weights: dict[str, Weight], path: Path) -> None:
+    """The encoder alone."""
+    from export.to_executorch import lower, trace_encoder
+
+    with torch.no_grad(), path.open("wb") as stream:
+        lower(trace_encoder(config, weights), {}).write_to_file(stream)
+
+
+def read(format: str, path: Path, threads: int) -> Encode:
+    if format == "pte":
+        return read_pte(path, threads)
+    session = open_encoder(path, threads)
+
+    def encode(pixels: Pixels) -> SoftTokens:
+        soft_tokens: SoftTokens = session.run(["soft_tokens"], {"pixels": pixels})[0]
+        return soft_tokens
+
+    return encode
+
+
+def read_pte(path: Path, threads: int) -> Encode:
+    from export.manifest import VISION_ENCODER
+    from runtime_py.pte_session import open_program, runtime
+
+    runtime._unsafe_reset_threadpool(threads)
+    encoder = open_program(path).load_method(VISION_ENCODER)
+
+    def encode(pixels: Pixels) -> SoftTokens:
+        torch.set_num_threads(1)  # of MKL's, inside each of ExecuTorch's: see runtime_py/pte_session.py
+        soft_tokens: SoftTokens = encoder.call((torch.from_numpy(pixels),))[0][..., :-1].numpy()
+        torch.set_num_threads(threads)
+        return soft_tokens
+
+    return encode
+
+
+def transformers_encoder(described: dict[str, Any], weights: dict[str, Tensor], attention: str) -> Encode:
+    from transformers import Gemma3Config, SiglipVisionModel
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+
+    config = Gemma3Config(**described, attn_implementation=attention)
+    tower, projector = SiglipVisionModel(config.vision_config).eval(), Gemma3MultiModalProjector(config).eval()
+    modules: list[tuple[nn.Module, str]] = [
+        (tower, "vision_tower.vision_model."),
+        (projector, "multi_modal_projector."),
+    ]
+    for module, prefix in modules:
+        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        module.load_state_dict(own, assign=True)
+
+    @torch.inference_mode()
+    def encode(pixels: Pixels) -> SoftTokens:
+        soft_tokens: SoftTokens = projector(tower(torch.from_numpy(pixels * 2 - 1)).last_hidden_state).numpy()
+        return soft_tokens
+
+    return encode
+
+
+def peak_bytes(format: str, path: Path, threads: int) -> int:
+    """Of a process that loads the file and encodes an image."""
+    command = [sys.executable, "-c", ALONE[format], str(path), str(threads)]
+    return 1024 * int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def take_turns(
+    encoders: dict[str, Encode], pixels: Pixels, rounds: int
+) -> tuple[dict[str, tuple[float, float]], dict[str, SoftTokens]]:
+    """By name: median seconds (on the clock, of the processors), and the soft tokens.
+
+    The first round counts only if it is the only one.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
+    found = {}
+    for _ in range(rounds):
+        for name, encode in encoders.items():
+            start = time.perf_counter(), time.process_time()
+            found[name] = encode(pixels)
+            taken[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    counted = {name: times[1:] or times for name, times in taken.items()}
+    medians = {
+        name: (statistics.median(wall for wall, _ in times), statistics.median(cpu for _, cpu in times))
+        for name, times in counted.items()
+    }
+    return medians, found
+
+
+def relative_error(found: SoftTokens, expected: SoftTokens) -> float:
+    return float(np.sqrt(np.square(found - expected).mean() / np.square(expected).mean()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("format", choices=ALONE)
+    parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="the first does not count unless it is the only one")
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="transformers'")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    described = copy.deepcopy(SHAPES["4b"])
+    described["vision_config"]["num_hidden_layers"] = arguments.layers
+    config = parse_config(described)
+    weights = {name: weight.float() for name, weight in random_weights(described, 0, PARTS).items()}
+    stored: dict[str, dict[str, Weight]] = {"fp32": dict(weights), "int8": quantize(weights.items(), INT8).tensors}
+
+    name = f"transformers ({arguments.attention})"
+    encoders = {name: transformers_encoder(described, weights, arguments.attention)}
+    sizes, peaks = {}, {}
+    with tempfile.TemporaryDirectory() as directory:
+        for form, tensors in stored.items():
+            path = Path(directory) / f"{form}.{arguments.format}"
+            write(arguments.format, config, tensors, path)
+            sizes[form] = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+            peaks[form] = peak_bytes(arguments.format, path, arguments.threads)
+            encoders[form] = read(arguments.format, path, arguments.threads)
+        size = described["vision_config"]["image_size"]
+        pixels = np.random.default_rng(0).random((1, 3, size, size), np.float32)
+        times, found = take_turns(encoders, pixels, arguments.rounds)
+
+    header = ["", "file, MB", "peak, MB", "seconds", "ratio", "CPU seconds", "CPU ratio", "relative RMS"]
+    rows = [
+        [
+            encoder,
+            f"{sizes[encoder] / 1e6:.0f}" if encoder in sizes else "",
+            f"{peaks[encoder] / 1e6:.0f}" if encoder in peaks else "",
+            f"{wall:.1f}",
+            f"{wall / times[name][0]:.2f}",
+            f"{cpu:.1f}",
+            f"{cpu / times[name][1]:.2f}",
+            f"{relative_error(found[encoder], found[name]):.1e}",
+        ]
+        for encoder, (wall, cpu) in times.items()
+    ]
+    print(f"{arguments.layers} layers, {arguments.threads} threads")
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
