@@ -87,7 +87,7 @@ def about_images(bundle: Path, source: Path) -> Iterator[str]:
     artifacts = manifest.artifacts.values()
     soft = [
         max(check.value for check in manifest.validation if check.metric == "soft_rms" and check.artifact == format)
-        for format in FORMATS
+        for format in manifest.artifacts
     ]
     yield ""
     yield table(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 import cli
 from export.manifest import MANIFEST, FileEntry, read_manifest, sha256_of
+from runtime_py.demo import about_images
 from tests.bundles import EXPORT, SEEING_CONFIG, Cli, copy_bundle, write_checkpoint
 
 TOKENS = 4  # an image's
@@ -237,3 +239,12 @@ def test_both_formats_see_the_same(gemma_edge: Cli, seeing: Path, pictures: Path
     assert pte.code == onnx.code == 0
     if scheme == "fp32":
         assert pte.out == onnx.out
+    source = shutil.copytree(pictures, tmp_path / "source", dirs_exist_ok=True)
+    shutil.copytree(seeing, source, dirs_exist_ok=True)
+    asked = [
+        {"category": category, "prompt": "what", "answer": "x", "images": ["a.png"]} for category in ("c", "wide c")
+    ]
+    (source / "questions_images.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    lines = "\n".join(about_images(tmp_path / "out", source))
+    assert "> a.png what" in lines
+    assert lines.count("0 of 1") == 9

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gemma3.config import VisionConfig
 from runtime_py.session import Logits, Pixels, SoftTokens, pieces
 
 
@@ -15,7 +16,7 @@ class FunctionSession:
         self.vocab_size = vocab_size
         self.context = context
         self.chunk = 4
-        self.vision = None
+        self.vision: VisionConfig | None = None
         self.fed: list[int] = []
         self.logits: Logits = np.empty(0, np.float32)
 

@@ -1,11 +1,17 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from gemma3.chat import encode_chat
-from gemma3.errors import DoesNotFit
+from gemma3.chat import Image, encode_chat
+from gemma3.config import parse_config
+from gemma3.errors import BadInput, DoesNotFit
 from gemma3.tokenizer import Tokenizer
 from runtime_py.conversation import Conversation, stream_text
 from runtime_py.generate import Sampler, generate
+from runtime_py.pictures import Picture
 from scripts.random_checkpoint import made_up_tokenizer
+from tests.bundles import IMAGE_PIECES, SEEING_CONFIG
 from tests.runtime_py.sessions import FunctionSession
 
 VOCABULARY = 640
@@ -107,3 +113,30 @@ def test_text_streams_in_whole_characters(tokenizer: Tokenizer) -> None:
     ids = encode_chat(tokenizer, [{"role": "user", "content": "hi"}])
     generation = generate(session, ids, Sampler(), stop_ids={tokenizer.end_of_turn_id})
     assert list(stream_text(generation, tokenizer)) == ["n", "é"]
+
+
+def test_pictures_are_part_of_their_turn(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(made_up_tokenizer(VOCABULARY, IMAGE_PIECES))
+    tokenizer = Tokenizer(tmp_path)
+    session = reciting(tokenizer, ["fine", "good"])
+    session.vision = parse_config(SEEING_CONFIG).vision
+    picture = Picture((np.zeros((28, 28, 3), np.uint8),))
+    scanned = Picture(picture.views * 3)
+    chat = conversation(session, tokenizer)
+    assert "".join(chat.say("what is it", [picture])) == "fine"
+    assert "".join(chat.say("and <image>?", [scanned])) == "good"
+    whole = encode_chat(
+        tokenizer,
+        [
+            {"role": "user", "content": [Image(), "what is it"]},
+            {"role": "assistant", "content": "fine"},
+            {"role": "user", "content": ["and ", Image(crops=2), "?"]},
+        ],
+        tokens_per_image=4,
+    )
+    assert session.fed[: len(whole)] == whole
+    before = session.position
+    for pictures, word in (([picture], "2 times for 1 images"), ([], "2 times for 0 images")):
+        with pytest.raises(BadInput, match=word):
+            list(chat.say("<image> <image>", pictures))
+    assert session.position == before

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from gemma3.errors import BadInput, DoesNotFit
 from runtime_py.generate import Sampler, generate
 from tests.runtime_py.sessions import FunctionSession, counting
+from tests.shapes import tiny_vision_config
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 
@@ -116,3 +117,13 @@ def test_a_prompt_over_the_context_feeds_nothing() -> None:
 def test_no_new_tokens_are_refused() -> None:
     with pytest.raises(BadInput, match="is 0"):
         generate(FunctionSession(lambda _: [0.0], 1), [0], Sampler(), stop_ids={}, max_new_tokens=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_image_token_is_never_drawn(temperature: float) -> None:
+    session = FunctionSession(lambda _: [9.0 * (token == 153) + 5.0 * (token == 7) for token in range(160)], 160)
+    session.vision = tiny_vision_config().vision
+    drawn = list(generate(session, [5], Sampler(temperature), stop_ids=(), max_new_tokens=50))
+    assert len(drawn) == 50
+    assert 153 not in drawn
+    assert 7 in drawn

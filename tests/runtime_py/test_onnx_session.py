@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma3.errors import BadInput, DoesNotFit
-from runtime_py.onnx_session import OnnxSession
+from runtime_py.onnx_session import OnnxSession, open_encoder
 from tests.onnx_models import TinyOnnx, tiny_onnx
-from tests.shapes import random_tokens, tiny_config
+from tests.shapes import random_tokens, tiny_config, tiny_vision_config, with_images
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,29 @@ def test_refuses_ids_before_any_is_fed(tiny: TinyOnnx) -> None:
     session.prefill([0] * 125)
     with pytest.raises(DoesNotFit, match="over the context"):
         session.step(0)
+
+
+def test_the_encoder_is_opened_for_a_prompt_with_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def open_counted(path: Path, threads: int | None) -> Any:
+        opened.append(weakref.ref(encoder := open_encoder(path, threads)))
+        return encoder
+
+    monkeypatch.setattr("runtime_py.onnx_session.open_encoder", open_counted)
+    session = open_tiny(tiny_onnx(tiny_vision_config(), tmp_path))
+    images = [np.full((28, 28, 3), shade, np.uint8) for shade in (0, 200)]
+    ids = with_images(tiny_vision_config(), [3, None, 2, None, 1])
+    session.prefill(ids[:4])
+    assert opened == []
+    session.prefill(ids[4:], images)
+    assert len(opened) == 1
+    assert opened[0]() is None, "the encoder's memory must be free again"
+    expected = session.logits
+    soft_tokens = [session.encode_image(image) for image in images]
+    session.reset()
+    assert np.array_equal(session.prefill(ids, soft_tokens), expected)
+    assert len(opened) == 3
 
 
 def test_refuses_a_file_of_another_layout_or_vocabulary(tiny: TinyOnnx) -> None:
