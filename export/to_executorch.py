@@ -31,7 +31,9 @@ import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, ExportGraphSignature
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
 
 from export.executorch_model import ExecutorchModel, TokenEmbedding, Weights
 from export.executorch_vision import VisionEncoder
@@ -154,13 +156,19 @@ def trace(config: ModelConfig, weights: Weights, layout: CacheLayout) -> dict[st
     tokens, start_pos = torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     if config.vision is None:
         return {FORWARD: _trace(ExecutorchModel(config, weights, layout), (tokens, start_pos), layout.chunk)}
-    size = config.vision.image_size
     embeddings = torch.zeros(1, length, config.hidden_size + 1)
     return {
-        VISION_ENCODER: _trace(VisionEncoder(config, weights), (torch.zeros(1, 3, size, size),), 1),
+        **trace_encoder(config, weights),
         TOKEN_EMBEDDING: _trace(TokenEmbedding(config, weights), (tokens,), layout.chunk),
         TEXT_DECODER: _trace(ExecutorchModel(config, weights, layout), (embeddings, start_pos), layout.chunk),
     }
+
+
+def trace_encoder(config: ModelConfig, weights: Weights) -> dict[str, ExportedProgram]:
+    """The image encoder's method alone."""
+    assert config.vision is not None
+    size = config.vision.image_size
+    return {VISION_ENCODER: _trace(VisionEncoder(config, weights), (torch.zeros(1, 3, size, size),), 1)}
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> ExportedProgram:
@@ -185,13 +193,34 @@ def signatures(config: ModelConfig, layout: CacheLayout) -> dict[str, Signature]
     }
 
 
+# Inputs are the caller's memory: planned, they would be copied in.
+PLANNING = {"alloc_graph_input": False}
+
+
+class CachesApart(MemoryPlanningPass):  # type: ignore[misc]
+    """Caches in memory of their own, which only the method that has them asks for.
+
+    Methods loaded from one program share the rest of their memory, and overwrite what another has left there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(**PLANNING, share_mutable_buffers=True)
+
+    def run(self, graph_module: GraphModule, graph_signature: ExportGraphSignature | None = None) -> PassResult:
+        result = super().run(graph_module, graph_signature)
+        if graph_signature is not None and not graph_signature.buffers_to_mutate:
+            self.state.graph_modules.pop()  # the graphs that get the caches' memory
+        return result
+
+
 def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dict[str, Any]) -> Any:
     """The methods with XNNPACK's part delegated, in ExecuTorch's final form (an ExecutorchProgramManager).
 
-    A program alone becomes the method "forward".
+    A program without a name becomes the method "forward".
     """
+    methods = programs if isinstance(programs, dict) else {FORWARD: programs}
     edge = to_edge(
-        programs,
+        methods,
         constant_methods=constants,
         compile_config=EdgeCompileConfig(
             # The caches' custom operators are not in the edge dialect's list.
@@ -203,8 +232,7 @@ def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dic
     )
     return edge.to_backend(LevelPartitioner()).to_executorch(
         ExecutorchBackendConfig(
-            # Inputs are the caller's memory: planned, they would be copied in.
-            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            memory_planning_pass=MemoryPlanningPass(**PLANNING) if len(methods) == 1 else CachesApart(),
             # So that a session can look into the caches by name.
             emit_mutable_buffer_names=True,
         )

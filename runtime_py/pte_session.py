@@ -56,10 +56,10 @@ class PteSession:
         with native_errors(path):
             if threads is not None:
                 runtime._unsafe_reset_threadpool(threads)
-            program = self._open()
+            self._program = program = open_program(path)
             methods = {program.get_method_name(index) for index in range(program.num_methods())}
             self._decoder = program.load_method(FORWARD if config.vision is None else TEXT_DECODER)
-            self._embedding = None if config.vision is None else self._load(TOKEN_EMBEDDING)
+            self._embedding = None if config.vision is None else program.load_method(TOKEN_EMBEDDING)
         self._encoder: Any = None
         expected = {
             "get_max_seq_len": layout.chunk,
@@ -79,13 +79,6 @@ class PteSession:
         self.position = 0
         self.logits: Logits = np.empty(0, np.float32)
 
-    def _open(self) -> Any:
-        return runtime._load_program(str(self._path), program_verification=runtime.Verification.InternalConsistency)
-
-    def _load(self, method: str) -> Any:
-        """A method of a program of its own: those of one program share the memory that the caches are in."""
-        return self._open().load_method(method)
-
     def cache(self, layer: int) -> tuple[Logits, Logits]:
         """The keys and values [1, slots, K, D] that one layer holds now: copies of the program's own buffers."""
         names = (f"layers.{layer}.attention.keys", f"layers.{layer}.attention.values")
@@ -100,7 +93,7 @@ class PteSession:
     def encode_image(self, image: Pixels) -> SoftTokens:
         if self._encoder is None:
             with native_errors(self._path):
-                self._encoder = self._load(VISION_ENCODER)
+                self._encoder = self._program.load_method(VISION_ENCODER)
         output = self._encoder.call((torch.from_numpy(network_input(image)),), clone_outputs=False)[0]
         soft_tokens: SoftTokens = output[0, :, :-1].numpy().copy()  # the last channel says that they are an image's
         return soft_tokens
@@ -118,13 +111,17 @@ class PteSession:
             else:
                 inputs = torch.tensor([piece.ids], dtype=torch.int64)
                 if self._embedding is not None:
-                    inputs = self._embedding.call((inputs,), clone_outputs=False)[0]
+                    inputs = self._embedding.call((inputs,))[0]
             position = torch.tensor([self.position], dtype=torch.int64)
-            # Not cloned: the output is the program's own memory, which the next call overwrites.
+            # Not cloned: the output is the program's own memory, which any method's next call overwrites.
             output = self._decoder.call((inputs, position), clone_outputs=False)[0]
             self.position += len(piece.ids)
         self.logits = output.numpy().reshape(-1).copy()
         return self.logits
+
+
+def open_program(path: Path) -> Any:
+    return runtime._load_program(str(path), program_verification=runtime.Verification.InternalConsistency)
 
 
 def image_embeddings(soft_tokens: SoftTokens) -> torch.Tensor:
