@@ -18,7 +18,7 @@ from runtime_py.validate import stepped_figures
 
 log = logging.getLogger(__name__)
 
-TOKENS, QUESTIONS, IMAGE_QUESTIONS, WIDE_QUESTIONS = 4000, 60, 48, 24
+TOKENS, QUESTIONS, IMAGE_QUESTIONS, WIDE_QUESTIONS = 4000, 60, 40, 20
 SHOWN = 3
 ORIGINAL = "original"
 

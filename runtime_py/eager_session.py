@@ -38,12 +38,15 @@ class EagerSession:
     """``layout`` must be of the ring style. The model is not copied: several sessions can share one."""
 
     def __init__(self, model: Gemma3, layout: CacheLayout) -> None:
+        vision = model.config.vision
+        # A ring that is shorter would lose keys that an image's first tokens still see.
+        assert vision is None or layout.chunk >= vision.tokens_per_image
         self.model = model.eval()
         self._layout = layout
         self.context = layout.context
         self.chunk = layout.chunk
         self.vocab_size = model.config.vocab_size
-        self.vision = model.config.vision
+        self.vision = vision
         self.reset()
 
     def reset(self) -> None:
@@ -78,12 +81,13 @@ class EagerSession:
 
 
 def open_eager(checkpoint: Path, context: int, chunk: int) -> EagerSession:
-    """The eager model of a float or quantized checkpoint directory, activations float.
+    """The eager model of a float or quantized checkpoint directory, activations float. A chunk holds an image at least.
 
     Raises BadInput or StoredError for what cannot be loaded, DoesNotFit for a context that the model does not have.
     """
     config = read_config(checkpoint / "config.json")
-    layout = cache_layout(config, "ring", context, chunk)
+    tokens_per_image = 1 if config.vision is None else config.vision.tokens_per_image
+    layout = cache_layout(config, "ring", context, max(chunk, tokens_per_image))
     if is_quantized(checkpoint):
         return EagerSession(quantized_model(config, load_quantized(checkpoint).weights, "float"), layout)
     return EagerSession(load_model(open_checkpoint(checkpoint)), layout)

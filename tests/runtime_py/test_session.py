@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,8 +7,9 @@ import torch
 
 from gemma3.cache import cache_layout
 from gemma3.errors import BadInput, DoesNotFit
-from runtime_py.eager_session import EagerSession
+from runtime_py.eager_session import EagerSession, open_eager
 from runtime_py.session import Pixels, check_ids, chunks, pieces
+from tests.bundles import SEEING_CONFIG, write_checkpoint
 from tests.runtime_py.sessions import counting
 from tests.shapes import VISION_SHAPES, random_model, random_tokens, tiny_config, tiny_vision_config, with_images
 
@@ -141,3 +143,9 @@ def test_eager_session_with_images_is_the_network_however_it_is_fed(shape: str) 
 
     assert max(feed(1)) < 1e-4
     assert max(feed(5)) < 1e-4
+
+
+def test_an_opened_checkpoint_has_room_for_an_image_in_its_ring(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "tiny", SEEING_CONFIG)
+    session = open_eager(checkpoint, context=96, chunk=2)
+    assert session.chunk == 4
