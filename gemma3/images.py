@@ -53,8 +53,8 @@ def prepare(
     return [_resize(image, size), *(_resize(image.crop(box), size) for box in boxes)]
 
 
-def pixels(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The encoder's input, float32 [1, 3, S, S] in 0 … 1, of an image [S, S, 3]."""
+def network_input(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """An image [S, S, 3] as the encoder takes it, float32 [1, 3, S, S] in 0 … 1: its normalisation is its own."""
     channels_first = image.transpose(2, 0, 1)[None]
     return np.ascontiguousarray(channels_first, np.float32) / np.float32(255)
 

@@ -13,6 +13,7 @@ from export.manifest import Format, Manifest
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.checkpoint import check_shapes, empty_model, fill, load_model, open_checkpoint
 from gemma3.config import ModelConfig, read_config
+from gemma3.images import network_input
 from gemma3.model import Gemma3, new_cache
 from quant.activations import Activations, with_integer_weights
 from quant.integers import IntegerWeight
@@ -28,7 +29,6 @@ from runtime_py.session import (
     Pixels,
     Session,
     SoftTokens,
-    network_input,
     pieces,
     soft_tokens_of,
 )

@@ -11,7 +11,8 @@ from export.onnx_file import VISION_FILE, load_graph
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
-from runtime_py.session import Image, Logits, Pixels, SoftTokens, check_image, is_pixels, network_input, pieces
+from gemma3.images import network_input
+from runtime_py.session import Image, Logits, Pixels, SoftTokens, check_image, is_pixels, pieces
 
 PARTS = ("key", "value")
 

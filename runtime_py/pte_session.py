@@ -23,7 +23,8 @@ from export.manifest import FORWARD, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCOD
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
-from runtime_py.session import Image, Logits, Pixels, SoftTokens, network_input, pieces, soft_tokens_of
+from gemma3.images import network_input
+from runtime_py.session import Image, Logits, Pixels, SoftTokens, pieces, soft_tokens_of
 
 # The operators of attention and the caches, and of the quantized embedding; they register with the runtime.
 OPERATORS = {

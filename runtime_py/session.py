@@ -130,11 +130,6 @@ def check_image(image: Image, vision: VisionConfig) -> None:
         )
 
 
-def network_input(image: Pixels) -> NDArray[np.float32]:
-    """``image`` as the encoder takes it: float32 [1, 3, S, S] in 0 … 1. Its own normalisation is inside the network."""
-    return np.ascontiguousarray(image.transpose(2, 0, 1)[None]).astype(np.float32) / np.float32(255)
-
-
 def _check(session: Session, ids: Sequence[int], images: Sequence[Image]) -> None:
     check_ids(
         ids, vocab_size=session.vocab_size, position=session.position, context=session.context, images=len(images)

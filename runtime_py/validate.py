@@ -16,10 +16,11 @@ import numpy as np
 from export.manifest import GOLDEN, Check, Manifest, changed_files, read_manifest
 from export.onnx_file import VISION_FILE, exact_twin
 from gemma3.errors import VerificationFailed
+from gemma3.images import network_input
 from runtime_py.golden import FULL_VOCABULARY, Difference, Reference, load_golden, relative_rms
 from runtime_py.plan import ONE_BY_ONE, Plan, make_plan
 from runtime_py.report import table
-from runtime_py.session import Image, Logits, Session, SoftTokens, import_runtime, network_input, open_session
+from runtime_py.session import Image, Logits, Session, SoftTokens, import_runtime, open_session
 
 log = logging.getLogger(__name__)
 

@@ -317,10 +317,11 @@ def train(
     cells: CellLoss,
     documents: list[str],
     steps: int,
+    scan_from: int,
     seed: int,
     out: Path,
 ) -> None:
-    """Each step: 24 rows about a picture each, later also 6 with Pan & Scan, and a row of text or chat."""
+    """Each step 24 rows about a picture each; every second one a row of text or chat, later also 6 with Pan & Scan."""
     text = torch.tensor([i for doc in documents for i in (*tokenizer.encode(doc, bos=False), tokenizer.eos_id)])
     whole = image_rows(tokenizer, SHARES, seed + 1, 72, False)
     scanned = image_rows(tokenizer, {"wide": 1}, seed + 2, 176, True)
@@ -334,7 +335,7 @@ def train(
     for step in range(steps):
         # Pan & Scan's long rows pay once single pictures are understood.
         streams = [("image", whole, 24), ("scanned", scanned, 6)]
-        for kind, stream, count in streams[: 2 if step > steps // 3 else 1]:
+        for kind, stream, count in streams[: 2 if step > scan_from and step % 2 else 1]:
             rows = [next(stream) for _ in range(count)]
             with torch.autocast("cpu", torch.bfloat16):
                 logits, targets, soft = spoken(model, rows)
@@ -342,10 +343,11 @@ def train(
             telling, _ = cells(soft.float(), [labels for row in rows for labels in row.labels])
             (loss + telling).backward()
             smooth[kind] += (loss.item() - smooth[kind]) * max(0.05, 1 / (step + 1))
-        kind, plain = ("text", texts) if step % 4 else ("chat", chats)
-        loss = forgotten(model, teacher, torch.tensor([next(plain)[0]]))
-        loss.backward()  # type: ignore[no-untyped-call]
-        smooth[kind] += (loss.item() - smooth[kind]) * max(0.05, 1 / (step + 1))
+        if step % 2 == 0:
+            kind, plain = ("text", texts) if step % 8 else ("chat", chats)
+            loss = forgotten(model, teacher, torch.tensor([next(plain)[0]]))
+            loss.backward()  # type: ignore[no-untyped-call]
+            smooth[kind] += (loss.item() - smooth[kind]) * max(0.05, 1 / (step + 1))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(opts, schedules, strict=True):
             optimizer.step()
@@ -421,6 +423,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="a checkpoint of an earlier run to go on from")
     parser.add_argument("--encoder-steps", type=int, default=900)
     parser.add_argument("--steps", type=int, default=1350)
+    parser.add_argument("--scan-from", type=int, default=600, help="the step from which on Pan & Scan is shown")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -445,7 +448,7 @@ def main() -> None:
         pretrain(model, cells, args.encoder_steps, args.seed)
         write_weights(model, args.out)
     held_out = tokenizer.encode(held_out_text, bos=False)
-    train(model, teacher, tokenizer, cells, documents, args.steps, args.seed, args.out)
+    train(model, teacher, tokenizer, cells, documents, args.steps, args.scan_from, args.seed, args.out)
     with torch.no_grad():  # the figures are those of the stored weights
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))

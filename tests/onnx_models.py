@@ -12,9 +12,9 @@ from torch import nn
 from export.to_onnx import OnnxReport, export_onnx
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
+from gemma3.images import network_input
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
-from runtime_py.session import network_input
 from tests.shapes import random_model
 
 

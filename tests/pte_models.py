@@ -9,11 +9,12 @@ import torch
 from export.to_executorch import PteReport, export_pte
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
+from gemma3.images import network_input
 from gemma3.model import Gemma3
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
 from runtime_py.pte_session import PteSession
-from runtime_py.session import Pixels, network_input
+from runtime_py.session import Pixels
 from tests.shapes import random_model, random_pixels
 
 CHUNK = 8

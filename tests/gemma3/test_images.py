@@ -18,7 +18,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from gemma3.errors import BadInput
-from gemma3.images import FORMATS, pan_and_scan_boxes, pixels, prepare, read_image, to_rgb
+from gemma3.images import FORMATS, network_input, pan_and_scan_boxes, prepare, read_image, to_rgb
 
 PUBLISHED = {
     "pan_and_scan_min_crop_size": 256,
@@ -122,7 +122,7 @@ def test_pixels_are_transformers(shape: tuple[int, int], pan_and_scan: bool) -> 
     images = prepare(image, SIZE, pan_and_scan)
     expected = ORACLE(image, do_pan_and_scan=pan_and_scan, return_tensors="np")
     assert len(images) == 1 + expected["num_crops"][0]
-    ours = np.concatenate([pixels(one) for one in images])
+    ours = np.concatenate([network_input(one) for one in images])
     assert (ours.dtype, ours.shape) == (np.float32, expected["pixel_values"].shape)
     np.testing.assert_allclose((ours - 0.5) / 0.5, expected["pixel_values"], rtol=0, atol=1e-6)
 
@@ -146,9 +146,9 @@ def test_resizing_and_cropping_are_both_exercised_above() -> None:
 def test_pixels_are_scaled_and_channels_first() -> None:
     image = np.zeros((2, 2, 3), np.uint8)
     image[0, 1] = (255, 51, 0)
-    assert pixels(image)[0, :, 0, 1].tolist() == pytest.approx([1.0, 0.2, 0.0])
-    assert pixels(image).sum() == pytest.approx(1.2)
-    assert pixels(image).flags.c_contiguous
+    assert network_input(image)[0, :, 0, 1].tolist() == pytest.approx([1.0, 0.2, 0.0])
+    assert network_input(image).sum() == pytest.approx(1.2)
+    assert network_input(image).flags.c_contiguous
 
 
 # Modes

@@ -13,9 +13,10 @@ from scipy import special, stats
 from gemma3.cache import cache_layout
 from gemma3.data import Document
 from gemma3.errors import BadInput, VerificationFailed
+from gemma3.images import network_input
 from runtime_py.accuracy import Comparison, Estimate, compare, comparison_table, every_position, stretches
 from runtime_py.eager_session import EagerSession
-from runtime_py.session import Logits, network_input
+from runtime_py.session import Logits
 from tests.runtime_py.sessions import FunctionSession
 from tests.shapes import random_model, random_pixels, random_tokens, tiny_config, tiny_vision_config, with_images
 
