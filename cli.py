@@ -457,7 +457,9 @@ def inspect(
     mask: Annotated[
         str, typer.Option("--mask", metavar="TEXT", help="Draw who attends to whom in it; <image> is a picture.")
     ],
-    model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory.")] = "demo",
+    model: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory.")
+    ] = "demo-vision",
     out: Annotated[Path, typer.Option("-o", "--out", help="The picture's file (PNG), written over.")] = Path(
         "attention_mask.png"
     ),
