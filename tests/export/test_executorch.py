@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,11 +20,18 @@ from gemma3.model import new_cache
 from quant.activations import fake_quantize_per_token, with_integer_weights
 from quant.integers import IntegerWeight, round_to_nearest
 from runtime_py.own_cache import file_cache, steps
+from runtime_py.plan import Plan
 from runtime_py.pte_session import runtime
 from tests.pte_models import CHUNK, TinyPte, tiny_pte
 from tests.shapes import random_model, random_tokens, tiny_config
 
 TOLERANCE = 1e-4
+
+
+def plan_of(ids: list[int]) -> Plan:
+    return Plan(ids=tuple(ids), landmarks={}, walks={}, images=np.empty((0, 0, 0, 3), np.uint8))
+
+
 # The ring of the released tiny shape holds 16 positions: four windows of 8 past its first wrap, and not a multiple.
 LENGTH = 16 + 4 * 8 + 6
 # The shapes of tests/shapes.py with as few layers as show what they are about: every layer costs seconds here.
@@ -204,7 +212,7 @@ def test_integer_steps_equal_eager_but_for_flipped_roundings(block32: TinyPte, c
     unit in the last place: what was rounded the other way stays in the cache and turns further roundings.)"""
     for tiny in (block32, channel):
         ids = random_tokens(tiny.config, LENGTH)
-        found = list(steps(tiny.session(), tiny.eager(), ids, set(range(LENGTH))))
+        found = list(steps(tiny.session(), tiny.eager(), plan_of(ids), set(range(LENGTH))))
         assert sum(difference.max_abs <= TOLERANCE for difference in found) >= 0.8 * LENGTH
         assert sum(difference.kl for difference in found) <= 1e-5 * LENGTH
 
@@ -216,7 +224,7 @@ def test_a_step_from_the_same_cache_shows_another_window(block32: TinyPte) -> No
     wrong = replace(block32.config, sliding_window=window + 1)
     model = with_integer_weights(random_model(wrong), block32.weights.integers, "int8")
     ids = random_tokens(wrong, LENGTH)
-    kl = [difference.kl for difference in steps(block32.session(), model, ids, set(range(LENGTH)))]
+    kl = [difference.kl for difference in steps(block32.session(), model, plan_of(ids), set(range(LENGTH)))]
     assert median(kl[:window]) <= 1e-10
     assert min(kl[window:]) > 1e-5
 

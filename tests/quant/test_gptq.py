@@ -146,7 +146,7 @@ def test_a_network(shape: str) -> None:
 
 
 def test_other_schemes_are_left_to_the_recipe() -> None:
-    config, recipe = tiny_config(), preset("sfp8")
+    config, recipe = tiny_config(), preset("sfp8", "sfp8")
     model = random_model(config)
     layers = [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
     method = gptq(layers, model.hidden, [torch.tensor([random_tokens(config, 8)])], recipe)
