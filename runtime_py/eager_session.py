@@ -136,7 +136,7 @@ def encode(session: Session, plan: Plan) -> SoftTokens:
 def with_noise(reference: Reference, session: EagerSession, plan: Plan) -> Reference:
     """``reference`` with its noise: how far it is from ``session`` (the same model, at position 0) when what goes into
     the text model and into the encoder's layers is changed by one unit in the last place. A small model has few
-    roundings near their boundary, all of which one draw may miss: its noise is of several draws.
+    roundings near their boundary, all of which one draw may miss: its noise is the largest of several draws.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -147,7 +147,7 @@ def with_noise(reference: Reference, session: EagerSession, plan: Plan) -> Refer
     model = session.model
     nudged = [model.model.embed_tokens, *([model.vision_tower.vision_model.embeddings] if session.vision else [])]
     hooks = [module.register_forward_hook(nudge) for module in nudged]
-    noise: list[float] = []
+    draws: list[list[float]] = []
     changes: list[float] = []
     try:
         for _ in range(DRAWS if session.vocab_size <= FULL_VOCABULARY else 1):
@@ -158,11 +158,13 @@ def with_noise(reference: Reference, session: EagerSession, plan: Plan) -> Refer
                 reference.compare(position, logits)
                 for position, logits in every_position(session, plan.ids, plan.shown_images(list(soft_tokens)))
             )
-            noise += (difference.kl for difference in compared if difference is not None)
+            draws.append([difference.kl for difference in compared if difference is not None])
     finally:
         for hook in hooks:
             hook.remove()
-    return replace(reference, noise_kl=np.asarray(noise, np.float32), soft_noise=np.asarray(changes, np.float32))
+    return replace(
+        reference, noise_kl=np.asarray(max(draws, key=sum), np.float32), soft_noise=np.asarray(changes, np.float32)
+    )
 
 
 def fresh_references(
