@@ -183,10 +183,10 @@ class Gemma3(nn.Module):
             slots = positions % size
             key_positions = ring_positions(end, size, device)
         window = config.sliding_window if kind == SLIDING else None
-        mask = attention_mask(positions, key_positions, window)
+        together = None if images is None else same_image(images, key_positions - start)
+        mask = attention_mask(positions, key_positions, window, together)
         if images is not None:
-            together = same_image(images, key_positions - start)
-            mask = attention_mask(positions, key_positions, window, together)[:, None]
+            mask = mask[:, None]
         cos, sin = rope_angles(config, kind, positions)
         dtype = self.model.norm.weight.dtype
         return Step(cos.to(dtype), sin.to(dtype), mask, slots)

@@ -328,9 +328,22 @@ def learning_rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
+def advance(opts: list[torch.optim.Optimizer], schedules: list[torch.optim.lr_scheduler.LambdaLR]) -> None:
+    """One step of each, from gradients that are then forgotten."""
+    for optimizer, schedule in zip(opts, schedules, strict=True):
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def as_tokens(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
+    """int64: all documents in a row, EOS after each."""
+    return torch.tensor([i for doc in documents for i in (*tokenizer.encode(doc, bos=False), tokenizer.eos_id)])
+
+
 def train(model: Gemma3, tokenizer: Tokenizer, documents: list[str], steps: int, seed: int, out: Path) -> None:
     """Each step: 1024 tokens of conversations and 512 of text; every fourth step one row each of the full context."""
-    text = torch.tensor([i for doc in documents for i in (*tokenizer.encode(doc, bos=False), tokenizer.eos_id)])
+    text = as_tokens(tokenizer, documents)
     print(f"text: {len(text)} tokens", flush=True)
     chats = {length: chat_rows(tokenizer, seed + length, length) for length in (256, 1024)}
     texts = {length: text_rows(text, tokenizer.bos_id, seed + length, length) for length in (512, 1024)}
@@ -348,10 +361,7 @@ def train(model: Gemma3, tokenizer: Tokenizer, documents: list[str], steps: int,
             smooth[kind] += 0.05 * (loss.item() - smooth[kind])
             seen += sum(len(ids) for ids, _ in rows)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(opts, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        advance(opts, schedules)
         if (step + 1) % 20 == 0:
             rate = seen / (time.time() - began)
             print(f"{step + 1} chat {smooth['chat']:.3f} text {smooth['text']:.3f} {rate:.0f} tokens/s", flush=True)

@@ -42,7 +42,17 @@ from demo_images import (
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_demo import IGNORE, chat_rows, chat_sample, exact_match, perplexity, text_rows, write_json
+from train_demo import (
+    IGNORE,
+    advance,
+    as_tokens,
+    chat_rows,
+    chat_sample,
+    exact_match,
+    perplexity,
+    text_rows,
+    write_json,
+)
 
 from gemma3.chat import Image, Message
 from gemma3.checkpoint import load_model, open_checkpoint
@@ -260,10 +270,7 @@ def pretrain(model: Gemma3, cells: CellLoss, steps: int, seed: int, batch: int =
             soft = model.encode_images(to_pixels(images))
         loss, right = cells(soft.float(), labels)
         loss.backward()
-        for optimizer, schedule in zip(opts, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        advance(opts, schedules)
         if (step + 1) % 25 == 0:
             rate = batch * (step + 1) / (time.time() - began)
             shown = " ".join(f"{share:.0%}" for share in right)
@@ -322,7 +329,7 @@ def train(
     out: Path,
 ) -> None:
     """Each step 24 rows about a picture each; every second one a row of text or chat, later also 6 with Pan & Scan."""
-    text = torch.tensor([i for doc in documents for i in (*tokenizer.encode(doc, bos=False), tokenizer.eos_id)])
+    text = as_tokens(tokenizer, documents)
     whole = image_rows(tokenizer, SHARES, seed + 1, 72, False)
     scanned = image_rows(tokenizer, {"wide": 1}, seed + 2, 176, True)
     chats = chat_rows(tokenizer, seed + 3, 256)
@@ -349,10 +356,7 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             smooth[kind] += (loss.item() - smooth[kind]) * max(0.05, 1 / (step + 1))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(opts, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        advance(opts, schedules)
         if (step + 1) % 20 == 0:
             losses = " ".join(f"{kind} {value:.3f}" for kind, value in smooth.items())
             print(f"{step + 1} {losses} {(time.time() - began) / (step + 1):.2f} s/step", flush=True)

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
-from export.to_onnx import OnnxReport, export_onnx
+from export.to_onnx import OnnxReport, export_onnx, read_back_onnx
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
-from gemma3.images import network_input
+from gemma3.model import Gemma3
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
+from runtime_py.onnx_session import OnnxSession
+from runtime_py.session import Pixels
+from tests.seeing import eager_logits
 from tests.shapes import random_model
 
 
@@ -26,18 +26,26 @@ class TinyOnnx:
     weights: QuantizedWeights
     report: OnnxReport
 
-    def eager(self) -> nn.Module:
+    def session(self, threads: int = 1) -> OnnxSession:
+        return OnnxSession(self.path, self.layout, self.config, threads)
+
+    def eager(self) -> Gemma3:
         """The eager model with the same integers and float activations."""
         return with_integer_weights(random_model(self.config), self.weights.integers, "float")
 
-    @torch.no_grad()
-    def eager_logits(self, ids: list[int], images: Sequence[NDArray[np.uint8]] = ()) -> torch.Tensor:
+    def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
         """[len(ids), V] of it, fed at once."""
-        model = self.eager()
-        soft_tokens = None
-        if images:
-            soft_tokens = model.encode_images(torch.cat([torch.from_numpy(network_input(image)) for image in images]))
-        return model(torch.tensor([ids]), soft_tokens=soft_tokens)[0]
+        return eager_logits(self.eager(), ids, images)
+
+    def assert_integers_are_the_quantizers(self) -> None:
+        expected, stored = self.weights.integers, read_back_onnx(self.path)
+        assert stored.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert stored[name].bits == weight.bits
+            assert torch.equal(stored[name].codes, weight.codes), name
+            assert torch.equal(stored[name].scales, weight.scales), name
+        assert self.report.integers_equal == sum(weight.codes.numel() for weight in expected.values())
+        assert self.report.integers_unequal == 0
 
 
 def quantized_weights(config: ModelConfig, scheme: str, embedding: str | None) -> QuantizedWeights:

@@ -9,13 +9,13 @@ import torch
 from export.to_executorch import PteReport, export_pte
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
-from gemma3.images import network_input
 from gemma3.model import Gemma3
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
 from runtime_py.pte_session import PteSession
 from runtime_py.session import Pixels
-from tests.shapes import random_model, random_pixels
+from tests.seeing import eager_logits
+from tests.shapes import random_model
 
 CHUNK = 8
 
@@ -37,10 +37,7 @@ class TinyPte:
 
     def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
         """[len(ids), V]"""
-        model = self.eager()
-        with torch.no_grad():
-            soft_tokens = model.encode_images(network_inputs(images)) if images else None
-            return model(torch.tensor([ids]), soft_tokens=soft_tokens)[0]
+        return eager_logits(self.eager(), ids, images)
 
 
 def tiny_pte(
@@ -55,13 +52,3 @@ def tiny_pte(
     path = directory / "model.pte"
     report = export_pte(config, weights.tensors, layout, path, eos_ids=[1, 106])
     return TinyPte(path, config, layout, weights, report)
-
-
-def random_images(config: ModelConfig, count: int) -> list[Pixels]:
-    pixels = (random_pixels(config, count) * 255).round().to(torch.uint8)
-    return list(pixels.permute(0, 2, 3, 1).numpy())
-
-
-def network_inputs(images: Sequence[Pixels]) -> torch.Tensor:
-    """float32 [N, 3, S, S]"""
-    return torch.cat([torch.from_numpy(network_input(image)) for image in images])

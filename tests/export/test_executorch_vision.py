@@ -15,10 +15,10 @@ from gemma3.config import FULL, SLIDING, ModelConfig
 from gemma3.errors import BadInput
 from quant.integers import round_to_nearest
 from runtime_py.pte_session import PteSession
-from tests.pte_models import CHUNK, TinyPte, network_inputs, random_images, tiny_pte
+from tests.pte_models import CHUNK, TinyPte, tiny_pte
+from tests.seeing import TOLERANCE, assert_steps_equal, network_inputs, random_images
 from tests.shapes import VISION_SHAPES, random_model, random_pixels, tiny_vision_config, with_images
 
-TOLERANCE = 1e-4
 # Rings hold 16 or 24 positions here, windows 5 or 8, and calls at most 8, 9 or 16.
 PIECES: list[list[int | None]] = [
     [None, 3],
@@ -37,22 +37,10 @@ def few_layers(shape: str) -> ModelConfig:
 
 def assert_equals_eager(tiny: TinyPte, pieces: list[int | None], chunk: int) -> None:
     """After every piece of ``chunk`` ids and after every image."""
-    vision = tiny.config.vision
-    assert vision is not None
     ids, images = with_images(tiny.config, pieces), random_images(tiny.config, pieces.count(None))
-    expected = tiny.eager_logits(ids, images).numpy()
-    assert expected.std() > 0.1
-    session, shown = tiny.session(), iter(images)
-    while (start := session.position) < len(ids):
-        if ids[start] == vision.image_token_id:
-            logits = session.prefill(ids[start : start + vision.tokens_per_image], [next(shown)])
-        else:
-            text = ids[start : start + chunk]
-            end = text.index(vision.image_token_id) if vision.image_token_id in text else len(text)
-            logits = session.prefill(text[:end])
-        difference = np.abs(logits - expected[session.position - 1]).max()
-        assert difference <= TOLERANCE, f"chunks of {chunk}, position {session.position - 1}: {difference}"
-    assert np.abs(tiny.session().prefill(ids, images) - expected[-1]).max() <= TOLERANCE
+    expected = tiny.eager_logits(ids, images)
+    assert_steps_equal(tiny.session(), ids, images, expected, chunk)
+    assert np.abs(tiny.session().prefill(ids, images) - expected[-1].numpy()).max() <= TOLERANCE
 
 
 @pytest.fixture(scope="module", params=VISION_SHAPES)

@@ -7,17 +7,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from export.onnx_file import load_graph
 from export.to_onnx import compare_integers, graphs_of, read_back_onnx
 from gemma3.cache import COMPACTING_SLACK
 from gemma3.errors import BadInput
-from runtime_py.onnx_session import OnnxSession
 from tests.onnx_models import TinyOnnx, tiny_onnx
-from tests.shapes import VISION_SHAPES, random_model, random_pixels, tiny_config, tiny_vision_config, with_images
+from tests.seeing import TOLERANCE, assert_steps_equal, random_images
+from tests.shapes import VISION_SHAPES, random_model, tiny_config, tiny_vision_config, with_images
 
-TOLERANCE = 1e-4
 # A sliding layer's buffer holds up to 8 + COMPACTING_SLACK rows: texts that end before, at and after its first move.
 BUFFER = 8 + COMPACTING_SLACK
 PIECES: list[list[int | None]] = [
@@ -30,32 +28,9 @@ PIECES: list[list[int | None]] = [
 ]
 
 
-def random_images(tiny: TinyOnnx, count: int) -> list[NDArray[np.uint8]]:
-    pixels = (random_pixels(tiny.config, count) * 255).round().to(torch.uint8)
-    return list(pixels.permute(0, 2, 3, 1).numpy())
-
-
-def open_tiny(tiny: TinyOnnx) -> OnnxSession:
-    return OnnxSession(tiny.path, tiny.layout, tiny.config, threads=1)
-
-
 def assert_equals_eager(tiny: TinyOnnx, pieces: list[int | None], chunk: int) -> None:
-    """After every piece of ``chunk`` ids and after every image."""
-    vision = tiny.config.vision
-    assert vision is not None
-    ids, images = with_images(tiny.config, pieces), random_images(tiny, pieces.count(None))
-    expected = tiny.eager_logits(ids, images).numpy()
-    assert expected.std() > 0.1
-    session, shown = open_tiny(tiny), iter(images)
-    while (start := session.position) < len(ids):
-        if ids[start] == vision.image_token_id:
-            logits = session.prefill(ids[start : start + vision.tokens_per_image], [next(shown)])
-        else:
-            text = ids[start : start + chunk]
-            end = text.index(vision.image_token_id) if vision.image_token_id in text else len(text)
-            logits = session.prefill(text[:end])
-        difference = np.abs(logits - expected[session.position - 1]).max()
-        assert difference <= TOLERANCE, f"chunks of {chunk}, position {session.position - 1}: {difference}"
+    ids, images = with_images(tiny.config, pieces), random_images(tiny.config, pieces.count(None))
+    assert_steps_equal(tiny.session(), ids, images, tiny.eager_logits(ids, images), chunk)
 
 
 @pytest.fixture(scope="module", params=VISION_SHAPES)
@@ -73,9 +48,9 @@ def test_images_attend_both_ways(tiny: TinyOnnx) -> None:
     """What the tests above would miss if an image's own attention were worth nothing here: fed one by one, it is not
     the same.
     """
-    ids, images = with_images(tiny.config, [3, None]), random_images(tiny, 1)
-    whole = open_tiny(tiny).prefill(ids, images)
-    session = open_tiny(tiny)
+    ids, images = with_images(tiny.config, [3, None]), random_images(tiny.config, 1)
+    whole = tiny.session().prefill(ids, images)
+    session = tiny.session()
     soft_tokens = session.encode_image(images[0])
     session.prefill(ids[:4])
     for row in soft_tokens:
@@ -84,7 +59,7 @@ def test_images_attend_both_ways(tiny: TinyOnnx) -> None:
 
 
 def test_soft_tokens_equal_eager(tiny: TinyOnnx) -> None:
-    session, images = open_tiny(tiny), random_images(tiny, 2)
+    session, images = tiny.session(), random_images(tiny.config, 2)
     pixels = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255
     expected = random_model(tiny.config).encode_images(pixels).numpy()
     for image, soft_tokens in zip(images, expected, strict=True):
@@ -95,14 +70,8 @@ def test_soft_tokens_equal_eager(tiny: TinyOnnx) -> None:
 def test_integers_equal_eager_and_read_back(scheme: str, tmp_path: Path) -> None:
     tiny = tiny_onnx(tiny_vision_config(), tmp_path, scheme, "int8")
     assert_equals_eager(tiny, [3, None, 2, None, 40], 8)
-    expected, stored = tiny.weights.integers, read_back_onnx(tiny.path)
-    assert sum(name.startswith("vision_tower.") for name in stored) == 2 * 6
-    assert stored.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert torch.equal(stored[name].codes, weight.codes), name
-        assert torch.equal(stored[name].scales, weight.scales), name
-    assert tiny.report.integers_equal == sum(weight.codes.numel() for weight in expected.values())
-    assert tiny.report.integers_unequal == 0
+    assert sum(name.startswith("vision_tower.") for name in read_back_onnx(tiny.path)) == 2 * 6
+    tiny.assert_integers_are_the_quantizers()
 
 
 def test_a_changed_integer_of_the_encoder_is_found(tmp_path: Path) -> None:
@@ -142,13 +111,13 @@ def test_a_text_only_model_has_one_graph_without_branches(tmp_path: Path) -> Non
 
 def test_the_caches_are_updated_in_place(tiny: TinyOnnx) -> None:
     """By text and by images alike: what a call leaves in the bound buffers is all that the next one reads."""
-    session = open_tiny(tiny)
+    session = tiny.session()
     outputs = {output.name for output in session._session.get_outputs()}
-    ids, images = with_images(tiny.config, [3, None, 30]), random_images(tiny, 1)
+    ids, images = with_images(tiny.config, [3, None, 30]), random_images(tiny.config, 1)
     expected = session.prefill(ids, images)
     kept = [buffer.numpy().copy() for buffer in session._caches]
     assert len(outputs) == 1 + len(kept)
-    other = open_tiny(tiny)
+    other = tiny.session()
     for buffer, values in zip(other._caches, kept, strict=True):
         buffer.update_inplace(values)
     other.position = len(ids)
@@ -168,10 +137,10 @@ def test_damaged_encoders_are_bad_input(tmp_path: Path) -> None:
     data = tmp_path / "vision.onnx.data"
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(BadInput, match=r"vision\.onnx: vision\.onnx\.data has .* the file is cut short"):
-        open_tiny(tiny)
+        tiny.session()
     (tmp_path / "vision.onnx").unlink()
     with pytest.raises(BadInput, match=r"vision\.onnx: no such file"):
-        open_tiny(tiny)
+        tiny.session()
 
 
 def test_branches_hold_no_weights_of_their_own(tmp_path: Path) -> None:
@@ -182,7 +151,7 @@ def test_branches_hold_no_weights_of_their_own(tmp_path: Path) -> None:
     tensor.external_data.add(key="location", value="/etc/hostname")
     tiny.path.write_bytes(model.SerializeToString())
     with pytest.raises(BadInput, match="holds subgraphs, functions or constants"):
-        open_tiny(tiny)
+        tiny.session()
 
 
 def test_onnx_checks_the_graphs(tiny: TinyOnnx) -> None:

@@ -8,6 +8,7 @@ from transformers import Gemma3TextConfig, SiglipVisionConfig
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import DEFAULTS, FULL, SLIDING, VISION_DEFAULTS, ModelConfig, Rope, parse_config, read_config
 from gemma3.errors import BadInput, DoesNotFit
+from scripts import random_checkpoint
 from tests.shapes import RELEASED, SHAPES, tiny_config
 
 # What the released files hold (sizes from the report), as far as they go beside RELEASED's constants.
@@ -44,36 +45,7 @@ GEMMA_3_270M: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 262144,
 }
-GEMMA_3_4B: dict[str, Any] = {
-    "architectures": ["Gemma3ForConditionalGeneration"],
-    "boi_token_index": 255999,
-    "eoi_token_index": 256000,
-    "eos_token_id": [1, 106],
-    "image_token_index": 262144,
-    "initializer_range": 0.02,
-    "mm_tokens_per_image": 256,
-    "model_type": "gemma3",
-    "text_config": {
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 34,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 1024,
-    },
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.50.0.dev0",
-    "vision_config": {
-        "hidden_size": 1152,
-        "image_size": 896,
-        "intermediate_size": 4304,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "patch_size": 14,
-        "vision_use_head": False,
-    },
-}
+GEMMA_3_4B: dict[str, Any] = {**random_checkpoint.SHAPES["4b"], "transformers_version": "4.50.0.dev0"}
 
 
 def test_270m() -> None:

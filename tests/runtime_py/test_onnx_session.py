@@ -33,17 +33,13 @@ def copy(tiny: TinyOnnx, tmp_path: Path) -> TinyOnnx:
     return replace(tiny, path=tmp_path / tiny.path.name)
 
 
-def open_tiny(tiny: TinyOnnx) -> OnnxSession:
-    return OnnxSession(tiny.path, tiny.layout, tiny.config, threads=1)
-
-
 def test_does_not_load_torch() -> None:
     code = "import sys, runtime_py.onnx_session; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_position_and_logits_follow_what_is_fed(tiny: TinyOnnx) -> None:
-    session = open_tiny(tiny)
+    session = tiny.session()
     assert (session.context, session.chunk, session.vocab_size) == (128, 8, tiny.config.vocab_size)
     first = session.prefill(random_tokens(tiny.config, 20))
     assert first.dtype == np.float32
@@ -60,7 +56,7 @@ def test_position_and_logits_follow_what_is_fed(tiny: TinyOnnx) -> None:
 @settings(max_examples=25, deadline=None)
 def test_pieces_do_not_matter(tiny: TinyOnnx, pieces: list[int], chunk: int) -> None:
     ids = random_tokens(tiny.config, min(sum(pieces), 128))
-    whole = open_tiny(tiny).prefill(ids)
+    whole = tiny.session().prefill(ids)
     session = OnnxSession(tiny.path, replace(tiny.layout, chunk=chunk), tiny.config, threads=1)
     while session.position < len(ids):
         session.prefill(ids[session.position :][: pieces.pop()])
@@ -70,7 +66,7 @@ def test_pieces_do_not_matter(tiny: TinyOnnx, pieces: list[int], chunk: int) -> 
 @pytest.mark.parametrize("before", [3, 100])
 def test_reset_is_a_new_session_to_the_bit(tiny: TinyOnnx, before: int) -> None:
     ids = random_tokens(tiny.config, 90, seed=2)
-    used, fresh = open_tiny(tiny), open_tiny(tiny)
+    used, fresh = tiny.session(), tiny.session()
     used.prefill(random_tokens(tiny.config, before))
     used.reset()
     assert used.position == 0
@@ -80,7 +76,7 @@ def test_reset_is_a_new_session_to_the_bit(tiny: TinyOnnx, before: int) -> None:
 
 
 def test_refuses_ids_before_any_is_fed(tiny: TinyOnnx) -> None:
-    session = open_tiny(tiny)
+    session = tiny.session()
     session.prefill([1, 2, 3])
     kept = session.logits
     with pytest.raises(BadInput, match="the prompt is empty"):
@@ -104,7 +100,7 @@ def test_the_encoder_is_opened_for_a_prompt_with_images_only(tmp_path: Path, mon
         return encoder
 
     monkeypatch.setattr("runtime_py.onnx_session.open_encoder", open_counted)
-    session = open_tiny(tiny_onnx(tiny_vision_config(), tmp_path))
+    session = tiny_onnx(tiny_vision_config(), tmp_path).session()
     images = [np.full((28, 28, 3), shade, np.uint8) for shade in (0, 200)]
     ids = with_images(tiny_vision_config(), [3, None, 2, None, 1])
     session.prefill(ids[:4])
@@ -195,7 +191,7 @@ def use_an_unknown_operator(path: Path) -> None:
 def test_damaged_files_are_bad_input(copy: TinyOnnx, damage: Callable[[Path], None], message: str) -> None:
     damage(copy.path)
     with pytest.raises(BadInput, match=message):
-        open_tiny(copy)
+        copy.session()
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.99, 0.9999])
@@ -203,4 +199,4 @@ def test_truncated_graphs_are_bad_input(copy: TinyOnnx, part: float) -> None:
     content = copy.path.read_bytes()
     copy.path.write_bytes(content[: int(len(content) * part)])
     with pytest.raises(BadInput):
-        open_tiny(copy)
+        copy.session()
