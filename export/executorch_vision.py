@@ -5,6 +5,9 @@ What differs, and why:
 * The patches are cut out of the image by a permutation and multiplied as one matrix; a convolution would ask XNNPACK's
   backend for the passes that export/xnnpack_partition.py leaves out.
 * Attention is ``llama.custom_sdpa``, which never holds the scores of all queries: 4096 patches have 1.07 GB of them.
+* What follows attention in a layer takes ROWS_AT_ONCE patches at a time: an MLP's hidden values are the largest that
+  there are. XNNPACK packs the weights of each delegate anew, so the parts must give equal delegates, which
+  export/to_executorch.py makes one.
 * Means (LayerNorm's, the pooling's) are linears with fixed weights, GELU is spelled out and integer linears share
   one rounding of their input, all as in export/executorch_model.py.
 
@@ -12,14 +15,21 @@ Shapes: S pixels a side, G patches a side, P = G² patches, C encoder width, H h
 E the text model's hidden size. Nothing is dynamic.
 """
 
+import math
+from dataclasses import replace
+from itertools import count
+from typing import cast
+
 import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers the attention operator)
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.executorch_model import GELU_A, GELU_B, Linear, Mean, RMSNorm, Weights, floating, project
+from export.executorch_model import GELU_A, GELU_B, Linear, Mean, RMSNorm, Weight, Weights, floating, project
 from gemma3.config import ModelConfig, VisionConfig
+from quant.integers import IntegerWeight
 
+ROWS_AT_ONCE = 1024
 TOWER, PROJECTOR = "vision_tower.vision_model", "multi_modal_projector"
 
 
@@ -85,18 +95,47 @@ class MLP(nn.Module):
         return project(x * torch.sigmoid(x * (GELU_A + GELU_B * (x * x))), self.fc2)[0]
 
 
-class Layer(nn.Module):
+class NormedMLP(nn.Module):
     def __init__(self, config: VisionConfig, weights: Weights, name: str) -> None:
         super().__init__()
-        self.before_attention, self.before_mlp = (
-            LayerNorm(weights, f"{name}.{which}", config.layer_norm_eps) for which in ("layer_norm1", "layer_norm2")
-        )
-        self.attention = SelfAttention(config, weights, f"{name}.self_attn")
+        self.norm = LayerNorm(weights, f"{name}.layer_norm2", config.layer_norm_eps)
         self.mlp = MLP(weights, f"{name}.mlp")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.before_attention(x))
-        return x + self.mlp(self.before_mlp(x))
+        return x + self.mlp(self.norm(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: VisionConfig, weights: Weights, name: str) -> None:
+        super().__init__()
+        self.norm = LayerNorm(weights, f"{name}.layer_norm1", config.layer_norm_eps)
+        self.attention = SelfAttention(config, weights, f"{name}.self_attn")
+        # A module each, because what a delegate multiplies by must be its own.
+        self.parts = nn.ModuleList(NormedMLP(config, views(weights, name), name) for _ in range(parts(config)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        if len(self.parts) == 1:
+            return cast(Tensor, self.parts[0](x))
+        rows = x.chunk(len(self.parts))
+        return torch.cat([part(some) for part, some in zip(self.parts, rows, strict=True)])
+
+
+def parts(config: VisionConfig) -> int:
+    """How many equal parts of the patches have at most ROWS_AT_ONCE of them."""
+    patches = config.patches_per_side**2
+    return next(n for n in count(math.ceil(patches / ROWS_AT_ONCE)) if patches % n == 0)
+
+
+def views(weights: Weights, prefix: str) -> dict[str, Weight]:
+    """The weights below ``prefix`` in the same memory as other objects, which torch.export keeps apart."""
+    return {name: view(weight) for name, weight in weights.items() if name.startswith(f"{prefix}.")}
+
+
+def view(weight: Weight) -> Weight:
+    if isinstance(weight, IntegerWeight):
+        return replace(weight, codes=weight.codes.detach(), scales=weight.scales.detach())
+    return weight.detach()
 
 
 class Projector(nn.Module):

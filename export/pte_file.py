@@ -136,12 +136,11 @@ class PteFile:
         return {entry.key: entry.segment_index for entry in self.program.named_data}
 
     def linears(self, method: str = FORWARD) -> Iterator[Linear]:
-        """The matrix multiplications of a method's delegates in the order of their calls, means left out."""
+        """The matrix multiplications of a method's delegates in the order of their first calls, means left out."""
         plan = self.plan(method)
-        for instruction in plan.chains[0].instructions:
-            if not isinstance(instruction.instr_args, DelegateCall):
-                continue
-            delegate = plan.delegates[instruction.instr_args.delegate_index]
+        arguments = [instruction.instr_args for instruction in plan.chains[0].instructions]
+        calls = dict.fromkeys(call.delegate_index for call in arguments if isinstance(call, DelegateCall))
+        for delegate in (plan.delegates[index] for index in calls):
             graph = xnnpack_graph(self.segment(delegate.processed.index))
             values = {}
             for entry in graph["xvalues"]:

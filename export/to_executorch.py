@@ -29,7 +29,9 @@ from typing import Any
 
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
+from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.schema import BackendDelegate, DelegateCall, ExecutionPlan
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ExportGraphSignature
 from torch.fx import GraphModule
@@ -230,13 +232,38 @@ def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dic
             preserve_ops=[torch.ops.aten.linear.default],
         ),
     )
-    return edge.to_backend(LevelPartitioner()).to_executorch(
-        ExecutorchBackendConfig(
-            memory_planning_pass=MemoryPlanningPass(**PLANNING) if len(methods) == 1 else CachesApart(),
-            # So that a session can look into the caches by name.
-            emit_mutable_buffer_names=True,
-        )
+    config = ExecutorchBackendConfig(
+        memory_planning_pass=MemoryPlanningPass(**PLANNING) if len(methods) == 1 else CachesApart(),
+        # So that a session can look into the caches by name.
+        emit_mutable_buffer_names=True,
     )
+    partitioners = {name: LevelPartitioner(apart=name == VISION_ENCODER) for name in methods}
+    manager = edge.to_backend(partitioners).to_executorch(config)
+    if any([unite_equal_delegates(plan) for plan in manager.executorch_program.execution_plan]):
+        manager._pte_data, _ = serialize_for_executorch(
+            manager._emitter_output, config, manager._data_serializer, manager._named_data
+        )
+    return manager
+
+
+def unite_equal_delegates(plan: ExecutionPlan) -> bool:
+    """Let every call of equal delegates go to the first of them; whether there were any.
+
+    Each delegate packs its weights for itself when the method is loaded, whatever else has packed the same.
+    """
+    kept: list[BackendDelegate] = []
+    index = {}
+    for number, delegate in enumerate(plan.delegates):
+        if delegate not in kept:
+            kept.append(delegate)
+        index[number] = kept.index(delegate)
+    for chain in plan.chains:
+        for instruction in chain.instructions:
+            if isinstance(instruction.instr_args, DelegateCall):
+                instruction.instr_args.delegate_index = index[instruction.instr_args.delegate_index]
+    found = len(kept) < len(plan.delegates)
+    plan.delegates = kept
+    return found
 
 
 def constant_methods(config: ModelConfig, layout: CacheLayout, eos_ids: Sequence[int]) -> dict[str, Any]:

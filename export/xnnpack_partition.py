@@ -36,20 +36,25 @@ ONE_PASS = CompileSpec("dqlinear_partitioner", b"")
 class LevelPartitioner(Partitioner):  # type: ignore[misc]
     """One delegate for all delegated nodes of a level: how often the way to them enters or leaves XNNPACK.
 
-    Levels never fall along an edge and rise at every crossing, so no delegate depends on itself.
+    Levels never fall along an edge and rise at every crossing, so no delegate depends on itself. With ``apart``, what
+    no edge joins within a level becomes delegates of its own, and concatenations, which would join parts that are to be
+    apart, stay outside. Delegates that compute the same are then equal to the byte.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, apart: bool = False) -> None:
         super().__init__()
+        self.apart = apart
         self.spec_for_all = DelegationSpec(XnnpackBackend.__name__, [ONE_PASS])
-        self.operators = {kind.target_name: kind() for kind in DELEGATED}
+        self.operators = {
+            kind.target_name: kind() for kind in DELEGATED if not (apart and kind is generic_node_configs.CatConfig)
+        }
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         nodes = [node for node in exported_program.graph.nodes if node.op == "call_function"]
         members = {node: self.members(node, exported_program) for node in nodes}
         delegated = {member for group in members.values() for member in group}
         levels: dict[Node, int] = {}
-        tags: dict[str, DelegationSpec] = {}
+        by_tag: dict[str, list[Node]] = {}
         for node in nodes:
             levels[node] = max(
                 (
@@ -60,10 +65,17 @@ class LevelPartitioner(Partitioner):  # type: ignore[misc]
                 default=0,
             )
             if members[node]:
-                tag = f"level{levels[node]}"
-                tags[tag] = self.spec_for_all
-                for member in members[node]:
-                    member.meta["delegation_tag"] = tag
+                by_tag.setdefault(f"level{levels[node]}", []).extend(members[node])
+        if self.apart:
+            by_tag = {
+                f"{tag}.{index}": piece for tag, group in by_tag.items() for index, piece in enumerate(pieces(group))
+            }
+        for tag, group in by_tag.items():
+            for index, member in enumerate(group):
+                member.meta["delegation_tag"] = tag
+                if self.apart:
+                    member.meta["debug_handle"] = index  # the only thing in a delegate that says where it stands
+        tags = dict.fromkeys(by_tag, self.spec_for_all)
         return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
 
     def members(self, node: Node, program: ExportedProgram) -> list[Node]:
@@ -73,3 +85,19 @@ class LevelPartitioner(Partitioner):  # type: ignore[misc]
         if operator is None or not operator.check_constraints(node, program):
             return []
         return operator.get_partition(node, program)
+
+
+def pieces(nodes: list[Node]) -> list[list[Node]]:
+    """``nodes`` divided into those that edges between them join, each in the order given."""
+    piece_of: dict[Node, list[Node]] = {}
+    for node in dict.fromkeys(nodes):
+        joined = [node]
+        for neighbour in (*node.all_input_nodes, *node.users):
+            other = piece_of.get(neighbour)
+            if other is not None and other is not joined:
+                joined = other + joined
+                for member in joined:
+                    piece_of[member] = joined
+        for member in joined:
+            piece_of[member] = joined
+    return list({id(piece): piece for piece in piece_of.values()}.values())

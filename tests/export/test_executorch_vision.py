@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from executorch.exir.schema import DelegateCall
 
 from export.executorch_vision import VisionEncoder
 from export.pte_file import PteFile, read_back_pte
@@ -117,6 +118,28 @@ def test_scores_are_never_whole(tmp_path: Path) -> None:
     assert np.abs(tiny.session().encode_image(images[0]) - expected).max() <= 1e-5 * np.abs(expected).max()
     planned = PteFile(tiny.path).plan("vision_encoder").non_const_buffer_sizes
     assert sum(planned) < 1e6 < 2 * 1024**2 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("linears", ["fp32", "int8"])
+def test_many_patches_go_through_one_delegate(linears: str, tmp_path: Path) -> None:
+    """2304 patches in three equal parts: what follows attention is packed once and called three times."""
+    config = few_layers("like-4b")
+    assert config.vision is not None
+    config = replace(config, vision=replace(config.vision, image_size=48 * 7, num_hidden_layers=2))
+    tiny = tiny_pte(config, tmp_path) if linears == "fp32" else tiny_pte(config, tmp_path, "int4-block32", "int8")
+    images = random_images(config, 1)
+    with torch.no_grad():
+        expected = tiny.eager().encode_images(network_inputs(images)).numpy()[0]
+    difference = np.abs(tiny.session().encode_image(images[0]) - expected) / np.abs(expected).max()
+    assert (difference.max() if linears == "fp32" else np.median(difference)) <= 1e-5
+    plan = PteFile(tiny.path).plan("vision_encoder")
+    calls = [step.instr_args for step in plan.chains[0].instructions if isinstance(step.instr_args, DelegateCall)]
+    # Before attention, after it and the MLP, in either layer; the norm and the projector at last.
+    assert len(plan.delegates) == 2 * 3 + 1
+    assert len(calls) == len(plan.delegates) + 2 * 2
+    if linears == "int8":
+        assert sum(tiny.report.integers_unequal.values()) == 0
 
 
 @pytest.mark.slow
