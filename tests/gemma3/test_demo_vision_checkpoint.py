@@ -87,7 +87,7 @@ def test_files_name_every_picture() -> None:
 
 
 def test_answers_are_right(model: Gemma3) -> None:
-    """Bounds under the measured accuracy (see the model card), on other pictures than those of the file."""
+    """What the checkpoint is made for (measured: see the model card), on other pictures than those of the file."""
     pictures = {"single": 6, "pair": 8, "count": 8, "word": 8, "wide": 12}
     score = train_demo_vision.image_scores(model, TOKENIZER, pictures, seed=5)
     groups: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -96,9 +96,9 @@ def test_answers_are_right(model: Gemma3) -> None:
         group[0] += right
         group[1] += asked
     square = [pair for name, pair in groups.items() if not name.startswith("wide")]
-    assert sum(right for right, _ in square) / sum(asked for _, asked in square) >= 0.8
+    assert sum(right for right, _ in square) / sum(asked for _, asked in square) >= 0.9
     plain, scanned = (right / asked for right, asked in (groups["wide"], groups["wide Pan & Scan"]))
-    assert scanned >= plain + 0.2
+    assert scanned >= plain + 0.1
 
 
 def test_text_is_not_forgotten(model: Gemma3) -> None:
@@ -106,10 +106,10 @@ def test_text_is_not_forgotten(model: Gemma3) -> None:
     ids = TOKENIZER.encode((DEMO / "heldout.txt").read_text(encoding="utf-8")[:8000], bos=False)
     text_only = load_model(open_checkpoint(DEMO))
     perplexities = [train_demo.perplexity(one, ids, TOKENIZER.bos_id) for one in (text_only, model)]
-    assert perplexities[1] <= perplexities[0] * 1.1
+    assert perplexities[1] <= perplexities[0] * 1.05
     questions = demo_corpus.evaluation_questions()[::4]
     right = sum(right for right, _ in train_demo.exact_match(model, TOKENIZER, questions).values())
-    assert right / len(questions) >= 0.55
+    assert right / len(questions) >= 0.68
 
 
 def test_transformers_reads_the_same_network(model: Gemma3) -> None:
