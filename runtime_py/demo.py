@@ -69,16 +69,17 @@ def about_text(bundle: Path, source: Path) -> Iterator[str]:
 
 
 def about_images(bundle: Path, source: Path) -> Iterator[str]:
-    """Answers about pictures that were not trained on, and a table of how many each file gets right."""
+    """Descriptions of pictures that were not trained on, answers about them, and how many each file gets right."""
     manifest = read_manifest(bundle)
     tokenizer = Tokenizer(bundle / TOKENIZER)
     questions = read_questions(source / "questions_images.jsonl")
     wide = [question for question in questions if question.category.startswith("wide")]
+    descriptions = [question for question in questions if question.category == "describe"]
     asked = some([question for question in questions if question not in wide], IMAGE_QUESTIONS)
     wide = some(wide, WIDE_QUESTIONS)
     sessions = open_all(bundle, source, manifest)
     yield ""
-    yield from answers(sessions, tokenizer, some(asked, SHOWN), manifest)
+    yield from answers(sessions, tokenizer, [*some(descriptions, SHOWN), *some(asked, SHOWN)], manifest)
     rows = {
         "right answers about pictures": scores(sessions, tokenizer, asked, manifest),
         "about wide pictures": scores(sessions, tokenizer, wide, manifest),
