@@ -126,18 +126,20 @@ def test_many_patches_go_through_one_delegate(linears: str, tmp_path: Path) -> N
     """2304 patches in three equal parts: what follows attention is packed once and called three times."""
     config = few_layers("like-4b")
     assert config.vision is not None
-    config = replace(config, vision=replace(config.vision, image_size=48 * 7, num_hidden_layers=2))
+    config = replace(config, vision=replace(config.vision, image_size=48 * 7, num_hidden_layers=3))
     tiny = tiny_pte(config, tmp_path) if linears == "fp32" else tiny_pte(config, tmp_path, "int4-block32", "int8")
     images = random_images(config, 1)
     with torch.no_grad():
         expected = tiny.eager().encode_images(network_inputs(images)).numpy()[0]
-    difference = np.abs(tiny.session().encode_image(images[0]) - expected) / np.abs(expected).max()
-    assert (difference.max() if linears == "fp32" else np.median(difference)) <= 1e-5
+    found = tiny.session().encode_image(images[0])
+    error = np.sqrt(np.square(found - expected).mean() / np.square(expected).mean())
+    # Integers: a rounding of an activation that falls the other way reaches every patch of the layers after it.
+    assert error <= (1e-5 if linears == "fp32" else 2e-3)
     plan = PteFile(tiny.path).plan("vision_encoder")
     calls = [step.instr_args for step in plan.chains[0].instructions if isinstance(step.instr_args, DelegateCall)]
-    # Before attention, after it and the MLP, in either layer; the norm and the projector at last.
-    assert len(plan.delegates) == 2 * 3 + 1
-    assert len(calls) == len(plan.delegates) + 2 * 2
+    # Before attention, after it and the MLP, in each layer; the norm and the projector at last.
+    assert len(plan.delegates) == 3 * 3 + 1
+    assert len(calls) == len(plan.delegates) + 3 * 2
     if linears == "int8":
         assert sum(tiny.report.integers_unequal.values()) == 0
 
