@@ -239,7 +239,8 @@ def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dic
     )
     partitioners = {name: LevelPartitioner(apart=name == VISION_ENCODER) for name in methods}
     manager = edge.to_backend(partitioners).to_executorch(config)
-    if any([unite_equal_delegates(plan) for plan in manager.executorch_program.execution_plan]):
+    united = [unite_equal_delegates(plan) for plan in manager.executorch_program.execution_plan]
+    if any(united):
         manager._pte_data, _ = serialize_for_executorch(
             manager._emitter_output, config, manager._data_serializer, manager._named_data
         )
@@ -251,19 +252,16 @@ def unite_equal_delegates(plan: ExecutionPlan) -> bool:
 
     Each delegate packs its weights for itself when the method is loaded, whatever else has packed the same.
     """
-    kept: list[BackendDelegate] = []
-    index = {}
-    for number, delegate in enumerate(plan.delegates):
+    every, kept = plan.delegates, list[BackendDelegate]()
+    for delegate in every:
         if delegate not in kept:
             kept.append(delegate)
-        index[number] = kept.index(delegate)
-    for chain in plan.chains:
-        for instruction in chain.instructions:
-            if isinstance(instruction.instr_args, DelegateCall):
-                instruction.instr_args.delegate_index = index[instruction.instr_args.delegate_index]
-    found = len(kept) < len(plan.delegates)
+    for instruction in plan.chains[0].instructions:
+        call = instruction.instr_args
+        if isinstance(call, DelegateCall):
+            call.delegate_index = kept.index(every[call.delegate_index])
     plan.delegates = kept
-    return found
+    return len(kept) < len(every)
 
 
 def constant_methods(config: ModelConfig, layout: CacheLayout, eos_ids: Sequence[int]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from export.onnx_graph import write_graph
 from export.onnx_vision import vision_model
 from gemma3.config import ModelConfig, parse_config
 from quant.recipe import ENCODER, KEPT, Recipe, Weight, quantize
+from runtime_py.golden import relative_rms
 from runtime_py.onnx_session import open_encoder
 from runtime_py.report import table
 from scripts.random_checkpoint import SHAPES, random_weights
@@ -33,7 +34,7 @@ from scripts.random_checkpoint import SHAPES, random_weights
 PARTS = ("vision_tower.", "multi_modal_projector.")
 INT8 = Recipe("int8", (*KEPT, *ENCODER))
 
-# In a process without torch. VmHWM, because the peak that getrusage gives begins with the parent's.
+# In a process of its own. VmHWM, because the peak that getrusage gives begins with the parent's.
 ALONE = {
     "onnx": """
 import sys
@@ -156,10 +157,6 @@ def take_turns(
     return medians, found
 
 
-def relative_error(found: SoftTokens, expected: SoftTokens) -> float:
-    return float(np.sqrt(np.square(found - expected).mean() / np.square(expected).mean()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("format", choices=ALONE)
@@ -200,7 +197,7 @@ def main() -> None:
             f"{wall / times[name][0]:.2f}",
             f"{cpu:.1f}",
             f"{cpu / times[name][1]:.2f}",
-            f"{relative_error(found[encoder], found[name]):.1e}",
+            f"{relative_rms(found[encoder], found[name]):.1e}",
         ]
         for encoder, (wall, cpu) in times.items()
     ]

@@ -207,12 +207,11 @@ def to_pixels(images: Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def answer_loss(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Cross-entropy of ``spoken``'s logits, averaged over the answers: a word weighs as much as a description."""
+def answer_loss(logits: Tensor, targets: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Cross-entropy of what ``spoken`` gives, averaged over the answers: a word weighs as much as a description."""
     spoken_at = torch.tensor([row.targets for row in rows]) != IGNORE
     starts = spoken_at & ~F.pad(spoken_at, (1, 0))[:, :-1]
     answer = (starts.flatten().cumsum(0) - 1)[spoken_at.flatten()]
-    targets = torch.tensor([target for row in rows for target in row.targets if target != IGNORE])
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
     return (losses / answer.bincount()[answer]).sum() / starts.sum()
 
@@ -359,8 +358,8 @@ def train(
         for kind, stream, count in streams[: 2 if step > scan_from and step % 2 else 1]:
             rows = [next(stream) for _ in range(count)]
             with torch.autocast("cpu", torch.bfloat16):
-                logits, _, soft = spoken(model, rows)
-            loss = answer_loss(logits, rows)
+                logits, targets, soft = spoken(model, rows)
+            loss = answer_loss(logits, targets, rows)
             telling, _ = cells(soft.float(), [labels for row in rows for labels in row.labels])
             (loss + telling).backward()
             smooth[kind] += (loss.item() - smooth[kind]) * max(0.05, 1 / (step + 1))

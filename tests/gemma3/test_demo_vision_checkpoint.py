@@ -88,7 +88,7 @@ def test_files_name_every_picture() -> None:
 
 def test_answers_are_right(model: Gemma3) -> None:
     """What the checkpoint is made for (measured: see the model card), on other pictures than those of the file."""
-    pictures = {"single": 6, "pair": 8, "count": 8, "word": 8, "wide": 12}
+    pictures = {"single": 6, "pair": 8, "count": 8, "word": 8, "wide": 30}
     score = train_demo_vision.image_scores(model, TOKENIZER, pictures, seed=5)
     groups: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name, (right, asked) in score.items():
@@ -98,7 +98,7 @@ def test_answers_are_right(model: Gemma3) -> None:
     square = [pair for name, pair in groups.items() if not name.startswith("wide")]
     assert sum(right for right, _ in square) / sum(asked for _, asked in square) >= 0.9
     plain, scanned = (right / asked for right, asked in (groups["wide"], groups["wide Pan & Scan"]))
-    assert scanned >= plain + 0.1
+    assert scanned >= plain + 0.2
 
 
 def test_text_is_not_forgotten(model: Gemma3) -> None:
