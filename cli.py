@@ -1,7 +1,7 @@
-"""gemma-edge: each command is one call. Data goes to stdout, everything else to stderr.
+"""gemma-edge: each command parses its options and makes one call. Data goes to stdout, everything else to stderr.
 
 Exit codes: 0 done, 1 internal error, 2 usage, 3 bad input, 4 does not fit, 5 verification failed.
-Imports are inside the commands: --help and running an .onnx must not wait for torch.
+The calls are imported inside the commands: --help and running an .onnx must not wait for torch.
 """
 
 import errno
@@ -10,25 +10,21 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import click
 import typer
 
-from gemma3.errors import DoesNotFit
+from gemma3.errors import BadInput, DoesNotFit
 
 if TYPE_CHECKING:
-    from export.bundle import Draft
-    from export.manifest import Check, Format, Manifest
-    from gemma3.tokenizer import Tokenizer
     from quant.recipe import Recipe
-    from runtime_py.accuracy_report import Candidate
-    from runtime_py.session import Session
 
 app = typer.Typer(
     help="Gemma 3 on phones: quantize, export to ExecuTorch and ONNX, prove the files against the eager model.",
@@ -39,18 +35,29 @@ app = typer.Typer(
 )
 log = logging.getLogger("cli")
 DEBUG = "GEMMA_EDGE_DEBUG"
-# What `accuracy` uses where no bundle says: the defaults of `export`.
-LARGEST_STRETCH, EAGER_CHUNK = 4096, 128
+BOTH = "both"
 
-Scheme = Literal["fp32", "int4-channel", "int4-block32", "sfp8"]
-OneFormat = Literal["pte", "onnx"]
+
+def _known_format(value: str | None) -> str | None:
+    from runtime_py.backends import BACKENDS
+
+    if value is not None and value not in (*BACKENDS, BOTH):
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(BACKENDS)}")
+    return value
+
+
+def _one_known_format(value: str | None) -> str | None:
+    if value == BOTH:
+        raise typer.BadParameter("choose one format")
+    return _known_format(value)
+
 
 Model = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory, 'demo' or 'demo-vision'.")
 ]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `gemma-edge export` wrote.")]
 SchemeOption = Annotated[
-    Scheme | None,
+    Literal["fp32", "int4-channel", "int4-block32", "sfp8"] | None,
     typer.Option("--scheme", help="How linear layers are stored [int4-block32; a quantized checkpoint's own]."),
 ]
 EmbeddingOption = Annotated[
@@ -60,43 +67,63 @@ EmbeddingOption = Annotated[
 RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="A recipe (.toml) instead of --scheme and --embedding.")
 ]
-Which = Annotated[
-    OneFormat | None, typer.Option("--format", help="Which of the bundle's graphs to run; its first if left out.")
+FORMATS = "pte or onnx"
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        callback=_one_known_format,
+        help=f"The bundle's graph to run: {FORMATS} [its first].",
+    ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; the runtime's choice if left out.")]
+AllFormats = Annotated[
+    str | None,
+    typer.Option(
+        "--format", metavar="FORMAT", callback=_one_known_format, help=f"The bundle's graph: {FORMATS} [all it has]."
+    ),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Number of threads [the runtime's choice].")]
 MaxNew = Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Stop after this many tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k likeliest; 0 is off.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest that hold this much of the mass.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k likeliest tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens with this much of the mass.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same tokens.")]
 Images = Annotated[
     list[Path] | None,
-    typer.Option("--image", metavar="PATH", help="A picture for the first <image> in the text, or in front of it."),
+    typer.Option("--image", metavar="PATH", help="An image, for the next <image> in the text or before the text."),
 ]
 PanAndScan = Annotated[
-    bool, typer.Option("--pan-and-scan", help="Also show up to 4 crops of each picture that is far from square.")
+    bool, typer.Option("--pan-and-scan", help="Also show up to 4 crops of each image that is far from square.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def main() -> None:
-    """The console script: errors a user can cause end in one line and their exit code."""
+    """The console script. An error that a user can cause ends in one line and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for package in ("cli", "export", "quant", "runtime_py"):
         logging.getLogger(package).setLevel(logging.INFO)
     if not os.environ.get(DEBUG):
-        # torch, torchao and executorch warn about their own internals; ours are raised or logged.
+        # torch, torchao and executorch warn about their own internals; our own problems are raised or logged.
         warnings.simplefilter("ignore")
         for noisy in ("torchao", "torch.utils._pytree"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        app()
+        code = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as interruption:
+        print(": ".join(("interrupted", *map(str, interruption.args))), file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         sys.exit(report_error(error))
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def report_error(error: Exception) -> int:
-    """Write one line to stderr; the exit code."""
+    """Write one line to stderr. Returns the exit code."""
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
@@ -110,31 +137,65 @@ def report_error(error: Exception) -> int:
     return code
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        from runtime_py.backends import BACKENDS
+
+        packages = dict.fromkeys(package for backend in BACKENDS.values() for package in backend.target.packages)
+        print(f"gemma-edge {version('gemma-edge')}")
+        print("\n".join(f"{package} {version(package)}" for package in packages))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the versions, runtimes included."),
+    ] = False,
+) -> None:
+    """Gemma 3 on phones: quantize, export to ExecuTorch and ONNX, prove the files against the eager model."""
+
+
 @app.command()
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle's directory; must not exist.")],
-    format: Annotated[Literal["pte", "onnx", "both"], typer.Option("--format")] = "both",
+    format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", callback=_known_format, help=f"{FORMATS}, or both of them.")
+    ] = BOTH,
     scheme: SchemeOption = None,
     embedding: EmbeddingOption = None,
     recipe: RecipeOption = None,
     context: Annotated[
-        int | None, typer.Option("--context", help="Positions the caches hold [the model's, at most 4096].")
+        int | None, typer.Option("--context", help="Positions that the caches hold [the model's, at most 4096].")
     ] = None,
     chunk: Annotated[
-        int | None, typer.Option("--chunk", help="Tokens per prefill call [128, at most the context].")
+        int | None, typer.Option("--chunk", help="Tokens in a prefill call [128, at most the context].")
     ] = None,
     exact_sfp8: Annotated[
-        bool, typer.Option("--exact-sfp8", help="Keep SFP8's codes in the .onnx: exact but slow, to validate with.")
+        bool, typer.Option("--exact-sfp8", help="Keep SFP8's codes in the .onnx: exact but slow, for validation.")
     ] = False,
 ) -> None:
-    """Export a checkpoint, quantized or to be rounded to nearest; the bundle appears once its files are proven."""
-    from runtime_py.validate import validation_table
+    """Export a checkpoint, quantized or not. The bundle appears once its files are proven."""
+    from runtime_py.api import export_bundle
+    from runtime_py.proof.table import validation_table
+    from runtime_py.report import bundle_line
 
-    wanted = recipe_of(scheme, embedding, recipe)
-    manifest = export_proven(model, wanted, out, formats_of(format), context, chunk, exact_sfp8)
+    with whole(out):
+        manifest = export_bundle(
+            model,
+            out,
+            recipe=recipe_of(scheme, embedding, recipe),
+            formats=None if format == BOTH else [format],
+            context=context,
+            chunk=chunk,
+            exact_sfp8=exact_sfp8,
+        )
     print(validation_table(manifest.validation))
-    print(bundle_line(out, manifest), file=sys.stderr)
+    log.info(bundle_line(out, manifest))
 
 
 @app.command()
@@ -143,7 +204,7 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="The quantized checkpoint's directory; must not exist.")],
     method: Annotated[
         Literal["rtn", "gptq", "hqq"],
-        typer.Option("--method", help="Round to nearest; GPTQ, which looks at text; HQQ's scales, without data."),
+        typer.Option("--method", help="Round to nearest; GPTQ, calibrated on text; HQQ's scales, without data."),
     ] = "rtn",
     scheme: SchemeOption = None,
     embedding: EmbeddingOption = None,
@@ -151,28 +212,23 @@ def quantize(
     data: Annotated[
         list[Path] | None, typer.Option("--data", metavar="FILE", help="Text, or conversations (.jsonl), for gptq.")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How much of the text gptq looks at.")] = 65_536,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text that gptq reads.")] = 65_536,
 ) -> None:
-    """Quantize a checkpoint without training; `gemma-edge export` takes the result as it is."""
-    from export.calibrate import quantize_checkpoint
-    from export.source import DEFAULT_SCHEME
-    from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
-    from gemma3.errors import BadInput
-    from quant.atomic import refuse_target
-    from quant.recipe import preset
-    from quant.stored import is_quantized, save_quantized
+    """Quantize a checkpoint without training. `gemma-edge export` takes the result as it is."""
+    from gemma3.host.atomic import refuse_target
+    from quant.recipe import DEFAULT_SCHEME
+    from runtime_py.api import open_checkpoint, save_checkpoint
+    from runtime_py.api import quantize as run
 
-    refuse_target(out)
-    wanted = recipe_of(scheme, embedding, recipe) or preset(DEFAULT_SCHEME)
-    source = resolve_checkpoint(model)
-    if is_quantized(source):
-        raise BadInput(f"{source}: is quantized already; give the checkpoint it was made of")
-    checkpoint = open_checkpoint(source)
-    weights = quantize_checkpoint(checkpoint, wanted, method, data or [], tokens)
-    save_quantized(out, weights, wanted, method, source=checkpoint.path)
-    for name, verdict in weights.verdicts.items():
+    with whole(out):
+        refuse_target(out)
+        wanted = recipe_of(scheme, embedding, recipe) or DEFAULT_SCHEME
+        quantized = run(open_checkpoint(model), wanted, method, data=data or [], tokens=tokens)
+        save_checkpoint(quantized, out)
+    for name, verdict in quantized.weights.verdicts.items():
         print(f"{name}: {verdict}")
-    log.info("%s: %s by %s, %.1f MB of weights at best", out, wanted.name, method, weights.ideal_bytes / 1e6)
+    size = quantized.weights.ideal_bytes / 1e6
+    log.info("%s: %s by %s, the bare weights take %.1f MB", out, quantized.recipe.name, method, size)
 
 
 @app.command()
@@ -184,14 +240,17 @@ def qat(
     recipe: RecipeOption = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", metavar="FILE", help="Text, or conversations (.jsonl) [demo: a sample of its own]."),
+        typer.Option(
+            "--data", metavar="FILE", help="Text, or conversations (.jsonl) [a demo checkpoint's own sample]."
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps")] = 500,
-    batch: Annotated[int, typer.Option("--batch", help="Rows a step.")] = 4,
-    length: Annotated[int, typer.Option("--length", help="Tokens a row.")] = 256,
+    steps: Annotated[int, typer.Option("--steps", help="Training steps.")] = 500,
+    batch: Annotated[int, typer.Option("--batch", help="Rows in a step.")] = 4,
+    length: Annotated[int, typer.Option("--length", help="Tokens in a row.")] = 256,
     pan_and_scan: PanAndScan = False,
     micro_batch: Annotated[
-        int | None, typer.Option("--micro-batch", min=1, help="Rows at once; the rest of a step's is accumulated.")
+        int | None,
+        typer.Option("--micro-batch", min=1, help="Rows in memory at once; a step accumulates their gradients."),
     ] = None,
     lr: Annotated[
         float | None,
@@ -203,42 +262,41 @@ def qat(
         typer.Option("--loss", help="The teacher's probabilities over the whole vocabulary, or 256 samples of them."),
     ] = "full",
     activations: Annotated[
-        Literal["float", "int8"], typer.Option("--activations", help="int8: as the .pte's linears round their inputs.")
+        Literal["float", "int8"],
+        typer.Option("--activations", help="int8: round the inputs of linear layers as the .pte does."),
     ] = "float",
     init: Annotated[
-        Path | None, typer.Option("--init", metavar="DIR", help="Start from what `quantize` wrote [round to nearest].")
+        Path | None,
+        typer.Option("--init", metavar="DIR", help="Start from what `quantize` wrote [from rounding to nearest]."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option("--teacher", metavar="CHECKPOINT", help="Whom to agree with [the checkpoint itself].")
+        str | None, typer.Option("--teacher", metavar="CHECKPOINT", help="The model to learn from [the checkpoint].")
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Multiply in bfloat16.")] = False,
     seed: Seed = 0,
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved states.")] = 100,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state saved beside --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the state saved beside --out.")] = False,
 ) -> None:
-    """Train a checkpoint with the integers it will ship; `gemma-edge export` takes the result as it is.
+    """Train a checkpoint with the integers it will ship. `gemma-edge export` takes the result as it is.
 
     On several GPUs or machines: torchrun … -m cli qat … with the same options.
     """
-    from export.distill import distill_checkpoint
-    from export.source import DEFAULT_SCHEME
-    from gemma3.checkpoint import resolve_checkpoint
-    from quant.qat import Settings, default_lr
-    from quant.recipe import preset
+    from gemma3.host.atomic import refuse_target
+    from quant.qat.distill import distill, open_sources
+    from quant.qat.loop import Settings, default_lr
+    from quant.recipe import DEFAULT_SCHEME, preset
 
+    refuse_target(out)
     wanted = recipe_of(scheme, embedding, recipe) or preset(DEFAULT_SCHEME)
     lr = default_lr(wanted) if lr is None else lr
-    settings = Settings(steps, batch, lr, warmup, loss=loss, activations=activations, bf16=bf16, seed=seed)
-    distill_checkpoint(
-        resolve_checkpoint(model),
+    distill(
+        open_sources(model, init, teacher),
         wanted,
         out,
-        settings,
+        Settings(steps, batch, lr, warmup, loss=loss, activations=activations, bf16=bf16, seed=seed),
         data=data or [],
         length=length,
         pan_and_scan=pan_and_scan,
-        init=init,
-        teacher=None if teacher is None else resolve_checkpoint(teacher),
         micro_batch=micro_batch,
         save_every=save_every,
         resume=resume,
@@ -250,15 +308,16 @@ def validate(
     bundle: Bundle,
     checkpoint: Annotated[
         str | None,
-        typer.Option("--checkpoint", help="Compute the eager logits afresh from it; else replay the golden vectors."),
+        typer.Option("--checkpoint", help="What it was made from: compute everything again [replay the proof]."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a bundle's graphs with their own quantized eager model; exit code 5 when they differ."""
-    from export.bundle import require_passed
-    from runtime_py.validate import check_bundle, validation_table
+    from export.checks import require_passed
+    from runtime_py.api import validate as run
+    from runtime_py.proof.table import validation_table
 
-    checks = check_bundle(bundle) if checkpoint is None else check_against(bundle, checkpoint)
+    checks = run(bundle, checkpoint)
     if as_json:
         passed = all(check.passed for check in checks)
         print(json.dumps({"passed": passed, "checks": [asdict(check) for check in checks]}))
@@ -271,8 +330,8 @@ def validate(
 def generate(
     bundle: Bundle,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    format: Which = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Make the prompt a user's turn and answer it.")] = False,
+    format: Format = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt as a user's turn.")] = False,
     image: Images = None,
     pan_and_scan: PanAndScan = False,
     max_new_tokens: MaxNew = None,
@@ -282,37 +341,34 @@ def generate(
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Continue a text, streaming. Pictures go where it says <image>, one for each; in front where it never does."""
-    from gemma3.chat import encode_chat, encode_prompt
-    from gemma3.errors import BadInput
-    from runtime_py.conversation import stream_text
+    """Continue a text as a stream. Images replace the markers <image> in it, or come first if it has none."""
+    from runtime_py import text
     from runtime_py.generate import Sampler
-    from runtime_py.generate import generate as start
-    from runtime_py.pictures import placed, read_pictures, views
 
     if not prompt:
         raise BadInput("the prompt is empty; give at least one character")
     sampler = Sampler(temperature, top_k, top_p, seed)
-    session, tokenizer, stop_ids = open_bundle(bundle, format, threads)
-    vision = session.vision
-    pictures = read_pictures(image or [], vision, pan_and_scan)
-    parts, size = placed(prompt, pictures, vision), None if vision is None else vision.tokens_per_image
-    if chat:
-        ids = encode_chat(tokenizer, [{"role": "user", "content": parts}], tokens_per_image=size)
-    else:
-        ids = encode_prompt(tokenizer, parts, size)
-    generation = start(session, ids, sampler, images=views(pictures), stop_ids=stop_ids, max_new_tokens=max_new_tokens)
-    for piece in stream_text(generation, tokenizer):
+    opened = text.open_bundle(bundle, format, threads)
+    stream = text.generate(
+        opened,
+        prompt,
+        chat=chat,
+        images=image or [],
+        pan_and_scan=pan_and_scan,
+        sampler=sampler,
+        max_new_tokens=max_new_tokens,
+    )
+    for piece in stream:
         print(piece, end="", flush=True)
     print()
-    if generation.reason == "context":
-        print(f"stopped: the context of {session.context} tokens is full", file=sys.stderr)
+    if stream.reason == "context":
+        print(f"stopped: the context of {opened.session.context} tokens is full", file=sys.stderr)
 
 
 @app.command()
 def chat(
     bundle: Bundle,
-    format: Which = None,
+    format: Format = None,
     image: Images = None,
     pan_and_scan: PanAndScan = False,
     max_new_tokens: MaxNew = None,
@@ -322,17 +378,20 @@ def chat(
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Talk to a bundle. One line is one turn; /image PATH shows it a picture with the next, as --image does with the
-    first; /reset starts over, Ctrl-D ends.
+    """Talk to a bundle. Each line is a turn. /image PATH adds an image to the next turn, as --image does to the first;
+    /reset starts over, Ctrl-D ends.
     """
-    from gemma3.errors import BadInput
+    from runtime_py import text
     from runtime_py.conversation import Conversation
     from runtime_py.generate import Sampler
     from runtime_py.pictures import read_pictures
 
     sampler = Sampler(temperature, top_k, top_p, seed)
-    session, tokenizer, stop_ids = open_bundle(bundle, format, threads)
-    conversation = Conversation(session, tokenizer, sampler, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+    opened = text.open_bundle(bundle, format, threads)
+    session = opened.session
+    conversation = Conversation(
+        session, opened.tokenizer, sampler, stop_ids=opened.eos_ids, max_new_tokens=max_new_tokens
+    )
     pictures = read_pictures(image or [], session.vision, pan_and_scan)
     for line in lines("> "):
         if line == "/reset":
@@ -361,20 +420,16 @@ def bench(
     bundle: Bundle,
     prompt: Annotated[int, typer.Option("-p", "--prompt", help="Tokens to prefill.")] = 128,
     new_tokens: Annotated[int, typer.Option("-n", "--new-tokens", help="Tokens to decode after them.")] = 32,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions")] = 5,
-    format: Annotated[OneFormat | None, typer.Option("--format", help="All of the bundle's if left out.")] = None,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Runs to measure.")] = 5,
+    format: AllFormats = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Prefill and decode speed, load time and peak memory, each graph in a process of its own."""
-    from export.manifest import read_manifest
-    from runtime_py.bench import bench as measure
-    from runtime_py.bench import bench_table
+    """Measure prefill and decode speed, load time and peak memory, each graph in a process of its own."""
+    from runtime_py.measure.bench import bench as run
+    from runtime_py.measure.bench import bench_table
 
-    formats = list(read_manifest(bundle).artifacts) if format is None else [format]
-    measurements = measure(
-        bundle, formats, prompt=prompt, new_tokens=new_tokens, repetitions=repetitions, threads=threads
-    )
+    measurements = run(bundle, format, prompt=prompt, new_tokens=new_tokens, repetitions=repetitions, threads=threads)
     if as_json:
         print(json.dumps({"measurements": [one.to_dict() for one in measurements]}))
     else:
@@ -391,60 +446,41 @@ def accuracy(
         Path, typer.Option("--data", metavar="FILE", help="Plain text, or conversations, with images or not (.jsonl).")
     ],
     baseline: Annotated[
-        list[str] | None, typer.Option("--baseline", metavar="MODEL", help="Another one, beside; may be repeated.")
+        list[str] | None,
+        typer.Option("--baseline", metavar="MODEL", help="Another model to compare with; may be repeated."),
     ] = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option("--checkpoint", help="What the bundle was exported from: measures the export by itself too."),
+        typer.Option("--checkpoint", help="What the bundle was exported from: also measures the export by itself."),
     ] = None,
     questions: Annotated[
         Path | None, typer.Option("--questions", metavar="FILE", help="Also count right answers to these (.jsonl).")
     ] = None,
-    format: Annotated[OneFormat | None, typer.Option("--format", help="All of a bundle's if left out.")] = None,
+    format: AllFormats = None,
     context: Annotated[
-        int | None, typer.Option("--context", help="Positions a stretch of text may have [the most all models hold].")
+        int | None, typer.Option("--context", help="Positions in a stretch of text [the most that all models hold].")
     ] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Predict this many at most.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Predict at most this many tokens.")] = None,
     pan_and_scan: PanAndScan = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """What quantization cost, on the file that ships: its predictions beside the original's on the same tokens."""
-    from functools import partial
+    """Measure what quantization cost, on the file that ships: its predictions beside the original's."""
+    from gemma3.checkpoint import resolve_checkpoint
+    from runtime_py.measure.candidates import accuracy as run
 
-    from gemma3.checkpoint import open_checkpoint, resolve_checkpoint
-    from gemma3.tokenizer import Tokenizer
-    from quant.progress import Progress
-    from runtime_py.accuracy_report import measure, read_text
-    from runtime_py.eager_session import open_eager
-    from runtime_py.questions import exact_match, read_questions
-
-    source = open_checkpoint(resolve_checkpoint(reference))
-    tokenizer = Tokenizer(source.path)
-    asked = read_questions(questions) if questions else []
-    context = common_context([reference, model, *(baseline or [])], context)
-    text = read_text(data, tokenizer, context, tokens, source.config.vision, pan_and_scan=pan_and_scan)
-    candidates = candidates_of(model, context, tokenizer, format, threads, checkpoint)
-    baselines: dict[str, Candidate] = {}
-    for one in baseline or []:
-        baselines |= candidates_of(one, context, tokenizer, format, threads)
-    stop_ids = (*source.config.eos_token_ids, tokenizer.end_of_turn_id)
-    bars: dict[str, Progress] = {}
-    ask = partial(exact_match, tokenizer=tokenizer, questions=asked, stop_ids=stop_ids, pan_and_scan=pan_and_scan)
-
-    def show(name: str, done: int) -> None:
-        bar = bars.get(name) or bars.setdefault(name, Progress(text.tokens))
-        bar.show(done, f"tokens, {name}")
-        if done == text.tokens:
-            bar.close()
-
-    report = measure(
-        candidates,
-        baselines,
-        open_eager(source.path, context, min(EAGER_CHUNK, context)),
-        text,
-        ask if asked else None,
-        show,
+    report = run(
+        resolve_checkpoint(model),
+        reference=resolve_checkpoint(reference),
+        data=data,
+        baselines=[resolve_checkpoint(one) for one in baseline or []],
+        checkpoint=None if checkpoint is None else resolve_checkpoint(checkpoint),
+        questions=questions,
+        format=format,
+        context=context,
+        tokens=tokens,
+        pan_and_scan=pan_and_scan,
+        threads=threads,
     )
     if as_json:
         print(json.dumps({"reference": reference, "data": str(data), **report.to_dict()}))
@@ -455,29 +491,25 @@ def accuracy(
 @app.command()
 def inspect(
     mask: Annotated[
-        str, typer.Option("--mask", metavar="TEXT", help="Draw who attends to whom in it; <image> is a picture.")
+        str, typer.Option("--mask", metavar="TEXT", help="Draw the attention masks of this text; <image> is an image.")
     ],
     model: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory.")
     ] = "demo-vision",
-    out: Annotated[Path, typer.Option("-o", "--out", help="The picture's file (PNG), written over.")] = Path(
+    out: Annotated[Path, typer.Option("-o", "--out", help="The drawing (PNG); replaced if it exists.")] = Path(
         "attention_mask.png"
     ),
     window: Annotated[int | None, typer.Option("--window", min=1, help="Of the local layers [the model's].")] = None,
     tokens_per_image: Annotated[
-        int | None, typer.Option("--tokens-per-image", min=1, help="As how many to draw one [the model's].")
+        int | None, typer.Option("--tokens-per-image", min=1, help="Tokens to draw for an image [the model's].")
     ] = None,
 ) -> None:
     """Draw the attention masks of a local and a global layer, here and as a PNG."""
-    from gemma3.checkpoint import resolve_checkpoint
-    from gemma3.config import read_config
-    from gemma3.tokenizer import Tokenizer
+    from runtime_py.api import open_checkpoint
     from runtime_py.mask_picture import masks_of, save, show
 
-    path = resolve_checkpoint(model)
-    masks = masks_of(
-        mask, Tokenizer(path), read_config(path / "config.json"), window=window, tokens_per_image=tokens_per_image
-    )
+    source = open_checkpoint(model)
+    masks = masks_of(mask, source.tokenizer, source.config, window=window, tokens_per_image=tokens_per_image)
     terminal = sys.stdout.isatty()
     print(show(masks, colour=terminal, columns=shutil.get_terminal_size().columns if terminal else None))
     save(masks, out)
@@ -486,25 +518,13 @@ def inspect(
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the bundles there.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the bundles in this directory.")] = None,
 ) -> None:
-    """The whole path on the demo checkpoints, one of text and one that sees: export in int4, prove, measure, ask."""
-    from export.bundle import require_passed
-    from export.manifest import FORMATS
-    from gemma3.checkpoint import resolve_checkpoint
-    from quant.recipe import preset
-    from runtime_py.demo import about_images, about_text
-    from runtime_py.validate import check_bundle
+    """Run the whole path on both demo checkpoints, text and vision: export in int4, prove, measure, ask."""
+    from runtime_py.demo import run_demo
 
-    with tempfile.TemporaryDirectory() as scratch:
-        for model, about in (("demo", about_text), ("demo-vision", about_images)):
-            bundle = (out or Path(scratch)) / model
-            bundle.parent.mkdir(parents=True, exist_ok=True)
-            export_proven(model, preset("int4-block32"), bundle, FORMATS)
-            log.info("replaying the golden vectors, as `gemma-edge validate` does anywhere")
-            require_passed(check_bundle(bundle))
-            for line in about(bundle, resolve_checkpoint(model)):
-                print(line)
+    for line in run_demo(out):
+        print(line)
     if out is not None:
         log.info("the bundles are in %s", out)
 
@@ -512,179 +532,28 @@ def demo(
 # What the commands share.
 
 
-def formats_of(choice: str) -> "list[Format]":
-    from export.manifest import FORMATS
-
-    return [format for format in FORMATS if choice in (format, "both")]
-
-
 def recipe_of(scheme: str | None, embedding: str | None, file: Path | None) -> "Recipe | None":
-    """What the options ask for; None if they ask for nothing. Raises RecipeError, BadInput for a file and more."""
-    from export.source import DEFAULT_SCHEME
-    from gemma3.errors import BadInput
-    from quant.recipe import preset, read_recipe
+    """The recipe that the options ask for; None if they ask for none. Raises BadInput."""
+    from quant.recipe import DEFAULT_SCHEME, preset, read_recipe
 
     if file is not None:
         if scheme or embedding:
-            raise BadInput(f"{file}: a recipe says it all; leave out --scheme and --embedding")
+            raise BadInput(f"{file}: a recipe says everything; leave out --scheme and --embedding")
         return read_recipe(file)
     return preset(scheme or DEFAULT_SCHEME, embedding) if scheme or embedding else None
 
 
-def export_proven(
-    model: str,
-    recipe: "Recipe | None",
-    out: Path,
-    formats: "Sequence[Format]",
-    context: int | None = None,
-    chunk: int | None = None,
-    exact_sfp8: bool = False,
-) -> "Manifest":
-    from export.bundle import export_bundle
-    from gemma3.checkpoint import resolve_checkpoint
-
-    return export_bundle(
-        resolve_checkpoint(model),
-        recipe,
-        out,
-        formats=formats,
-        context=context,
-        chunk=chunk,
-        exact_sfp8=exact_sfp8,
-        prove=prove,
-    )
-
-
-def prove(draft: "Draft") -> "list[Check]":
-    """Everything that must hold before a bundle may appear. Writes its golden vectors."""
-    from export.bundle import check_integers
-    from export.manifest import GOLDEN
-    from runtime_py.eager_session import fresh_references
-    from runtime_py.golden import save_golden
-    from runtime_py.own_cache import check_own_cache
-    from runtime_py.plan import make_plan
-    from runtime_py.validate import check_exact_encoder, check_exact_twin, check_logits
-
-    plan = make_plan(draft.manifest)
-    references = fresh_references(draft.manifest, plan, draft.weights)
-    golden = {key: reference.at(plan.golden_positions) for key, reference in references.items()}
-    save_golden(draft.directory / GOLDEN, golden)
-    integers = check_integers(draft.directory, draft.manifest, draft.weights)
-    return [
-        *integers,
-        *check_logits(draft.directory, draft.manifest, references),
-        *check_own_cache(draft.directory, draft.manifest, draft.weights, references),
-        *check_exact_encoder(draft.directory, draft.manifest, references),
-        *check_exact_twin(draft.directory, draft.manifest, references),
-    ]
-
-
-def check_against(bundle: Path, model: str) -> "list[Check]":
-    """``validate --checkpoint``: compare everything with the weights that the bundle was made of."""
-    from export.bundle import check_integers, weights_behind
-    from export.manifest import read_manifest
-    from gemma3.checkpoint import resolve_checkpoint
-    from runtime_py.eager_session import fresh_references
-    from runtime_py.own_cache import check_own_cache
-    from runtime_py.plan import make_plan
-    from runtime_py.validate import check_bundle
-
-    manifest = read_manifest(bundle)
-    weights = weights_behind(manifest, resolve_checkpoint(model))
-    references = fresh_references(manifest, make_plan(manifest), weights)
-    checks = [*check_integers(bundle, manifest, weights), *check_bundle(bundle, references)]
-    if all(check.passed for check in checks):  # a damaged file is not looked into further
-        checks += check_own_cache(bundle, manifest, weights, references)
-    return checks
-
-
-def common_context(models: Sequence[str], wanted: int | None) -> int:
-    """The most positions that all of ``models`` hold, or ``wanted``. Raises DoesNotFit when that is more."""
-    from export.manifest import MANIFEST, read_manifest
-    from gemma3.checkpoint import resolve_checkpoint
-    from gemma3.config import read_config
-
-    held = {}
-    for model in models:
-        path = resolve_checkpoint(model)
-        if (path / MANIFEST).exists():
-            held[model] = read_manifest(path).context
-        else:
-            held[model] = read_config(path / "config.json").max_position_embeddings
-    least = min(held, key=lambda model: held[model])
-    if wanted is not None and wanted > held[least]:
-        raise DoesNotFit(
-            f"context {wanted} is over the {held[least]} positions of {least}; use --context {held[least]}"
-        )
-    return min(held[least], LARGEST_STRETCH) if wanted is None else wanted
-
-
-def candidates_of(
-    model: str,
-    context: int,
-    tokenizer: "Tokenizer",
-    format: "Format | None",
-    threads: int | None,
-    checkpoint: str | None = None,
-) -> "dict[str, Candidate]":
-    """What ``accuracy`` measures of a bundle (each of its graphs) or a checkpoint, by the name it shows.
-
-    ``checkpoint``: what a bundle was exported from. Raises BadInput for another vocabulary than ``tokenizer``'s,
-    VerificationFailed when the bundle does not hold that checkpoint's integers.
-    """
-    from functools import partial
-
-    from export.bundle import check_integers, require_passed, weights_behind
-    from export.manifest import MANIFEST, read_manifest
-    from gemma3.checkpoint import resolve_checkpoint
-    from gemma3.errors import BadInput
-    from gemma3.tokenizer import Tokenizer
-    from runtime_py.accuracy_report import Candidate
-    from runtime_py.eager_session import open_eager, open_own
-    from runtime_py.session import open_session
-
-    path = resolve_checkpoint(model)
-    name = path.resolve().name
-    bundle = (path / MANIFEST).exists()
-    if Tokenizer(path).sha256 != tokenizer.sha256:
-        raise BadInput(f"{path}: its tokenizer is not that of {tokenizer.path}; give the checkpoint it was made of")
-    if not bundle:
-        if checkpoint is not None:
-            raise BadInput(
-                f"{path}: is no bundle; leave out --checkpoint, which is for what a bundle was exported from"
-            )
-        return {name: Candidate(partial(open_eager, path, context, min(EAGER_CHUNK, context)))}
-    manifest = read_manifest(path)
-    formats = list(manifest.artifacts) if format is None else [format]
-    sessions = {one: partial(open_session, path, one, threads) for one in formats}
-    if checkpoint is None:
-        return {f"{name} .{one}": Candidate(session) for one, session in sessions.items()}
-    weights = weights_behind(manifest, resolve_checkpoint(checkpoint))
-    checks = check_integers(path, manifest, weights)
-    require_passed(checks)
-    integers = {check.artifact: check for check in checks}
-    return {
-        f"{name} .{one}": Candidate(session, partial(open_own, manifest, one, weights[one]), integers.get(one))
-        for one, session in sessions.items()
-    }
-
-
-def open_bundle(
-    bundle: Path, format: "Format | None", threads: int | None
-) -> "tuple[Session, Tokenizer, tuple[int, ...]]":
-    """The session, the tokenizer and the ids that end a generation."""
-    from export.manifest import TOKENIZER, read_manifest
-    from gemma3.tokenizer import Tokenizer
-    from runtime_py.session import open_session
-
-    manifest = read_manifest(bundle)
-    first, *_ = manifest.artifacts
-    session = open_session(bundle, format or first, threads)
-    return session, Tokenizer(bundle / TOKENIZER), manifest.tokenizer.eos_ids
+@contextmanager
+def whole(out: Path) -> Iterator[None]:
+    """Says, when the user interrupts a command that writes ``out`` whole or not at all, that it was not written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{out} was not written") from None
 
 
 def lines(prompt: str) -> Iterator[str]:
-    """The lines of stdin that hold something, prompted for on a terminal."""
+    """The lines of stdin that are not blank. A terminal shows ``prompt``."""
     while True:
         if sys.stdin.isatty():
             print(prompt, end="", file=sys.stderr, flush=True)
@@ -693,16 +562,6 @@ def lines(prompt: str) -> Iterator[str]:
             return
         if line.strip():
             yield line.strip()
-
-
-def bundle_line(out: Path, manifest: "Manifest") -> str:
-    from runtime_py.report import megabytes
-
-    parts = [
-        f".{format} {megabytes(artifact.bytes)} ({artifact.bytes / artifact.ideal_bytes:.3f} × ideal)"
-        for format, artifact in manifest.artifacts.items()
-    ]
-    return f"{out}: {', '.join(parts)}, every check passed"
 
 
 if __name__ == "__main__":

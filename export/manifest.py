@@ -1,184 +1,139 @@
 """The bundle's manifest: frozen dataclasses that are JSON. Reads without torch.
 
-Every key of the file is a field here; an unknown or missing key, or a value of another type, is refused.
+``docs/manifest.schema.json`` describes the file; docs/bundle.md shows an example and says what a version means.
 """
 
-import dataclasses
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from export.checks import Check
+from export.target import Activations, Method
+from gemma3 import typed_json
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
+from quant.recipe import Verdict
 
-Format = Literal["pte", "onnx"]
-FORMATS: tuple[Format, ...] = ("pte", "onnx")
-Activations = Literal["float", "int8"]
-
-SCHEMA_VERSION = 2  # 2: model.vision, and a graph's methods may be several
-# What a graph's methods are called: one of a text-only model, three of one that sees. ExecuTorch's stock runners know
-# those of a .pte by these names.
-FORWARD = "forward"
-VISION_ENCODER, TOKEN_EMBEDDING, TEXT_DECODER = "vision_encoder", "token_embedding", "text_decoder"
+# MAJOR.MINOR. A new MINOR only adds keys: a reader ignores keys that it does not know in a file of a newer MINOR.
+# 3.0: one entry per layer in a cache layout, verdicts and checks as data, the chat template, proof/plan.json.
+MAJOR, MINOR = 3, 0
+SCHEMA_VERSION = f"{MAJOR}.{MINOR}"
 MANIFEST = "manifest.json"
-GOLDEN = "golden.safetensors"
+PROOF = "proof"
+PLAN, GOLDEN = f"{PROOF}/plan.json", f"{PROOF}/golden.safetensors"
 TOKENIZER = "tokenizer.model"
+AGAIN = "make the bundle again: gemma-edge export CHECKPOINT -o BUNDLE"
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    size: int  # bytes
+    """A file of the bundle: its size in bytes and the sha256 of its content."""
+
+    size: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A graph's input or output. A string in ``shape`` is a dynamic dimension's name."""
-
-    name: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A callable of a graph: ``forward`` (a text-only model), or one of the three that a model that sees is made of.
-
-    ``vision_encoder`` turns pixels into soft tokens: in a .onnx a graph of its own beside the file, ``vision.onnx``.
-    """
-
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One exported graph and how to run it."""
+    """One exported graph and how to run it.
+
+    ``reference_activations`` says what the eager model does to the inputs of quantized linear layers when it is this
+    file's reference. ``bytes`` counts the graph and its external data; ``ideal_bytes`` counts the weights at their
+    bits plus two bytes a scale, each stored once. ``peak_memory_estimate`` is in bytes: the weights as stored, the
+    caches, and what encoding an image takes. ``stand_ins`` gives, for each weight that the file holds in another kind
+    than the checkpoint (SFP8 as 8-bit integers), its distance from the checkpoint's values in decibels. ``details``
+    is what only this kind of artifact has.
+    """
 
     file: str
     cache: CacheLayout
     methods: tuple[Method, ...]
-    # What the eager model does to the inputs of quantized linears when it stands for this file.
     reference_activations: Activations
-    versions: dict[str, str]  # the packages it was exported and checked with
+    versions: dict[str, str]  # of the packages it was exported and checked with
     opsets: dict[str, int]  # ONNX operator sets by domain; empty for .pte
-    bytes: int  # the graph and its external data
-    ideal_bytes: int  # the weights at their bits plus two bytes a scale, each stored once
-    peak_memory_estimate: int  # bytes: weights as stored, the cache, and what encoding an image takes
-    # SFP8 weights that the file holds as 8-bit integers: how far those are from the SFP8 values, in dB.
+    bytes: int
+    ideal_bytes: int
+    peak_memory_estimate: int
     stand_ins: dict[str, float]
-    report: dict[str, Any]  # what the exporter says about the file: delegates, undelegated operations, copies
+    details: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
+    """The tokenizer: the sha256 of ``tokenizer.model``, special ids, and the chat template as Jinja text.
+
+    Generation stops at any of ``eos_ids``.
+    """
+
     sha256: str
     bos_id: int
-    eos_ids: tuple[int, ...]  # generation stops at any of these
+    eos_ids: tuple[int, ...]
     pad_id: int
     chat_template: str
 
 
 @dataclass(frozen=True)
-class Check:
-    """One figure that validation measured. Without a limit it is information and always passes."""
-
-    artifact: str
-    name: str
-    metric: str
-    value: float
-    limit: float | None
-    passed: bool
-
-
-@dataclass(frozen=True)
 class Manifest:
-    schema_version: int
+    """Everything about a bundle but its proof. ``artifacts`` is by format: "pte", "onnx".
+
+    ``rules`` are the recipe's, pattern to scheme; the first match wins. ``method`` says how the integers were chosen:
+    "rtn", "gptq", "hqq", "qat". ``weights`` has the verdict on each weight. ``chunk`` is the most tokens that one
+    call takes: of text, or the soft tokens of one image. ``files`` lists every file but the manifest by its path from
+    the bundle. ``validation`` is what the proof measured.
+    """
+
+    schema_version: str
+    gemma_edge: str  # the version of the program that wrote it
     model: ModelConfig
     recipe: str
-    rules: dict[str, str]  # the recipe's: pattern → scheme, the first match wins
-    method: str  # how the weights came to their integers: "rtn", "gptq", "qat", …
-    weights: dict[str, str]  # each weight's verdict: its scheme, or why it was left alone
+    rules: dict[str, str]
+    method: str
+    weights: dict[str, Verdict]
     context: int
-    chunk: int  # the most tokens a call takes: of a text, or the soft tokens of one image
+    chunk: int
     reference_dtype: str
     tokenizer: TokenizerInfo
-    artifacts: dict[Format, Artifact]
-    files: dict[str, FileEntry]  # every file of the bundle but the manifest
+    artifacts: dict[str, Artifact]
+    files: dict[str, FileEntry]
     validation: tuple[Check, ...]
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return typed_json.encode(self)
 
     @staticmethod
     def from_json(text: str) -> "Manifest":
-        """Raises BadInput for JSON that is not a manifest of this schema version."""
+        """Raises BadInput for JSON that is not a manifest of this major version."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"not JSON ({error}); export the bundle again") from None
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"not JSON ({error}); {AGAIN}") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise BadInput(
-                f"schema_version is {version!r}, this program reads {SCHEMA_VERSION}; export the bundle again"
-            )
-        manifest = _decode(Manifest, data, "manifest")
-        assert isinstance(manifest, Manifest)
-        return manifest
+        minor = _minor(version)
+        if minor is None:
+            raise BadInput(f"schema_version is {version!r}, this program reads {MAJOR}.x; {AGAIN}")
+        try:
+            return typed_json.decode(Manifest, data, "manifest", ignore_unknown=minor > MINOR)
+        except BadInput as error:
+            raise BadInput(f"{error}; {AGAIN}") from None
 
 
-def _decode(kind: Any, data: Any, where: str) -> Any:
-    """``data`` (parsed JSON) as the annotated type ``kind``. Raises BadInput naming the place."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return data
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        _expect(isinstance(data, dict), data, "an object", where)
-        for problem, keys in (("unknown", data.keys() - hints.keys()), ("missing", hints.keys() - data.keys())):
-            if keys:
-                raise BadInput(f"{problem} key {where}.{min(keys)}; export the bundle again")
-        return kind(**{name: _decode(hint, data[name], f"{where}.{name}") for name, hint in hints.items()})
-    if origin is tuple:
-        _expect(isinstance(data, list), data, "a list", where)
-        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(data))
-    if origin is dict:
-        _expect(isinstance(data, dict), data, "an object", where)
-        return {
-            _decode(arguments[0], key, where): _decode(arguments[1], value, f"{where}.{key}")
-            for key, value in data.items()
-        }
-    if origin is Literal:
-        _expect(data in arguments, data, f"one of {arguments}", where)
-        return data
-    if origin is types.UnionType and types.NoneType in arguments:
-        rest = [argument for argument in arguments if argument is not types.NoneType]
-        assert len(rest) == 1
-        return None if data is None else _decode(rest[0], data, where)
-    allowed = arguments if origin is types.UnionType else (kind,)
-    if float in allowed:  # JSON writes 1.0 and 1 as it likes
-        allowed = (*allowed, int)
-    # bool is a subclass of int in Python, not in JSON.
-    _expect(isinstance(data, allowed) and (bool in allowed or not isinstance(data, bool)), data, str(kind), where)
-    return data
-
-
-def _expect(ok: bool, seen: Any, wanted: str, where: str) -> None:
-    if not ok:
-        raise BadInput(f"{where} is {str(seen)[:60]!r}, expected {wanted}; export the bundle again")
+def _minor(version: Any) -> int | None:
+    """The MINOR of a version with our MAJOR; None for any other."""
+    if not isinstance(version, str):
+        return None
+    major, _, minor = version.partition(".")
+    return int(minor) if major == str(MAJOR) and minor.isdecimal() and minor.isascii() else None
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """The manifest of ``bundle``, each file it lists being there with its size (contents: ``check_hashes``).
+    """The manifest of ``bundle``. The files it lists must be there with their sizes (contents: ``changed_files``).
 
-    Raises BadInput when ``bundle`` is not a bundle of this version, VerificationFailed when a file is missing,
-    not a plain file inside the bundle, or of another size.
+    Raises BadInput when ``bundle`` is not a bundle of this version, and VerificationFailed when a file is missing,
+    is not a plain file inside the bundle, or has another size.
     """
     path = bundle / MANIFEST
     try:
@@ -186,23 +141,31 @@ def read_manifest(bundle: Path) -> Manifest:
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; give a directory that gemma-edge export wrote") from None
     except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text; export the bundle again") from None
+        raise BadInput(f"{path}: not UTF-8 text; {AGAIN}") from None
     try:
         manifest = Manifest.from_json(text)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     for name in (*(artifact.file for artifact in manifest.artifacts.values()), TOKENIZER):
         if name not in manifest.files:
-            raise BadInput(f"{path}: {name} is not among its files; export the bundle again")
+            raise BadInput(f"{path}: {name} is not among its files; {AGAIN}")
     for name, entry in manifest.files.items():
         file = bundle / name
-        if Path(name).name != name or file.is_symlink() or not file.is_file():
-            raise VerificationFailed(f"{file}: missing or not a plain file of the bundle; export the bundle again")
+        if not _is_inside(bundle, name) or not file.is_file():
+            raise VerificationFailed(f"{file}: missing or not a plain file of the bundle; {AGAIN}")
         if file.stat().st_size != entry.size:
             raise VerificationFailed(
                 f"{file}: {file.stat().st_size} bytes, its manifest says {entry.size}; copy or export it again"
             )
     return manifest
+
+
+def _is_inside(bundle: Path, name: str) -> bool:
+    """Is ``name`` a file of the bundle or of its folder ``proof/``, with no link on the way?"""
+    folder, _, base = name.rpartition("/")
+    if folder not in ("", PROOF) or base in ("", ".", "..") or "\\" in base:
+        return False
+    return not (bundle / name).is_symlink() and not (folder and (bundle / folder).is_symlink())
 
 
 def sha256_of(path: Path) -> str:
@@ -211,14 +174,15 @@ def sha256_of(path: Path) -> str:
 
 
 def describe_files(directory: Path) -> dict[str, FileEntry]:
-    """Size and sha256 of every file in ``directory`` but the manifest, sorted by name."""
+    """Size and sha256 of every file below ``directory`` but the manifest, sorted by path."""
+    found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     return {
-        path.name: FileEntry(path.stat().st_size, sha256_of(path))
-        for path in sorted(directory.iterdir())
-        if path.name != MANIFEST
+        name: FileEntry(path.stat().st_size, sha256_of(path))
+        for name, path in sorted(found.items())
+        if name != MANIFEST
     }
 
 
 def changed_files(bundle: Path, files: Mapping[str, FileEntry]) -> list[str]:
-    """Names of the files whose bytes are not what the manifest says."""
+    """Names of the files whose content is not what the manifest says."""
     return [name for name, entry in files.items() if sha256_of(bundle / name) != entry.sha256]

@@ -1,19 +1,20 @@
-"""Gemma 3's prompts: messages to text, as the checkpoint's template shows it, and to ids; with images between.
+"""Gemma 3's prompts: messages, with or without images, to text and to token ids.
 
-BOS once; then each turn is ``<start_of_turn>`` role newline content ``<end_of_turn>`` newline. The assistant's role
-is written ``model``. A system message has no turn of its own: it goes in front of the first user content with
-two newlines. Source: the ``chat_template`` of the released instruction-tuned checkpoints.
+A prompt begins with one BOS. Each turn is ``<start_of_turn>``, the role, a newline, the content, ``<end_of_turn>`` and
+a newline. The assistant's role is written ``model``. A system message has no turn of its own: its text and two
+newlines go in front of the first user content. Source: the ``chat_template`` of the released instruction-tuned
+checkpoints.
 
-An image is ``<start_of_image>``, its soft tokens' places and ``<end_of_image>``, with two newlines on each side; Pan
-& Scan's crops follow it with a sentence around them. Source: transformers' Gemma3Processor. Text is encoded
-between images as one string with these newlines: the tokenizer merges them with the user's own.
+An image is ``<start_of_image>``, one image token for each of its soft tokens, and ``<end_of_image>``, with two newlines
+on each side. The crops of Pan & Scan follow it, with a sentence around them. Source: transformers' Gemma3Processor.
+The text between two images is encoded as one string with these newlines, which the tokenizer merges with the user's.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from gemma3.errors import BadInput
+from gemma3.errors import BadInput, counted
 from gemma3.tokenizer import (
     END_OF_IMAGE,
     END_OF_TURN,
@@ -23,12 +24,47 @@ from gemma3.tokenizer import (
     Tokenizer,
 )
 
-IMAGE_MARK = "<image>"
+IMAGE_MARKER = "<image>"
+
+# The same prompts as a Jinja template, for programs that render one. The tests compare it with the released template.
+CHAT_TEMPLATE = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] -%}
+    {%- set prefix = (system if system is string else system[0]['text']) + '\\n\\n' -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set prefix = '' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for turn in turns -%}
+    {%- if turn['role'] != ('assistant' if loop.index0 % 2 else 'user') -%}
+        {{ raise_exception('turns alternate user / assistant, beginning with user') }}
+    {%- endif -%}
+    {{ '<start_of_turn>' + ('model' if turn['role'] == 'assistant' else 'user') + '\\n' }}
+    {{- prefix if loop.first else '' }}
+    {%- if turn['content'] is string -%}
+        {{ turn['content'] | trim }}
+    {%- else -%}
+        {%- for part in turn['content'] -%}
+            {%- if part['type'] == 'image' -%}
+                {{ '<start_of_image>' }}
+            {%- else -%}
+                {{ part['text'] | trim }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<start_of_turn>model\\n' }}
+{%- endif -%}
+"""
 
 
 @dataclass(frozen=True)
 class Image:
-    """A picture's place in a prompt, and how many Pan & Scan crops of it follow the whole."""
+    """An image in a prompt, and how many Pan & Scan crops of it follow."""
 
     crops: int = 0
 
@@ -44,10 +80,10 @@ class Message(TypedDict):
 
 
 def render_chat(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """The text of a conversation, special tokens spelled out: for eyes and comparison, not for encoding.
+    """The text of a conversation with its special tokens spelled out. It is for reading, not for encoding.
 
-    An image is its ``<start_of_image>``. Raises BadInput when the roles do not alternate user / assistant after an
-    optional system message.
+    An image is shown as ``<start_of_image>``. Raises BadInput when the roles do not alternate user / assistant after
+    an optional system message.
     """
     turns = (
         START_OF_TURN + "".join(START_OF_IMAGE if isinstance(part, Image) else part for part in turn) + END_OF_TURN
@@ -65,10 +101,10 @@ def encode_chat(
     *,
     tokens_per_image: int | None = None,
 ) -> list[int]:
-    """The ids of a conversation: BOS once, turns and images marked by id, everything the users wrote as plain text.
+    """The token ids of a conversation. Markers of turns and images are special tokens; all content is plain text.
 
-    Each image, and each of its crops, holds ``tokens_per_image`` soft tokens (None: a text-only model). Raises
-    BadInput as ``render_chat`` does, for an image to a text-only model, and when the tokenizer has no such markers.
+    Each image, and each of its crops, has ``tokens_per_image`` soft tokens (None: a text-only model). Raises BadInput
+    as ``render_chat`` does, for an image in a text-only model's prompt, and when the tokenizer has no such markers.
     """
     start, end = tokenizer.special_id(START_OF_TURN), tokenizer.special_id(END_OF_TURN)
     newline = tokenizer.encode("\n", bos=False)
@@ -81,31 +117,31 @@ def encode_chat(
 
 
 def encode_prompt(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int | None = None) -> list[int]:
-    """The ids of a text to continue, images where they stand in ``parts``: BOS, no turns. Raises as ``encode_chat``."""
+    """The token ids of a text to continue, with its images: BOS, but no turns. Raises as ``encode_chat`` does."""
     return [tokenizer.bos_id, *_encode(tokenizer, parts, tokens_per_image)]
 
 
 def place_images(text: str, images: Sequence[Image]) -> list[Part]:
-    """``images`` where ``text`` says ``<image>``, in order; in front of it where it never does.
+    """``images`` at the markers ``<image>`` in ``text``, in order; before the text if it has no marker.
 
-    Without images the text stays as it is. Raises BadInput when the marks are not as many as the images.
+    Without images the text is unchanged. Raises BadInput when the numbers of markers and of images differ.
     """
-    pieces = text.split(IMAGE_MARK) if images else [text]
-    if len(pieces) == 1:
+    texts = text.split(IMAGE_MARKER) if images else [text]
+    if len(texts) == 1:
         return [*images, text]
-    if len(pieces) - 1 != len(images):
+    if len(texts) - 1 != len(images):
         raise BadInput(
-            f"the text says {IMAGE_MARK} {len(pieces) - 1} times for {len(images)} images; say it once for each, "
-            "or never to have them in front"
+            f"the text says {IMAGE_MARKER} {counted(len(texts) - 1, 'time')} for {counted(len(images), 'image')}; "
+            "say it once for each image, or leave it out to put the images first"
         )
-    parts: list[Part] = [pieces[0]]
-    for image, piece in zip(images, pieces[1:], strict=True):
-        parts += [image, piece]
+    parts: list[Part] = [texts[0]]
+    for image, following in zip(images, texts[1:], strict=True):
+        parts += [image, following]
     return parts
 
 
 def _turns(messages: Sequence[Message]) -> Iterator[list[Part]]:
-    """What stands between the markers of each turn."""
+    """The content between the markers of each turn."""
     prefix = ""
     if messages and messages[0]["role"] == "system":
         prefix = _system_text(messages[0]["content"]) + "\n\n"
@@ -139,25 +175,25 @@ def _encode(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int |
     if not images:
         return tokenizer.encode("".join(map(str, parts)), bos=False)
     if tokens_per_image is None:
-        raise BadInput(f"images for a text-only model: {images}; leave them out, or use a checkpoint that sees")
+        raise BadInput(f"images for a text-only model: {images}; leave them out, or use a multimodal checkpoint")
     start, end = tokenizer.special_id(START_OF_IMAGE), tokenizer.special_id(END_OF_IMAGE)
     image = [start, *[tokenizer.special_id(IMAGE_SOFT_TOKEN)] * tokens_per_image, end]
     ids: list[int] = []
     text = ""
     for part in parts:
-        for piece in [part] if isinstance(part, str) else _shown(part.crops):
-            if piece is None:
+        for text_or_image in [part] if isinstance(part, str) else _with_crops(part.crops):
+            if text_or_image is None:
                 ids += tokenizer.encode(text, bos=False) + image
                 text = ""
             else:
-                text += piece
+                text += text_or_image
     return ids + tokenizer.encode(text, bos=False)
 
 
-def _shown(crops: int) -> list[str | None]:
-    """What stands for a picture: text, and None where the tokens of the whole and then of each crop go."""
-    shown: list[str | None] = ["\n\n", None, "\n\n"]
+def _with_crops(crops: int) -> list[str | None]:
+    """The prompt of an image and its crops: text, and None for the tokens of the image and then of each crop."""
+    one: list[str | None] = ["\n\n", None, "\n\n"]
     if not crops:
-        return shown
-    after = [piece for _ in range(crops) for piece in (" ", *shown)]
-    return ["Here is the original image ", *shown, " and here are some crops to help you see better", *after]
+        return one
+    after = [item for _ in range(crops) for item in (" ", *one)]
+    return ["Here is the original image ", *one, " and here are some crops to help you see better", *after]

@@ -1,8 +1,12 @@
-"""Hugging Face checkpoint directories: memory-mapped safetensors, with every tensor accounted for."""
+"""Full-precision Hugging Face checkpoints: memory-mapped safetensors, with every tensor accounted for.
+
+Quantized checkpoints are opened in quant/checkpoint.py.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +14,44 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gemma3 import names
 from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
 from gemma3.model import Gemma3
+from gemma3.tokenizer import Tokenizer
 
+CONFIG = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-# Multimodal checkpoints nest the text model: as released, then as newer transformers versions save or hold it. The
-# first prefix that matches is replaced.
+# Multimodal checkpoints nest the text model. Prefixes as released, then as newer transformers versions save or hold
+# them; the first one that matches is replaced.
 PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
-    *((prefix, "vision_tower.vision_model.") for prefix in ("vision_tower.vision_model.", "vision_tower.")),
-    *((f"model.{prefix}", "vision_tower.vision_model.") for prefix in ("vision_tower.vision_model.", "vision_tower.")),
+    *((prefix, f"{names.VISION_TOWER}.") for prefix in (f"{names.VISION_TOWER}.", "vision_tower.")),
+    *((f"model.{prefix}", f"{names.VISION_TOWER}.") for prefix in (f"{names.VISION_TOWER}.", "vision_tower.")),
 )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. Names are ``Gemma3``'s parameters'; a tensor is read when asked for."""
+    """An opened full-precision checkpoint: its configuration, its tokenizer and its named tensors.
+
+    The names are those of ``Gemma3``'s parameters. A tensor is read when it is asked for, and the tokenizer when it
+    is first used. ``path`` is the checkpoint's directory: for messages, and for copying its other files.
+    """
 
     path: Path
     config: ModelConfig
     _files: dict[str, Path] = field(repr=False)  # name → safetensors file
     _stored: dict[str, str] = field(repr=False)  # name → name in the file
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises BadInput as ``Tokenizer`` does."""
+        return Tokenizer(self.path)
 
     @property
     def names(self) -> list[str]:
@@ -44,7 +60,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """The tensor in its stored dtype, mapped from the file.
 
-        Each call maps the file anew, so that the pages read for one tensor leave memory with it.
+        Each call maps the file again, so that the pages read for one tensor leave memory with that tensor.
         """
         with safe_open(str(self._files[name]), framework="pt") as file:
             tensor: Tensor = file.get_tensor(self._stored[name])
@@ -58,7 +74,7 @@ DEMOS = {"demo": "demo", "demo-vision": "demo_vision"}  # model argument → fol
 
 
 def resolve_checkpoint(model: str) -> Path:
-    """The directory that a command's model argument names: a demo checkpoint's, or a local path. Raises BadInput."""
+    """The directory that a model argument names: a demo checkpoint's, or a local path. Raises BadInput."""
     if model in DEMOS:
         return Path(__file__).parent / DEMOS[model]
     path = Path(model)
@@ -74,7 +90,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises BadInput when a file or shard is missing or damaged, when a tensor is missing, left over, of another
     shape or not floating point.
     """
-    config = read_config(path / "config.json")
+    config = read_config(path / CONFIG)
     stored: dict[str, str] = {}
     owner: dict[str, Any] = {}
     paths: dict[str, Path] = {}
@@ -85,7 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if plain in stored:
                 raise BadInput(f"{path}: tensor {plain} is stored twice (as {stored[plain]} and {name})")
             stored[plain], owner[plain], paths[plain] = name, file, file_path
-    expected = _expected(config, has_head="lm_head.weight" in stored)
+    expected = _expected(config, has_head=names.HEAD in stored)
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         raise BadInput(
@@ -99,9 +115,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise BadInput(f"{path}: {name} has shape {piece.get_shape()}, config.json asks for {list(shape)}")
         if piece.get_dtype() not in ("F32", "BF16", "F16"):
             raise BadInput(f"{path}: {name} is {piece.get_dtype()}; only F32, BF16 and F16 weights can be read")
-    if config.tie_word_embeddings and "lm_head.weight" in stored:
+    if config.tie_word_embeddings and names.HEAD in stored:
         _check_stored_twin(path, owner, stored)
-        del expected["lm_head.weight"]
+        del expected[names.HEAD]
     ordered = {name: stored[name] for name in expected}
     return Checkpoint(path, config, paths, ordered)
 
@@ -122,16 +138,15 @@ def build_model(config: ModelConfig, named_weights: Iterable[tuple[str, Tensor]]
 
 
 def empty_model(config: ModelConfig) -> Gemma3:
-    """The model without memory for its weights, in eval mode and without gradients: see ``fill``."""
+    """The model without memory for its weights (see ``fill``), in eval mode and without gradients."""
     with torch.device("meta"):
         return Gemma3(config).eval().requires_grad_(False)
 
 
 def fill(model: Gemma3, state: Mapping[str, Tensor]) -> Gemma3:
-    """Give an empty model its weights, which are not copied; a tied head is its table's."""
-    head, table = "lm_head.weight", "model.embed_tokens.weight"
-    tied = model.config.tie_word_embeddings and table in state
-    model.load_state_dict({**state, head: state[table]} if tied else state, assign=True)
+    """Give an empty model its weights, which are not copied. A tied head gets the embedding table."""
+    tied = model.config.tie_word_embeddings and names.EMBEDDING in state
+    model.load_state_dict({**state, names.HEAD: state[names.EMBEDDING]} if tied else state, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False)
@@ -139,7 +154,7 @@ def fill(model: Gemma3, state: Mapping[str, Tensor]) -> Gemma3:
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises BadInput when a weight of ``config``'s model is missing, left over or of another shape."""
-    expected = _expected(config, has_head="lm_head.weight" in shapes)
+    expected = _expected(config, has_head=names.HEAD in shapes)
     for name in sorted(expected.keys() ^ shapes.keys()):
         problem = "is missing" if name in expected else "is not part of the model"
         raise BadInput(f"weight {name} {problem} that config.json describes; they are not of one checkpoint")
@@ -153,16 +168,16 @@ def _expected(config: ModelConfig, has_head: bool) -> dict[str, tuple[int, ...]]
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Gemma3(config).state_dict().items()}
     if config.tie_word_embeddings and not has_head:
-        del shapes["lm_head.weight"]
+        del shapes[names.HEAD]
     return shapes
 
 
 def _check_stored_twin(path: Path, owner: dict[str, Any], stored: dict[str, str]) -> None:
-    """A tied model may store its head all the same: it must be the embedding table again."""
-    head, table = (owner[name].get_tensor(stored[name]) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    """A tied model may still store its head, which must then equal the embedding table."""
+    head, table = (owner[name].get_tensor(stored[name]) for name in (names.HEAD, names.EMBEDDING))
     if not torch.equal(head, table):
         raise BadInput(
-            f"{path}: lm_head.weight differs from its embedding table though config.json ties them; "
+            f"{path}: {names.HEAD} differs from its embedding table though config.json ties them; "
             "set tie_word_embeddings to false"
         )
 
@@ -201,6 +216,6 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor {', '.join(names[:3])}{more}"
+def _some(tensors: list[str]) -> str:
+    more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+    return f"tensor {', '.join(tensors[:3])}{more}"

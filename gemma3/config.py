@@ -9,9 +9,10 @@ Every key is used, checked against the only value this network implements, or na
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from gemma3.errors import BadInput
 
@@ -29,18 +30,30 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class LayerSpec:
+    """The attention of one text layer. Layers with equal specs compute alike and share masks and rotations."""
+
+    kind: LayerKind
+    window: int | None  # how many positions a query attends to, its own included; None: all up to its own
+    rope: Rope
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class VisionConfig:
-    """The image encoder (SigLIP), and what the text model takes of an image: ``tokens_per_image`` soft tokens."""
+    """The vision model (SigLIP), and the number of soft tokens that it passes to the text model for one image."""
 
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    image_size: int  # pixels, of a square
+    image_size: int  # pixels on each side of its square input
     patch_size: int
     layer_norm_eps: float
     tokens_per_image: int
-    image_token_id: int  # stands where a soft token goes
+    image_token_id: int  # the placeholder that a soft token replaces
     begin_image_token_id: int
     end_image_token_id: int
 
@@ -50,15 +63,15 @@ class VisionConfig:
 
     @property
     def pool_size(self) -> int:
-        """Patches along each side of the square that becomes one soft token."""
+        """Patches on each side of the square that is averaged into one soft token."""
         return self.patches_per_side // math.isqrt(self.tokens_per_image)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes the network: its text half and, unless it is text-only, ``vision``.
+    """Everything that determines the network: the text model and, unless it is text-only, the vision model.
 
-    The number of layers is the length of ``layer_types``.
+    The number of text layers is the length of ``layer_types``.
     """
 
     vocab_size: int
@@ -84,22 +97,20 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layer_types)
 
-    def rope(self, kind: LayerKind) -> Rope:
-        return self.local_rope if kind == SLIDING else self.global_rope
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; ``from_dict`` is its inverse."""
-        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> "ModelConfig":
-        fields = dict(data)
-        fields["layer_types"] = tuple(fields["layer_types"])
-        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
-        fields["local_rope"] = Rope(**fields["local_rope"])
-        fields["global_rope"] = Rope(**fields["global_rope"])
-        fields["vision"] = None if fields["vision"] is None else VisionConfig(**fields["vision"])
-        return ModelConfig(**fields)
+    @cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The specs of the text layers, in order. Caches, graphs and readers take a layer's sizes from here."""
+        return tuple(
+            LayerSpec(
+                kind=kind,
+                window=self.sliding_window if kind == SLIDING else None,
+                rope=self.local_rope if kind == SLIDING else self.global_rope,
+                num_attention_heads=self.num_attention_heads,
+                num_key_value_heads=self.num_key_value_heads,
+                head_dim=self.head_dim,
+            )
+            for kind in self.layer_types
+        )
 
 
 # transformers' Gemma3TextConfig defaults: the released 4B–27B files leave these keys out and rely on them.
@@ -132,7 +143,7 @@ REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False, None),
 }
 
-# Keys that say nothing about inference on a text model of this shape.
+# Keys that do not change what the network computes.
 IGNORED = frozenset(
     {
         # provenance and storage
@@ -159,7 +170,7 @@ VISION_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh",),
     "vision_use_head": (False,),
 }
-# Keys beside ``text_config`` that belong to the vision half, in both spellings, with transformers' defaults.
+# Keys beside ``text_config`` that belong to the vision model, in both spellings, with transformers' defaults.
 IMAGE_TOKENS: dict[str, tuple[tuple[str, ...], int]] = {
     "tokens_per_image": (("mm_tokens_per_image",), 256),
     "image_token_id": (("image_token_index", "image_token_id"), 262_144),
@@ -205,7 +216,7 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
                 "tie_word_embeddings",
             },
         )
-        # The outer ids and tying, where given, are the ones transformers acts on.
+        # transformers uses the outer token ids and the outer tying where they are given.
         inherited = {
             key: outer[key]
             for key in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings")
@@ -262,7 +273,7 @@ def _parse_text(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def _parse_vision(data: Mapping[str, Any], text: ModelConfig) -> VisionConfig:
-    """From the keys beside ``text_config``."""
+    """The vision model's configuration, from the keys beside ``text_config``."""
     encoder = data["vision_config"]
     if not isinstance(encoder, Mapping):
         raise BadInput(f"vision_config is {encoder!r}, expected an object")
@@ -320,7 +331,7 @@ def _layer_types(data: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
 
 
 def _ropes(data: Mapping[str, Any]) -> tuple[Rope, Rope]:
-    """(local, global). Linear scaling in the old spelling applies to the global layers only."""
+    """The local and the global RoPE. In the old spelling, linear scaling applies to the global layers only."""
     nested = data.get("rope_parameters")
     if nested is None:
         theta = data.get("rope_theta")

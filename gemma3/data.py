@@ -1,7 +1,7 @@
-"""Text and conversations from files, as rows of token ids: what calibration and training read.
+"""Text and conversations from files, as rows of token ids for calibration and training.
 
-Each row begins with BOS, as everything the model has ever seen does: a document's first row by itself, and the rows
-that continue it too. Documents follow one another within a row. One with images lies whole in a row.
+Every row begins with BOS, as all of the model's training data did, also a row that continues a document. Documents
+follow one another within a row. A document with images is whole in one row.
 """
 
 import json
@@ -16,38 +16,36 @@ from numpy.typing import NDArray
 from gemma3.chat import Image, Message, Part, encode_chat
 from gemma3.config import ModelConfig, VisionConfig
 from gemma3.errors import BadInput
-from gemma3.images import prepare
+from gemma3.images import Pixels, prepare
 from gemma3.tokenizer import Tokenizer
 
 CHAT_SUFFIX = ".jsonl"
 
-Picture = NDArray[np.uint8]  # [S, S, 3], see gemma3/images.py
-
 
 @dataclass(frozen=True)
 class Document:
-    """BOS and what follows it, and the images that its image tokens stand for, in order."""
+    """The token ids, beginning with BOS, and the images that its image tokens stand for, in order."""
 
     ids: list[int]
-    images: list[Picture]
+    images: list[Pixels]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """tokens int32 [rows, length], and each row's images. Rows are filled up with padding where images need it."""
+    """tokens int32 [rows, length], and the images of each row. Before an image a row may end in padding."""
 
     tokens: NDArray[np.int32]
-    images: list[list[Picture]]
+    images: list[list[Pixels]]
 
 
 def pack(
     paths: Sequence[Path], tokenizer: Tokenizer, length: int, config: ModelConfig, *, pan_and_scan: bool = False
 ) -> Rows:
-    """The files in their order in rows of ``length``; text that does not fill a last row is left out.
+    """The files, in order, as rows of ``length`` tokens. Text that does not fill the last row is left out.
 
-    ``.jsonl`` files hold a conversation a line (see ``documents``); any other is one document of plain text. Raises
-    BadInput for a file that is missing, empty or no text, for a line that is no conversation or whose images cannot
-    be used or do not fit a row, for ids that a model of ``config`` does not have, and when there is less than a row.
+    A ``.jsonl`` file holds one conversation a line (see ``documents``); any other file is one document of plain text.
+    Raises BadInput for a file that is missing, empty or not text, for a line that is not a conversation or whose images
+    cannot be used or do not fit a row, for ids outside the vocabulary of ``config``, and when there is less than a row.
     """
     if length < 2:
         raise BadInput(f"rows of {length} tokens; give at least 2")
@@ -77,10 +75,10 @@ def _usable(
             yield document
 
 
-def _rows(documents: Iterable[Document], length: int, bos_id: int) -> Iterator[tuple[list[int], list[Picture]]]:
-    """Ids and images of each row. The last may be short, and so may one before a document with images."""
+def _rows(documents: Iterable[Document], length: int, bos_id: int) -> Iterator[tuple[list[int], list[Pixels]]]:
+    """The ids and the images of each row. The last row may be short, and so may one before a document with images."""
     ids: list[int] = []
-    images: list[Picture] = []
+    images: list[Pixels] = []
     for document in documents:
         start, end = 0, len(document.ids)
         while start < end:
@@ -99,7 +97,7 @@ def _rows(documents: Iterable[Document], length: int, bos_id: int) -> Iterator[t
 def documents(
     path: Path, tokenizer: Tokenizer, vision: VisionConfig | None = None, *, pan_and_scan: bool = False
 ) -> Iterator[Document]:
-    """Each document of a file. Raises BadInput as ``pack`` does.
+    """The documents of a file. Raises BadInput as ``pack`` does.
 
     A line of a ``.jsonl`` file is ``{"messages": [{"role", "content"}, …]}``. Content is text, or a list of
     ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``, a path from the file's folder. Without
@@ -142,7 +140,7 @@ def _read(path: Path) -> str:
 
 def _conversation(
     line: str, folder: Path, vision: VisionConfig | None, pan_and_scan: bool
-) -> tuple[list[Message], list[Picture]]:
+) -> tuple[list[Message], list[Pixels]]:
     try:
         data: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -150,7 +148,7 @@ def _conversation(
     messages = data.get("messages") if isinstance(data, dict) else None
     if not isinstance(messages, list):
         raise BadInput('no list under "messages"')
-    images: list[Picture] = []
+    images: list[Pixels] = []
 
     def part(given: Any) -> Part:
         match given:

@@ -1,14 +1,17 @@
-"""The errors a user can cause. Each carries the exit code the command line ends with."""
+"""The errors a user can cause. Each carries the exit code that the command line ends with.
+
+Its text is one line: what was wrong, the value seen, and what to do about it.
+"""
 
 
 class UserError(Exception):
-    """One line: what was wrong, the value seen, and what to do about it."""
+    """The base of the family; ``cli.main`` prints its line and exits with ``exit_code``."""
 
     exit_code = 3
 
 
 class BadInput(UserError, ValueError):
-    """A checkpoint, configuration, prompt or file that cannot be used as it is."""
+    """A checkpoint, configuration, recipe, prompt or file that cannot be used as it is."""
 
     exit_code = 3
 
@@ -23,3 +26,8 @@ class VerificationFailed(UserError):
     """An artifact that does not agree with the eager model, or whose bytes are not what its manifest says."""
 
     exit_code = 5
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 image", "2 images": for messages."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,8 +1,8 @@
-"""Pictures to the arrays that the vision encoder takes, as transformers' Gemma3 processor makes them.
+"""From image files to the arrays that the vision model takes, as transformers' Gemma3 processor makes them.
 
-An "image" in our code is uint8 [S, S, 3]: RGB, S the encoder's ``image_size``, aspect ratio given up. Pan & Scan
-(the Gemma 3 report, arXiv 2503.19786, section 2.1) adds crops of a picture that is far from square.
-Pillow and numpy only. Files are not trusted: what they may cost is bounded by their header, before any decoding.
+``Pixels`` are uint8 [S, S, 3]: RGB, S the vision model's ``image_size``, without regard to the aspect ratio. Pan &
+Scan (the Gemma 3 report, arXiv 2503.19786, section 2.1) adds crops of an image that is far from square. Uses Pillow
+and numpy only. Files are not trusted: their header bounds what they may cost, before any decoding.
 """
 
 import math
@@ -36,33 +36,33 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
 
 def prepare(
     source: Path | str | Image.Image, size: int, pan_and_scan: bool = False, min_crop: int = MIN_CROP
-) -> list[NDArray[np.uint8]]:
-    """The whole picture, then with ``pan_and_scan`` its crops (none if it is near square or small).
+) -> list[Pixels]:
+    """The whole image, then with ``pan_and_scan`` its crops (none if it is near square or small).
 
-    Each is uint8 [size, size, 3], resized bilinearly with Pillow's antialiasing; equal to transformers' Pillow
-    processor bit for bit. Raises BadInput as ``read_image`` and ``to_rgb`` do.
+    Each is uint8 [size, size, 3], resized bilinearly with Pillow's antialiasing, and equal bit for bit to the result
+    of transformers' Pillow processor. Raises BadInput as ``read_image`` and ``to_rgb`` do.
     """
     image = to_rgb(source) if isinstance(source, Image.Image) else read_image(source)
     boxes = pan_and_scan_boxes(*image.size, min_crop) if pan_and_scan else []
-    # Crops are cut out before they are resized: a neighbouring crop's pixels do not bleed in.
+    # Crops are cut out before they are resized, so that a neighbouring crop's pixels do not bleed in.
     return [_resize(image, size), *(_resize(image.crop(box), size) for box in boxes)]
 
 
-def network_input(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """An image [S, S, 3] as the encoder takes it, float32 [1, 3, S, S] in 0 … 1: its normalisation is its own."""
+def network_input(image: Pixels) -> NDArray[np.float32]:
+    """Pixels [S, S, 3] as the vision model takes them: float32 [1, 3, S, S] in 0 … 1, which it normalizes itself."""
     channels_first = image.transpose(2, 0, 1)[None]
     return np.ascontiguousarray(channels_first, np.float32) / np.float32(255)
 
 
 def pan_and_scan_boxes(width: int, height: int, min_crop: int = MIN_CROP) -> list[Box]:
-    """Where Pan & Scan cuts: (left, top, right, bottom) of up to 4 crops along the longer side, in reading order.
-
-    None when the sides' ratio is under 1.2 or a crop would have a side under ``min_crop`` pixels.
+    """The boxes that Pan & Scan cuts: (left, top, right, bottom) of up to 4 crops along the longer side, in reading
+    order. There are none when the ratio of the sides is under 1.2 or a side of a crop would be under ``min_crop``.
     """
     long, short = max(width, height), min(width, height)
     if long / short < MIN_RATIO:
@@ -79,11 +79,11 @@ def pan_and_scan_boxes(width: int, height: int, min_crop: int = MIN_CROP) -> lis
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """The picture in a JPEG, PNG, WebP, BMP or GIF file (by its content, not its name), upright, in mode RGB.
+    """The image in a JPEG, PNG, WebP, BMP or GIF file (by its content, not its name), upright, in mode RGB.
 
-    Of an animation, the first frame. The EXIF orientation is applied; one that is unreadable is not. Raises
-    BadInput when the file is missing, of another format, damaged or truncated, or larger than ``MAX_BYTES``,
-    ``MAX_PIXELS`` or ``MAX_SIDE``, which is read from its header.
+    An animation gives its first frame. A readable EXIF orientation is applied. Raises BadInput when the file is
+    missing, has another format, is damaged or truncated, or is larger than ``MAX_BYTES``, ``MAX_PIXELS`` or
+    ``MAX_SIDE`` by its header.
     """
     path = Path(path)
     try:
@@ -92,17 +92,17 @@ def read_image(path: Path | str) -> Image.Image:
         if path.stat().st_size > MAX_BYTES:
             raise BadInput(f"{path}: {path.stat().st_size / 1e6:.0f} MB, over {MAX_BYTES / 1e6:.0f}; make it smaller")
         with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about sizes and odd metadata: both are dealt with here
+            warnings.simplefilter("ignore")  # Pillow warns of sizes and odd metadata, which are checked here
             return _read(file, path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror or error}); give a picture ({READABLE})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """``image`` in mode RGB, what is transparent on white: transformers' ``convert_to_rgb``.
+    """``image`` in mode RGB, with transparent parts on white, as transformers' ``convert_to_rgb`` does it.
 
-    Deeper grey (16 bits, which transformers would clip at 255) keeps its high byte, as Pillow does with deeper
-    colours. Raises BadInput for a mode whose range nothing states (32-bit integers, floats).
+    16-bit grey, which transformers would clip at 255, keeps its high byte, as Pillow does with 16-bit colours. Raises
+    BadInput for a mode without a defined range (32-bit integers, floats).
     """
     if image.mode.startswith("I;16"):
         deep = np.asarray(image)
@@ -150,5 +150,5 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _resize(image: Image.Image, size: int) -> NDArray[np.uint8]:
+def _resize(image: Image.Image, size: int) -> Pixels:
     return np.array(image.resize((size, size), Image.Resampling.BILINEAR))

@@ -1,4 +1,4 @@
-"""Gemma 3 in plain PyTorch, to be read top to bottom; gemma3/vision.py is the half that sees.
+"""Gemma 3 in plain PyTorch, to be read top to bottom. gemma3/vision.py is the vision model.
 
 Shapes: B batch, S new tokens, T visible key positions, H query heads, K key/value heads, D head dim, E hidden
 size, F MLP size, V vocabulary. Parameter names are the checkpoint's, so that loading is the identity.
@@ -16,19 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma3.cache import CacheLayout
-from gemma3.config import FULL, SLIDING, LayerKind, ModelConfig
+from gemma3.config import LayerSpec, ModelConfig
 from gemma3.norm import RMSNorm
 from gemma3.vision import MultiModalProjector, VisionTower
 
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of one kind share in one forward call."""
+    """What all layers of one spec share in one forward call."""
 
     cos: Tensor  # [S, D/2]
     sin: Tensor  # [S, D/2]
-    mask: Tensor  # bool [S, T], with images [B, 1, S, T]: may query s see key t?
-    slots: Tensor  # int64 [S]: cache slots the new keys go to; unused without a cache
+    mask: Tensor  # bool [S, T], with images [B, 1, S, T]: may query s attend to key t?
+    slots: Tensor  # int64 [S]: the cache slots of the new keys; unused without a cache
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.kind = kind
+        heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         self.head_dim = dim
         self.scale = config.query_pre_attn_scalar**-0.5
         self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=False)
@@ -90,10 +89,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, kind)
+        self.self_attn = Attention(config, spec)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
@@ -108,7 +107,7 @@ class TextModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        self.layers = nn.ModuleList(Layer(config, spec) for spec in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -141,8 +140,8 @@ class Gemma3(nn.Module):
         """Logits [B, S, V] (or [B, 1, V]) for tokens [B, S] (int64) at positions start … start + S − 1.
 
         ``cache`` (from ``new_cache``; batch 1) holds the positions before ``start`` and receives the new ones.
-        ``soft_tokens`` (from ``encode_images``) go, in order, where ``tokens`` hold the image token; a run of those
-        is an image, whose tokens see one another, so that an image must lie whole in one call.
+        ``soft_tokens`` (from ``encode_images``) replace the image tokens in ``tokens``, in order. A run of image
+        tokens is one image, whose positions attend to one another, so an image must be whole in one call.
         """
         x = self.hidden(tokens, cache, start, soft_tokens)
         return self.lm_head(x[:, -1:] if last_only else x)
@@ -154,56 +153,53 @@ class Gemma3(nn.Module):
         start: int = 0,
         soft_tokens: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads: [B, S, E] after the final norm. A large vocabulary's logits need not be whole."""
+        """The head's input: [B, S, E] after the final norm. With it a caller can compute logits a few at a time."""
         x = self.model.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
         images = None
         if soft_tokens is not None:
             assert self.config.vision is not None, "a text-only model has no images"
             is_image = tokens == self.config.vision.image_token_id
-            assert int(is_image.sum()) == soft_tokens.shape[:-1].numel(), "a soft token for each image token"
+            assert int(is_image.sum()) == soft_tokens.shape[:-1].numel(), "one soft token for each image token"
             x = x.masked_scatter(is_image[..., None], soft_tokens.to(x.dtype))
             images = image_numbers(is_image)
-        steps = {kind: self._step(kind, tokens.shape[1], start, cache, images) for kind in (SLIDING, FULL)}
+        specs = self.config.layers
+        steps = {spec: self._step(spec, tokens.shape[1], start, cache, images) for spec in dict.fromkeys(specs)}
         for index, layer in enumerate(self.model.layers):
-            x = layer(x, steps[self.config.layer_types[index]], None if cache is None else cache[index])
+            x = layer(x, steps[specs[index]], None if cache is None else cache[index])
         return self.model.norm(x)
 
     def _step(
-        self, kind: LayerKind, length: int, start: int, cache: Sequence[LayerKV] | None, images: Tensor | None
+        self, spec: LayerSpec, length: int, start: int, cache: Sequence[LayerKV] | None, images: Tensor | None
     ) -> Step:
-        config, end = self.config, start + length
+        end = start + length
         device = self.model.norm.weight.device
         positions = torch.arange(start, end, device=device)
         if cache is None:
             slots, key_positions = positions, positions
-        elif kind not in config.layer_types:
-            slots, key_positions = positions, positions[:0]
         else:
-            size = cache[config.layer_types.index(kind)].keys.shape[2]
+            size = cache[self.config.layers.index(spec)].keys.shape[2]
             slots = positions % size
             key_positions = ring_positions(end, size, device)
-        window = config.sliding_window if kind == SLIDING else None
         together = None if images is None else same_image(images, key_positions - start)
-        mask = attention_mask(positions, key_positions, window, together)
+        mask = attention_mask(positions, key_positions, spec.window, together)
         if images is not None:
             mask = mask[:, None]
-        cos, sin = rope_angles(config, kind, positions)
+        cos, sin = rope_angles(spec, positions)
         dtype = self.model.norm.weight.dtype
         return Step(cos.to(dtype), sin.to(dtype), mask, slots)
 
 
-def rope_angles(config: ModelConfig, kind: LayerKind, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope_angles(spec: LayerSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [S, D/2] (float32) of position / factor · theta^(−2i/D) for positions [S]."""
-    inverse = inverse_frequencies(config, kind).to(positions.device)
+    inverse = inverse_frequencies(spec).to(positions.device)
     angles = positions[:, None].float() * inverse
     return angles.cos(), angles.sin()
 
 
-def inverse_frequencies(config: ModelConfig, kind: LayerKind) -> Tensor:
-    """float32 [D/2], with the linear scaling factor divided in."""
-    rope = config.rope(kind)
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    return 1.0 / (rope.theta**exponents) / rope.factor
+def inverse_frequencies(spec: LayerSpec) -> Tensor:
+    """float32 [D/2]: theta^(−2i/D), divided by the factor of linear scaling."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
+    return 1.0 / (spec.rope.theta**exponents) / spec.rope.factor
 
 
 def ring_positions(end: int, slots: int, device: torch.device | None = None) -> Tensor:
@@ -213,9 +209,10 @@ def ring_positions(end: int, slots: int, device: torch.device | None = None) -> 
 
 
 def attention_mask(queries: Tensor, keys: Tensor, window: int | None, same_image: Tensor | None = None) -> Tensor:
-    """bool [S, T] (or [B, S, T] with ``same_image`` of that shape): which of the positions ``keys`` a query sees.
+    """bool [S, T] (or [B, S, T] with ``same_image`` of that shape): which positions in ``keys`` a query attends to.
 
-    Key k is visible to query q iff k ≤ q or both are of one image and, under a window W (which counts q), k > q − W.
+    Key k is visible to query q if k ≤ q or both are in the same image and, under a window W (which counts q), also
+    k > q − W.
     """
     visible = keys[None, :] <= queries[:, None]
     if same_image is not None:
@@ -226,16 +223,16 @@ def attention_mask(queries: Tensor, keys: Tensor, window: int | None, same_image
 
 
 def image_numbers(is_image: Tensor) -> Tensor:
-    """int64 [B, S]: which of the row's images a position is part of, −1 for text. A run of image tokens is one."""
+    """int64 [B, S]: the number of the image that a position is in, −1 for text. A run of image tokens is one image."""
     first = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
     return torch.where(is_image, first.cumsum(-1) - 1, -1)
 
 
 def same_image(images: Tensor, keys: Tensor) -> Tensor:
-    """bool [B, S, T]: are the new token s and the key at ``keys`` [T] of one image?
+    """bool [B, S, T]: are the new token s and the key at ``keys`` [T] in the same image?
 
-    ``images`` [B, S] numbers the new tokens' images; ``keys`` counts from the first of them, and what lies before is
-    of no image among them.
+    ``images`` [B, S] numbers the images of the new tokens. ``keys`` counts from the first new token; keys before it
+    are in none of these images.
     """
     numbers = torch.where(keys >= 0, images[:, keys.clamp(min=0)], -1)  # [B, T]
     return (images[:, :, None] == numbers[:, None, :]) & (images >= 0)[:, :, None]
@@ -244,5 +241,4 @@ def same_image(images: Tensor, keys: Tensor) -> Tensor:
 def new_cache(layout: CacheLayout) -> list[LayerKV]:
     """Zeroed float32 buffers in the ring style."""
     assert layout.style == "ring"
-    shapes = [(1, layout.num_key_value_heads, layer.slots, layout.head_dim) for layer in layout.layers]
-    return [LayerKV(torch.zeros(shape), torch.zeros(shape)) for shape in shapes]
+    return [LayerKV(torch.zeros(layer.by_head), torch.zeros(layer.by_head)) for layer in layout.layers]

@@ -1,8 +1,8 @@
-"""Gemma's SentencePiece tokenizer: text to ids and back, and text as it streams out of a model.
+"""Gemma's SentencePiece tokenizer: text to token ids and back, and text as it streams out of a model.
 
-Special tokens (turn and image markers, pad, eos, bos …) are never parsed out of text: a user who types
-``<end_of_turn>`` gets the ordinary pieces that spell it. The chat puts the real ones in by id. Other
-user-defined pieces of Gemma's vocabulary (runs of newlines, HTML tags) are ordinary text and stay whole.
+Text never becomes a special token (turn and image markers, pad, eos, bos …): a user who types ``<end_of_turn>`` gets
+the ordinary pieces that spell it. gemma3/chat.py inserts the real markers by id. Other user-defined pieces of Gemma's
+vocabulary (runs of newlines, HTML tags) are ordinary text and stay whole.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from gemma3.errors import BadInput
 
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 START_OF_IMAGE, END_OF_IMAGE, IMAGE_SOFT_TOKEN = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
-# Special in every Gemma 3 checkpoint, also where tokenizer_config.json, which says so, is not beside the model.
+# These are special in every Gemma 3 checkpoint, even if tokenizer_config.json, which says so, is missing.
 SPECIAL_PIECES = frozenset(
     {"<pad>", "<eos>", "<bos>", "<unk>", "<mask>"}
     | {START_OF_TURN, END_OF_TURN, START_OF_IMAGE, END_OF_IMAGE, IMAGE_SOFT_TOKEN}
@@ -30,12 +30,12 @@ SPECIAL_PIECES = frozenset(
 class Tokenizer:
     """``tokenizer.model`` at ``path``, or in the checkpoint directory ``path``.
 
-    Tokens that a checkpoint adds beyond the SentencePiece vocabulary are read from ``added_tokens.json`` and
-    ``tokenizer_config.json`` beside the model where they exist. Raises BadInput when a file is missing,
-    unreadable or not a Gemma tokenizer.
+    Tokens that a checkpoint adds to the SentencePiece vocabulary are read from ``added_tokens.json`` and
+    ``tokenizer_config.json`` beside the model, if they exist and ``added_tokens`` is true. Raises BadInput when a file
+    is missing, unreadable or not a Gemma tokenizer.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, added_tokens: bool = True) -> None:
         path = Path(path)
         self.path = path / "tokenizer.model" if path.is_dir() else path
         try:
@@ -47,7 +47,7 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._pieces = _load(model, self.path)
         self._piece_count: int = self._pieces.get_piece_size()
-        self._special = _special_ids(self._pieces, self.path.parent)
+        self._special = _special_ids(self._pieces, self.path.parent if added_tokens else None)
         self.pad_id = self.special_id("<pad>")
         self.eos_id = self.special_id("<eos>")
         self.bos_id = self.special_id("<bos>")
@@ -55,23 +55,23 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id that has a name. The model's table may have more rows."""
+        """One more than the largest id with a name. The model's embedding table may have more rows."""
         last_special = max(self._special.values())
         return max(self._piece_count, last_special + 1)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that stand for no text."""
+        """The ids that stand for no text."""
         return frozenset(self._special.values())
 
     def special_id(self, piece: str) -> int:
-        """The id of a special token by name. Raises BadInput when this tokenizer has none."""
+        """The id of a special token by its name. Raises BadInput when the tokenizer has none of that name."""
         if piece not in self._special:
             raise BadInput(f"{self.path}: has no piece {piece}; this is not the tokenizer of a Gemma 3 chat model")
         return self._special[piece]
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        """Ids of plain text, with BOS in front if ``bos``. Never a special token, whatever the text spells.
+        """The ids of plain text, beginning with BOS if ``bos``. No text gives a special token.
 
         Raises BadInput when the text is not valid Unicode (a lone surrogate).
         """
@@ -83,14 +83,14 @@ class Tokenizer:
             ) from None
         ids = [self.bos_id] if bos else []
         start = 0
-        # A special piece's name cut after its first character no longer matches the piece.
+        # Cut after its first character, the name of a special piece no longer matches the piece.
         for match in self._special_names.finditer(text):
             ids += self._pieces.encode(text[start : match.start() + 1])
             start = match.start() + 1
         return ids + list(self._pieces.encode(text[start:]))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``. Special tokens and rows past the vocabulary give none; invalid UTF-8 gives U+FFFD."""
+        """The text of ``ids``. Special tokens and ids past the vocabulary give none; invalid UTF-8 gives U+FFFD."""
         decoder = self.decoder()
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
@@ -98,7 +98,7 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes one id stands for; a byte piece may hold part of a character."""
+        """The UTF-8 bytes that one id stands for. A byte piece may be part of a character."""
         if token_id in self.special_ids or not 0 <= token_id < self._piece_count:
             return b""
         piece: str = self._pieces.id_to_piece(token_id)
@@ -108,12 +108,12 @@ class Tokenizer:
 
     @cached_property
     def _special_names(self) -> re.Pattern[str]:
-        # Lookahead: names that overlap or begin inside one another are all found.
+        # The lookahead finds all names, also those that overlap or begin inside one another.
         return re.compile("(?=" + "|".join(map(re.escape, sorted(self._special))) + ")")
 
 
 class StreamDecoder:
-    """Text of ids as they arrive. What has been returned is final: a character comes once all its bytes are there."""
+    """The text of ids as they arrive. Returned text is final: a character comes when all its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -124,7 +124,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD where a character never became complete."""
+        """The rest at the end: U+FFFD for a character that never became complete."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -143,13 +143,17 @@ def _load(model: bytes, path: Path) -> Any:
     return pieces
 
 
-def _special_ids(pieces: Any, directory: Path) -> dict[str, int]:
-    """Name → id of every special token: SentencePiece's control and known special pieces, and added tokens."""
+def _special_ids(pieces: Any, directory: Path | None) -> dict[str, int]:
+    """Name → id of every special token: SentencePiece's control pieces, the known special ones, and the tokens that the
+    files in ``directory`` add.
+    """
     ids = {
         pieces.id_to_piece(i): i
         for i in range(pieces.get_piece_size())
         if pieces.is_control(i) or pieces.is_unknown(i) or pieces.id_to_piece(i) in SPECIAL_PIECES
     }
+    if directory is None:
+        return ids
     try:
         added = _read_json(directory / "added_tokens.json")
         ids |= {name: int(i) for name, i in added.items() if int(i) >= pieces.get_piece_size()}
@@ -161,7 +165,7 @@ def _special_ids(pieces: Any, directory: Path) -> dict[str, int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object at ``path``, empty where there is no such file."""
+    """The JSON object at ``path``; empty if there is no such file."""
     if not path.exists():
         return {}
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

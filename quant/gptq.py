@@ -1,12 +1,13 @@
-"""GPTQ (arXiv 2210.17323): round a column, and let the columns not yet rounded make up for its error.
+"""GPTQ (arXiv 2210.17323): round one column, and let the columns not yet rounded compensate for its error.
 
-What is made small is not the error of the weight but that of the products it gives on text: for a linear with
-inputs X [tokens, columns], the sum of (error · H · errorᵀ) over the rows, H = Xᵀ X ("Hessian" below). Each row is a
-problem of its own; one on which rounding to nearest does better keeps it, so no row is ever worse.
+GPTQ does not minimize the error of the weight, but the error of its products on text: for a linear layer with
+inputs X [tokens, columns], the sum of (error · H · errorᵀ) over the rows, with H = Xᵀ X (the "Hessian" below). Each
+row is a problem of its own. A row for which rounding to nearest gives a smaller error is rounded to nearest, so that
+no row is ever worse.
 
-Columns are taken in their order: groups of neighbours share a scale. It is set when the first column of the group
-is reached, from what the weight has become by then: of absmax's and some smaller ones, the one with the least error
-by what each column's error will cost. (Absmax alone left 1.15 times the KL divergence on the demo checkpoint.)
+Columns are rounded in order, because neighbours in a group share a scale. The scale is chosen when the first column
+of the group is reached, from the compensated weight: among the absmax scale and some smaller ones, it is the scale
+with the least cost-weighted error. (Absmax alone left 1.15 times the KL divergence on the demo checkpoint.)
 """
 
 import logging
@@ -17,27 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from quant.integers import IntegerWeight, absmax_scales, bf16_grid, nearest_codes, round_to_nearest
-from quant.recipe import SCHEMES, Integers, Method, Recipe, rtn
+from quant.methods import Method, rtn
+from quant.recipe import SCHEMES, Integers, Recipe
 
 log = logging.getLogger(__name__)
 
 # Share of the mean of H's diagonal that is added to it, the paper's.
 DAMPING = 0.01
 SHARES_OF_ABSMAX = [1 - step / 64 for step in range(20)]
-# What all columns before have left is reckoned once for so many columns, as one matrix product.
+# How many columns receive the error of all columns before them at once, as one matrix product.
 COLUMNS_AT_ONCE = 128
 
-# Runs the network's layers on token ids [B, S]; what it returns is not looked at.
+# Runs the network's layers on token ids [B, S]; its result is not used.
 Run = Callable[[Tensor], object]
 
 
 def gptq(layers: Sequence[tuple[str, nn.Module]], run: Run, batches: Sequence[Tensor], recipe: Recipe) -> Method:
-    """A method for ``quant.recipe.quantize``: calibrated integers inside ``layers``, round to nearest elsewhere.
+    """A method for ``quantize_weights``: calibrated integers inside ``layers``, round to nearest elsewhere.
 
     ``layers`` are the network's (name, module) in order. Each takes its predecessor's output as its first argument.
-    The weights in them are replaced by what their integers stand for, one after another, so that later ones are
-    calibrated on what the quantized network gives them. One linear's H is in memory at a time.
-    Raises ValueError when a weight is NaN or infinite, RecipeError when no rule matches it.
+    Their weights are replaced by the dequantized integers one after another, so that each layer is calibrated on
+    activations of the already quantized layers before it. The H of one linear layer is in memory at a time. Raises
+    ValueError when a weight is NaN or infinite, and BadInput when no rule matches it.
     """
     found: dict[str, tuple[IntegerWeight, float]] = {}
     with torch.no_grad():
@@ -67,7 +69,7 @@ def _quantize_together(
     inputs: Sequence[tuple[Any, ...]],
     recipe: Recipe,
 ) -> dict[str, tuple[IntegerWeight, float]]:
-    """Linears that are given the same input have the same H."""
+    """Linear layers that have the same input have the same H."""
     schemes = {name: SCHEMES[recipe.rule(f"{prefix}.{name}.weight").scheme] for name, _ in linears}
     if not any(isinstance(scheme, Integers) for scheme in schemes.values()):
         return {}
@@ -83,9 +85,9 @@ def _quantize_together(
 
 
 def gptq_weight(weight: Tensor, hessian: Tensor, scheme: Integers) -> tuple[IntegerWeight, float]:
-    """Integers for weight [N, K] under hessian [K, K], and their error by it over that of round to nearest (≤ 1).
+    """Integers for weight [N, K] under hessian [K, K], and their error relative to that of round to nearest (≤ 1).
 
-    A column that no input ever used is rounded to nearest. Raises ValueError as ``round_to_nearest`` does.
+    A column whose inputs were all zero is rounded to nearest. Raises ValueError as ``round_to_nearest`` does.
     """
     plain = round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad)
     integers = _corrected(weight.float(), _factor(hessian), plain)
@@ -99,12 +101,12 @@ def gptq_weight(weight: Tensor, hessian: Tensor, scheme: Integers) -> tuple[Inte
 
 
 def _corrected(weight: Tensor, factor: Tensor, plain: IntegerWeight) -> IntegerWeight:
-    """The integers that GPTQ finds, in the form of ``plain``.
+    """The integers that GPTQ chooses, in the form of ``plain``.
 
-    With errors e = weight − values, what GPTQ makes small is Σ over columns of (e · factor)², and of column j that is
-    (e_j factor_jj + Σ_{i<j} e_i factor_ij)². A block of columns begins where those sums, were it not to be rounded,
-    would all be 0; within it each column's rounding moves the rest, by the block's own inverse. This is the paper's
-    update in another order, which needs neither the inverse of H nor that of ``factor``.
+    With errors e = weight − values, GPTQ minimizes Σ over columns of (e · factor)²; the term of column j is
+    (e_j factor_jj + Σ_{i<j} e_i factor_ij)². A block of columns starts from the values at which these terms would
+    all be 0 without rounding. Within the block, rounding a column moves the columns after it, by the inverse of the
+    block. This is the paper's update in another order, which needs neither the inverse of H nor that of ``factor``.
     """
     rows, columns = weight.shape
     size, bits = plain.group_size, plain.bits
@@ -134,7 +136,7 @@ def _corrected(weight: Tensor, factor: Tensor, plain: IntegerWeight) -> IntegerW
 
 
 def least_costly_scales(values: Tensor, cost: Tensor, bits: int) -> Tensor:
-    """float32 [rows] on the bfloat16 grid, for values [rows, size] whose squared errors weigh cost [size]."""
+    """float32 scales [rows] on the bfloat16 grid for values [rows, size]; ``cost`` [size] weighs squared errors."""
     grouped = values.unsqueeze(1)
     absmax = absmax_scales(grouped, bits)
     candidates = torch.stack([bf16_grid(absmax * share) for share in SHARES_OF_ABSMAX])  # [shares, rows, 1]
@@ -144,10 +146,10 @@ def least_costly_scales(values: Tensor, cost: Tensor, bits: int) -> Tensor:
 
 
 def _factor(hessian: Tensor) -> Tensor:
-    """float32 upper triangle R with R Rᵀ = hessian + damping."""
+    """The float32 upper triangle R with R Rᵀ = hessian + damping."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
-    # Without any input every column is independent of the others.
+    # Without any input, every column is independent of the others.
     diagonal += DAMPING * float(diagonal.mean()) or 1.0
     return torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1).float()
 
@@ -166,7 +168,7 @@ class _SeenEnough(Exception):
 
 
 def hessian(layer: nn.Module, linear: nn.Linear, inputs: Sequence[tuple[Any, ...]]) -> Tensor:
-    """float64 [K, K]: Σ xᵀ x over what ``linear`` is given when ``layer``, which it is part of, runs on ``inputs``."""
+    """float64 [K, K]: Σ xᵀ x over the inputs x of ``linear`` when ``layer``, which contains it, runs on ``inputs``."""
     size = linear.in_features
     total = torch.zeros(size, size, dtype=torch.float64)
 
@@ -188,7 +190,7 @@ def hessian(layer: nn.Module, linear: nn.Linear, inputs: Sequence[tuple[Any, ...
 
 
 def _sharing_inputs(layer: nn.Module, arguments: tuple[Any, ...]) -> list[list[tuple[str, nn.Linear]]]:
-    """The layer's linears in the order they run, those that are given the very same tensor together."""
+    """The layer's linear layers in the order they run; those whose input is the same tensor are together."""
     together: dict[Tensor, list[tuple[str, nn.Linear]]] = {}
     hooks = []
     for name, module in layer.named_modules():
@@ -207,7 +209,7 @@ def _sharing_inputs(layer: nn.Module, arguments: tuple[Any, ...]) -> list[list[t
 
 
 def _calls(layers: Sequence[tuple[str, nn.Module]], run: Run, batch: Tensor) -> list[tuple[Any, ...]]:
-    """The arguments that each layer is given for ``batch``, were the layers before it the identity."""
+    """The arguments of each layer for ``batch`` when every layer before it returns its input."""
     calls = []
 
     def pass_on(x: Tensor, *others: Any) -> Tensor:
@@ -215,7 +217,7 @@ def _calls(layers: Sequence[tuple[str, nn.Module]], run: Run, batch: Tensor) -> 
         return x
 
     try:
-        # A module's own attribute hides its class's forward. Hooks could not keep it from running.
+        # An attribute of the module hides its class's forward. A hook could not keep forward from running.
         for _, layer in layers:
             layer.__dict__["forward"] = pass_on
         run(batch)

@@ -1,8 +1,8 @@
 """HQQ, half-quadratic quantization, as torchao has it for symmetric integers: scales chosen without data.
 
-torchao's general HQQ moves the zero point, which no kernel of our runtimes that multiplies int4 takes. Its
-scale-only form alternates between rounding and the scale of least squares. What is taken from it are the scales;
-they are snapped to the bfloat16 grid and the weight is rounded once, under the snapped ones.
+torchao's general HQQ moves the zero point, but no int4 kernel of our runtimes accepts one. Its scale-only form
+alternates between rounding and the least-squares scale. We take the scales from it, snap them to the bfloat16 grid
+and round the weight once, under the snapped scales.
 """
 
 from typing import cast
@@ -14,14 +14,14 @@ from quant.recipe import Integers
 
 
 def hqq(_: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
-    """A method for ``quant.recipe.quantize``. Raises ValueError as ``round_to_nearest`` does."""
+    """A method for ``quantize_weights``. Raises ValueError as ``round_to_nearest`` does."""
     integers = round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad, choose_scales=scales)
     return integers, "round to nearest under HQQ's scales"
 
 
 def scales(grouped: Tensor, bits: int) -> Tensor:
-    """[rows, groups] of [rows, groups, size], off any grid."""
-    # Takes seconds to load, and is private to torchao: its public way to it would round a second time.
+    """Scales [rows, groups] for values [rows, groups, size], not yet on a grid."""
+    # Takes seconds to load, and is private to torchao: its public interface would round a second time.
     from torchao.quantization import quant_primitives  # type: ignore[import-untyped]
 
     rows, _, size = grouped.shape

@@ -1,7 +1,7 @@
 """Symmetric integer weights: codes, scales, and round-to-nearest.
 
 A weight is [rows, columns] = [out features, in features]. A group is ``group_size`` neighbours along the
-columns that share a scale; per-channel is one group a row. value = code · scale, zero point 0.
+columns that share a scale; per channel means one group a row. value = code · scale; the zero point is 0.
 
 Scales are strictly positive, at least 2^−17 and on the bfloat16 grid. Such a scale is exact in float32,
 float16 and bfloat16 alike, so every runtime holds the same value: XNNPACK stores blockwise int4 scales as
@@ -11,6 +11,7 @@ float16. The bound on top is float16's 65504.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,10 @@ ROWS_AT_ONCE = 8192
 class IntegerWeight:
     """codes int8 [rows, columns] in −2^(bits−1) … 2^(bits−1) − 1; scales float32 [rows, groups].
 
-    ``group`` is given only where the groups' size does not divide the columns, and the last is shorter.
+    ``group`` is the group size, given only where it does not divide the columns, so that the last group is shorter.
     """
+
+    kind: ClassVar[str] = "integers"
 
     codes: Tensor
     scales: Tensor
@@ -53,9 +56,26 @@ class IntegerWeight:
         values = in_groups(self.codes, self.group_size).float() * self.scales[..., None]
         return values.view(rows, -1)[:, :columns]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.scales
+
+    def equal_codes(self, other: Any) -> int:
+        """How many places of ``other`` hold the same code under the same scale; none when the shapes differ."""
+        if not isinstance(other, IntegerWeight):
+            return 0
+        if other.codes.shape != self.codes.shape or other.scales.shape != self.scales.shape:
+            return 0
+        equal, columns = 0, self.codes.shape[1]
+        for start in range(0, len(self.codes), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            same_scale = (other.scales[part] == self.scales[part]).repeat_interleave(self.group_size, dim=1)
+            same_code = other.codes[part] == self.codes[part]
+            equal += int(torch.count_nonzero(same_code & same_scale[:, :columns]))
+        return equal
+
 
 def in_groups(values: Tensor, size: int) -> Tensor:
-    """[rows, groups, size] of [rows, columns]; a shorter last group is filled up with zeros."""
+    """values [rows, columns] as [rows, groups, size]; a shorter last group is padded with zeros."""
     rows, columns = values.shape
     padded = values if columns % size == 0 else F.pad(values, (0, -columns % size))
     return padded.reshape(rows, -1, size)
@@ -69,13 +89,13 @@ def bf16_grid(scales: Tensor) -> Tensor:
 def absmax_scales(grouped: Tensor, bits: int) -> Tensor:
     """[rows, groups] of [rows, groups, size]: absmax / (2^(bits−1) − ½).
 
-    The code range is used to its asymmetric end, with at most half a step clipped on the positive side.
+    This uses the whole asymmetric range of codes; at most half a step is clipped on the positive side.
     """
     return grouped.abs().amax(-1) / (2 ** (bits - 1) - 0.5)
 
 
 def nearest_codes(grouped: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Integral floats [rows, groups, size] of values of that shape under scales [rows, groups]."""
+    """The nearest codes, as floats [rows, groups, size], of values of that shape under scales [rows, groups]."""
     limit = 2 ** (bits - 1)
     return (grouped / scales[..., None]).round_().clamp_(-limit, limit - 1)
 
@@ -99,7 +119,7 @@ def round_to_nearest(
         raise ValueError(f"{columns} columns do not divide into groups of {size}")
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scales = torch.empty(rows, -(-columns // size))
-    # By rows, so that a table of 262 144 is never whole in float32.
+    # A few rows at a time, so that an embedding table of 262 144 rows is never whole in float32.
     for start in range(0, rows, ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         grouped = in_groups(weight[part].float(), size)
@@ -115,16 +135,3 @@ def require_finite(weight: Tensor) -> None:
     count = weight.numel() - int(torch.isfinite(weight).sum())
     if count:
         raise ValueError(f"{count} values are NaN or infinite")
-
-
-def equal_codes(stored: IntegerWeight, weight: IntegerWeight) -> int:
-    """How many places hold the same code under the same scale; none when the shapes differ."""
-    if stored.codes.shape != weight.codes.shape or stored.scales.shape != weight.scales.shape:
-        return 0
-    equal, columns = 0, weight.codes.shape[1]
-    for start in range(0, len(weight.codes), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        same_scale = (stored.scales[part] == weight.scales[part]).repeat_interleave(weight.group_size, dim=1)
-        same_code = stored.codes[part] == weight.codes[part]
-        equal += int(torch.count_nonzero(same_code & same_scale[:, :columns]))
-    return equal

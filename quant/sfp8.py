@@ -12,6 +12,7 @@ compare (tests/quant/sfp8_vectors.npz).
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ ENCODE = torch.from_numpy(_encode_table())
 
 
 def encode(x: Tensor) -> Tensor:
-    """uint8 codes of float values within ±1.875 (what is nearer to it than to 2 included), in x's shape.
+    """uint8 codes, in x's shape, of float values within ±1.875 (values nearer to that than to ±2 included).
 
     Raises ValueError for larger, infinite or NaN values: scale them down first (``tensor_scale``).
     """
@@ -66,17 +67,17 @@ def encode(x: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor) -> Tensor:
-    """float32 values of uint8 codes, in the codes' shape. 0x80, which is never written, reads as −0."""
+    """float32 values of uint8 codes, in the codes' shape. 0x80, which is never written, decodes to −0."""
     return DECODE.to(codes.device)[codes.long()]
 
 
 def tensor_scale(x: Tensor) -> Tensor:
-    """float32 scalar, gemma.cpp's: 1 unless the largest magnitude is over 1.875; it never scales up."""
+    """float32 scalar, as gemma.cpp chooses it: 1 unless the largest magnitude is over 1.875; it never scales up."""
     return (x.detach().float().abs().max() / LARGEST).clamp(min=1.0)
 
 
 def channel_scale(x: Tensor) -> Tensor:
-    """float32 [rows, 1], the JAX library's: each row's largest magnitude becomes 1.875 (a zero row keeps 1)."""
+    """float32 [rows, 1], as the JAX library chooses it: each row's largest magnitude becomes 1.875 (a zero row: 1)."""
     largest = x.detach().float().abs().amax(-1, keepdim=True)
     return torch.where(largest > 0, largest / LARGEST, 1.0)
 
@@ -84,6 +85,8 @@ def channel_scale(x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Sfp8Weight:
     """codes uint8 [rows, columns]; scale float32 [1, 1] or [rows, 1]: value = decode(code) · scale."""
+
+    kind: ClassVar[str] = "sfp8"
 
     codes: Tensor
     scale: Tensor
@@ -97,6 +100,15 @@ class Sfp8Weight:
         """float32 [rows, columns]."""
         return decode(self.codes) * self.scale
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.scale
+
+    def equal_codes(self, other: Any) -> int:
+        """How many places of ``other`` hold the same code; none unless all scales are the same."""
+        if not isinstance(other, Sfp8Weight) or other.codes.shape != self.codes.shape:
+            return 0
+        return int((other.codes == self.codes).sum()) if torch.equal(other.scale, self.scale) else 0
+
 
 def encode_weight(weight: Tensor, *, per_channel: bool) -> Sfp8Weight:
     """Codes of weight [rows, columns] over its ``channel_scale``, or else its ``tensor_scale``.
@@ -106,7 +118,7 @@ def encode_weight(weight: Tensor, *, per_channel: bool) -> Sfp8Weight:
     require_finite(weight)
     scale = channel_scale(weight) if per_channel else tensor_scale(weight).view(1, 1)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    # By rows, so that a table of 262 144 is never whole in float32.
+    # A few rows at a time, so that an embedding table of 262 144 rows is never whole in float32.
     for start in range(0, len(weight), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         codes[part] = encode(weight[part].float() / (scale[part] if per_channel else scale))

@@ -22,12 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant.atomic import staging
+from gemma3.checkpoint import CONFIG
+from gemma3.errors import BadInput
+from gemma3.host.atomic import staging
 from quant.integers import IntegerWeight, bf16_grid
-from quant.recipe import QuantizedWeights, Recipe, Rule, Weight
+from quant.recipe import Recipe, Rule, Verdict
 from quant.sfp8 import Sfp8Weight
+from quant.weights import QuantizedWeights, Weight
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: a verdict is a scheme and a reason; 1 had one text, and is still read
+READABLE = (1, 2)
 FILE = "quantized.safetensors"
 # One key: safetensors writes several in no particular order.
 METADATA_KEY = "gemma-edge"
@@ -41,7 +45,6 @@ BITS = {"int4": 4, "int8": 8}
 GROUP_SIZE = re.compile("[1-9][0-9]{0,8}")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-CONFIG = "config.json"
 # Copied along where the source has them.
 COMPANIONS = (
     "tokenizer.model",
@@ -53,12 +56,6 @@ COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
-
-
-class StoredError(ValueError):
-    """A quantized checkpoint that cannot be read as one. One line; exit code 3 on the command line."""
-
-    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def is_quantized(directory: Path) -> bool:
 def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, method: str, *, source: Path) -> None:
     """Let ``directory`` appear with the weights, and with the configuration and tokenizer files of ``source``.
 
-    Raises TargetError when it exists or cannot be written; then, and on any other error, nothing is left behind.
+    Raises BadInput when it exists or cannot be written. After any error nothing is left behind.
     """
     assert weights.tensors.keys() == weights.verdicts.keys()
     tensors: dict[str, Tensor] = {}
@@ -92,6 +89,7 @@ def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, m
             forms[name] = f"int{weight.bits}/{weight.group_size}"
             tensors |= {f"{name}.codes": weight.codes.contiguous(), f"{name}.scales": scales.contiguous()}
         else:
+            assert isinstance(weight, Sfp8Weight)
             forms[name] = "sfp8"
             tensors |= {f"{name}.codes": weight.codes.contiguous(), f"{name}.scales": weight.scale.contiguous()}
     header = {
@@ -99,7 +97,7 @@ def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, m
         "method": method,
         "recipe": asdict(recipe),
         "forms": forms,
-        "verdicts": weights.verdicts,
+        "verdicts": {name: asdict(verdict) for name, verdict in weights.verdicts.items()},
     }
     with staging(directory) as partial:
         shutil.copyfile(source / CONFIG, partial / CONFIG)
@@ -111,10 +109,10 @@ def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, m
 
 
 def load_quantized(directory: Path) -> StoredWeights:
-    """The weights of a quantized checkpoint, mapped from its file, each checked to be what the header says it is.
+    """The weights of a quantized checkpoint, mapped from its file. Each is checked against the file's header.
 
-    Raises StoredError for a file that is missing, damaged, of another version, or whose tensors are not those of
-    its header: one is missing or left over, of another dtype or shape, or holds values that its kind does not have.
+    Raises BadInput for a file that is missing, damaged, or of another version, and for a tensor that is missing or
+    left over, has another dtype or shape, or holds values that its kind does not allow.
     """
     path = directory / FILE
     try:
@@ -123,42 +121,57 @@ def load_quantized(directory: Path) -> StoredWeights:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         weights = {name: _weight(name, form, tensors) for name, form in header["forms"].items()}
         if tensors:
-            raise StoredError(f"{min(tensors)} belongs to no weight of its header")
+            raise BadInput(f"{min(tensors)} belongs to no weight of its header")
         rules = tuple(Rule(**rule) for rule in header["recipe"]["rules"])
         recipe = Recipe(header["recipe"]["name"], rules)
-    except StoredError as error:
-        raise StoredError(f"{path}: {error}; copy it or quantize again") from None
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}; copy it or quantize again") from None
     except (OSError, SafetensorError) as error:
-        raise StoredError(f"{path}: not readable as safetensors ({error}); copy it or quantize again") from None
-    return StoredWeights(QuantizedWeights(weights, header["verdicts"]), recipe, header["method"])
+        raise BadInput(f"{path}: not readable as safetensors ({error}); copy it or quantize again") from None
+    return StoredWeights(QuantizedWeights(weights, _verdicts(header)), recipe, header["method"])
 
 
 def _header(text: str | None) -> dict[str, Any]:
     """The parsed header, of the right version and every key of the right type."""
     if text is None:
-        raise StoredError("has no gemma-edge header")
+        raise BadInput("has no gemma-edge header")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
-        raise StoredError("its header is not JSON") from None
+        raise BadInput("its header is not JSON") from None
     version = header.get("schema_version") if isinstance(header, dict) else None
-    if version != SCHEMA_VERSION:
-        raise StoredError(f"schema_version is {version!r}, this program reads {SCHEMA_VERSION}")
+    if version not in READABLE:
+        raise BadInput(f"schema_version is {version!r}, this program reads {' and '.join(map(str, READABLE))}")
     _expect(set(header), {"schema_version", "method", "recipe", "forms", "verdicts"}, "header")
     forms, verdicts, recipe = header["forms"], header["verdicts"], header["recipe"]
-    for key in ("forms", "verdicts"):
-        if not _is_text(header[key]):
-            raise StoredError(f"{key} in its header does not map names to text")
+    if not _is_text(forms):
+        raise BadInput("forms in its header does not map names to text")
+    if version == 1:
+        if not _is_text(verdicts):
+            raise BadInput("verdicts in its header does not map names to text")
+    elif not (isinstance(verdicts, dict) and all(map(_is_verdict, verdicts.values()))):
+        raise BadInput("verdicts in its header does not map names to a scheme and a reason")
     if forms.keys() != verdicts.keys():
-        raise StoredError(f"its header has {len(forms)} forms and {len(verdicts)} verdicts, of other names")
+        raise BadInput(f"its header has {len(forms)} forms and {len(verdicts)} verdicts, of other names")
     if not isinstance(header["method"], str):
-        raise StoredError("method in its header is no text")
+        raise BadInput("method in its header is no text")
     _expect(set(recipe) if isinstance(recipe, dict) else set(), {"name", "rules"}, "recipe")
     if not isinstance(recipe["name"], str) or not isinstance(recipe["rules"], list):
-        raise StoredError("recipe in its header has no name and list of rules")
+        raise BadInput("recipe in its header has no name and list of rules")
     for rule in recipe["rules"]:
         _expect(set(rule) if _is_text(rule) else set(), {"pattern", "scheme"}, "rule")
     return header
+
+
+def _verdicts(header: dict[str, Any]) -> dict[str, Verdict]:
+    verdicts: dict[str, Any] = header["verdicts"]
+    if header["schema_version"] == 1:  # one text: "scheme: reason"
+        return {name: Verdict(*text.partition(": ")[::2]) for name, text in verdicts.items()}
+    return {name: Verdict(**verdict) for name, verdict in verdicts.items()}
+
+
+def _is_verdict(value: object) -> bool:
+    return _is_text(value) and isinstance(value, dict) and value.keys() == {"scheme", "reason"}
 
 
 def _is_text(value: object) -> bool:
@@ -167,7 +180,7 @@ def _is_text(value: object) -> bool:
 
 def _expect(keys: set[str], wanted: set[str], where: str) -> None:
     if keys != wanted:
-        raise StoredError(f"{where} in its header has the keys {sorted(keys)}, not {sorted(wanted)}")
+        raise BadInput(f"{where} in its header has the keys {sorted(keys)}, not {sorted(wanted)}")
 
 
 def _weight(name: str, form: str, tensors: dict[str, Tensor]) -> Weight:
@@ -175,26 +188,26 @@ def _weight(name: str, form: str, tensors: dict[str, Tensor]) -> Weight:
     if form == "float":
         tensor = _take(name, tensors)
         if tensor.dtype not in FLOATS:
-            raise StoredError(f"{name} is {tensor.dtype}, not floating point")
+            raise BadInput(f"{name} is {tensor.dtype}, not floating point")
         return tensor
     codes, scales = _take(f"{name}.codes", tensors), _take(f"{name}.scales", tensors)
     kind, _, size = form.partition("/")
     if kind not in DTYPES or (kind != "sfp8" and not GROUP_SIZE.fullmatch(size)):
-        raise StoredError(f"{name} is stored as {form!r}; this program reads {', '.join(DTYPES)} and float")
+        raise BadInput(f"{name} is stored as {form!r}; this program reads {', '.join(DTYPES)} and float")
     if (codes.dtype, scales.dtype) != DTYPES[kind]:
-        raise StoredError(f"{name} is {form} with {codes.dtype} codes and {scales.dtype} scales")
+        raise BadInput(f"{name} is {form} with {codes.dtype} codes and {scales.dtype} scales")
     if not _fit(codes, scales, size):
-        raise StoredError(f"{name} is {form} with codes {list(codes.shape)} and scales {list(scales.shape)}")
+        raise BadInput(f"{name} is {form} with codes {list(codes.shape)} and scales {list(scales.shape)}")
     # Also false for NaN.
     allowed = scales > 0 if kind == "sfp8" else bf16_grid(scales) == scales.float()
     if not bool((allowed & torch.isfinite(scales)).all()):
-        raise StoredError(f"{name} has scales that no quantizer of ours makes: {_range(scales)}")
+        raise BadInput(f"{name} has scales that no quantizer of ours makes: {_range(scales)}")
     if kind == "sfp8":
         if bool((codes == 0x80).any()):
-            raise StoredError(f"{name} holds the code 0x80, which SFP8 does not have")
+            raise BadInput(f"{name} holds the code 0x80, which SFP8 does not have")
         return Sfp8Weight(codes, scales)
     if kind == "int4" and bool((codes.amin() < -8) | (codes.amax() > 7)):
-        raise StoredError(f"{name} is int4 with codes {_range(codes)}")
+        raise BadInput(f"{name} is int4 with codes {_range(codes)}")
     return IntegerWeight(codes, scales.float(), BITS[kind], int(size) if codes.shape[1] % int(size) else None)
 
 
@@ -204,12 +217,12 @@ def _range(values: Tensor) -> str:
 
 def _take(name: str, tensors: dict[str, Tensor]) -> Tensor:
     if name not in tensors:
-        raise StoredError(f"{name} is missing")
+        raise BadInput(f"{name} is missing")
     return tensors.pop(name)
 
 
 def _fit(codes: Tensor, scales: Tensor, size: str) -> bool:
-    """Are codes [rows, columns] and scales of shapes that go together? ``size`` is that of groups, "" for SFP8."""
+    """Do codes [rows, columns] and scales have shapes that go together? ``size`` is the group size, "" for SFP8."""
     if codes.dim() != 2 or scales.dim() != 2 or 0 in codes.shape:
         return False
     rows, columns = codes.shape

@@ -1,16 +1,16 @@
-"""A chat whose turns stay in the session's cache: only what is new is fed."""
+"""A chat whose turns stay in the session's cache: only new tokens are fed."""
 
 from collections.abc import Collection, Iterator, Sequence
 
 from gemma3.chat import encode_chat
 from gemma3.tokenizer import Tokenizer
 from runtime_py.generate import Generation, Sampler, StopReason, generate
-from runtime_py.pictures import Picture, placed, views
-from runtime_py.session import Session
+from runtime_py.pictures import Picture, all_pixels, placed
+from runtime_py.sessions.protocol import Session
 
 
 def stream_text(generation: Generation, tokenizer: Tokenizer) -> Iterator[str]:
-    """The generated text in pieces of whole characters."""
+    """The generated text as it arrives, never cut inside a character."""
     decoder = tokenizer.decoder()
     for token in generation:
         if piece := decoder.push(token):
@@ -20,7 +20,7 @@ def stream_text(generation: Generation, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 class Conversation:
-    """Turns of a user and the model over one session, which it owns from now on."""
+    """Turns of a user and the model over one session, which the conversation owns from now on."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class Conversation:
         self.reason: StopReason | None = None
 
     def turn_ids(self, text: str, pictures: Sequence[Picture] = ()) -> list[int]:
-        """What is fed for the next user turn: the whole prompt at first, then the end of the model's turn before it.
+        """The ids to feed for the next user turn: first the whole prompt, later also the end of the model's turn.
 
-        Together with the ids fed and generated so far this is the encoded conversation, without encoding the
-        model's own words anew (which may split them into other tokens).
+        Together with the ids fed and generated so far they are the encoded conversation. The model's own words are not
+        encoded again, which could split them into other tokens.
         """
         vision = self._session.vision
         content = placed(text, pictures, vision)
@@ -63,16 +63,16 @@ class Conversation:
         return [*words, self._tokenizer.end_of_turn_id, *newline, *turn[1:]]
 
     def say(self, text: str, pictures: Sequence[Picture] = ()) -> Iterator[str]:
-        """The model's answer to ``text`` as it is generated; ``reason`` then says why it ended.
+        """The model's answer to ``text`` as it is generated. Afterwards ``reason`` says why it ended.
 
-        The pictures go where ``placed`` puts them. Raises, with the conversation as it was, BadInput as ``placed``
-        does and DoesNotFit when the turn has no room in the context.
+        The pictures go where ``placed`` puts them. Raises BadInput as ``placed`` does, and DoesNotFit when the turn
+        does not fit the context; the conversation is then as before.
         """
         generation = generate(
             self._session,
             self.turn_ids(text, pictures),
             self._sampler,
-            images=views(pictures),
+            images=all_pixels(pictures),
             stop_ids=self._stop_ids,
             max_new_tokens=self._limit,
         )

@@ -1,20 +1,26 @@
-"""What ``gemma-edge demo`` shows of the bundles of the demo checkpoints, line by line."""
+"""The demo: both demo checkpoints exported in int4, proven, measured and asked, as ``gemma-edge demo`` prints it."""
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from export.manifest import FORMATS, TOKENIZER, Manifest, read_manifest
-from gemma3.cache import cache_layout
-from gemma3.checkpoint import load_model, open_checkpoint
+from export.checks import require_passed
+from export.manifest import TOKENIZER, Manifest, read_manifest
+from gemma3.checkpoint import DEMOS
 from gemma3.tokenizer import Tokenizer
-from runtime_py.accuracy import compare, stretches
-from runtime_py.bench import bench
-from runtime_py.eager_session import EagerSession
-from runtime_py.questions import Question, Score, answer, exact_match, read_questions, total
+from quant.recipe import DEFAULT_SCHEME, preset
+from quant.source import Source
+from runtime_py.api import export_bundle, open_checkpoint, open_session, validate
+from runtime_py.measure.bench import bench
+from runtime_py.measure.comparison import compare, stretches
+from runtime_py.measure.questions import Question, Score, answer, exact_match, read_questions, total
+from runtime_py.proof.limits import walk_id
+from runtime_py.proof.plan import ONE_BY_ONE
+from runtime_py.proof.walks import figures_of
 from runtime_py.report import megabytes, table
-from runtime_py.session import Session, open_session
-from runtime_py.validate import stepped_figures
+from runtime_py.sessions.eager import open_eager
+from runtime_py.sessions.protocol import Session
 
 log = logging.getLogger(__name__)
 
@@ -23,25 +29,40 @@ SHOWN = 3
 ORIGINAL = "original"
 
 
-def about_text(bundle: Path, source: Path) -> Iterator[str]:
+def run_demo(out: Path | None = None) -> Iterator[str]:
+    """The whole path on both demo checkpoints, line by line. With ``out`` the bundles are kept there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for model, about in zip(DEMOS, (about_text, about_images), strict=True):
+            bundle = (out or Path(scratch)) / model
+            bundle.parent.mkdir(parents=True, exist_ok=True)
+            source = open_checkpoint(model)
+            export_bundle(source, bundle, recipe=preset(DEFAULT_SCHEME))
+            log.info("replaying the golden vectors, as `gemma-edge validate` does anywhere")
+            require_passed(validate(bundle))
+            yield from about(bundle, source)
+
+
+def about_text(bundle: Path, source: Source) -> Iterator[str]:
     """Answers, and a table: size, agreement with the eager model, accuracy, speed and memory of each file."""
     manifest = read_manifest(bundle)
     tokenizer = Tokenizer(bundle / TOKENIZER)
-    asked = some(read_questions(source / "questions.jsonl"), QUESTIONS)
-    held_out = tokenizer.encode((source / "heldout.txt").read_text(encoding="utf-8"), bos=False)[:TOKENS]
-    pieces = stretches(held_out, manifest.tokenizer.bos_id, manifest.context)
+    asked = some(read_questions(source.path / "questions.jsonl"), QUESTIONS)
+    held_out = tokenizer.encode((source.path / "heldout.txt").read_text(encoding="utf-8"), bos=False)[:TOKENS]
+    texts = stretches(held_out, manifest.tokenizer.bos_id, manifest.context)
     sessions = open_all(bundle, source, manifest)
     original, *files = sessions
     quality = {}
     for name in files:
         log.info("%s: accuracy over %d held-out tokens", name, len(held_out))
-        quality[name] = compare(sessions[name], {original: sessions[original]}, pieces)[original]
+        quality[name] = compare(sessions[name], {original: sessions[original]}, texts)[original]
     right = scores(sessions, tokenizer, asked, manifest)
     yield from answers(sessions, tokenizer, some(asked, SHOWN), manifest)
     log.info("measuring speed and memory")
-    speeds = {f".{one.format}": one for one in bench(bundle, FORMATS)}
+    speeds = {f".{one.format}": one for one in bench(bundle)}
     artifacts = {f".{format}": artifact for format, artifact in manifest.artifacts.items()}
-    figures = {f".{format}": stepped_figures(manifest.validation, format) for format in FORMATS}
+    figures = {
+        f".{format}": figures_of(manifest.validation, format, walk_id(ONE_BY_ONE)) for format in manifest.artifacts
+    }
     rows: list[tuple[str, Callable[[str], str]]] = [
         ("file", lambda name: megabytes(artifacts[name].bytes)),
         ("file / ideal bytes", lambda name: f"{artifacts[name].bytes / artifacts[name].ideal_bytes:.3f}"),
@@ -68,11 +89,11 @@ def about_text(bundle: Path, source: Path) -> Iterator[str]:
     )
 
 
-def about_images(bundle: Path, source: Path) -> Iterator[str]:
-    """Descriptions of pictures that were not trained on, answers about them, and how many each file gets right."""
+def about_images(bundle: Path, source: Source) -> Iterator[str]:
+    """Descriptions of held-out pictures, answers about them, and how many of the answers of each file are right."""
     manifest = read_manifest(bundle)
     tokenizer = Tokenizer(bundle / TOKENIZER)
-    questions = read_questions(source / "questions_images.jsonl")
+    questions = read_questions(source.path / "questions_images.jsonl")
     wide = [question for question in questions if question.category.startswith("wide")]
     descriptions = [question for question in questions if question.category == "describe"]
     asked = some([question for question in questions if question not in wide], IMAGE_QUESTIONS)
@@ -102,14 +123,13 @@ def about_images(bundle: Path, source: Path) -> Iterator[str]:
 
 
 def some(questions: Sequence[Question], count: int) -> list[Question]:
-    """About so many, spread evenly."""
+    """About ``count`` of the questions, spread evenly."""
     return list(questions[:: max(1, len(questions) // count)])
 
 
-def open_all(bundle: Path, source: Path, manifest: Manifest) -> dict[str, Session]:
-    """The full-precision model, then each file."""
-    layout = cache_layout(manifest.model, "ring", manifest.context, manifest.chunk)
-    original: Session = EagerSession(load_model(open_checkpoint(source)), layout)
+def open_all(bundle: Path, source: Source, manifest: Manifest) -> dict[str, Session]:
+    """Sessions of the full-precision model and of each file, by the names that the table shows."""
+    original: Session = open_eager(source, manifest.context, manifest.chunk)
     return {ORIGINAL: original, **{f".{format}": open_session(bundle, format) for format in manifest.artifacts}}
 
 

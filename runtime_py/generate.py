@@ -1,4 +1,4 @@
-"""From logits to text ids: sampling, and generation as a stream."""
+"""From logits to token ids: sampling, and generation as a stream."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,17 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma3.errors import BadInput
-from runtime_py.session import Image, Logits, Session
+from runtime_py.sessions.protocol import Image, Logits, Session
 
 StopReason = Literal["stop token", "length", "context"]
 
 
 @dataclass
 class Sampler:
-    """Temperature first, then the ``top_k`` likeliest, then the smallest set that holds ``top_p`` of the mass.
+    """Applies the temperature, keeps the ``top_k`` likeliest ids, then the smallest set with ``top_p`` of the mass.
 
-    Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep everything. The same seed draws the same ids.
-    Raises BadInput for settings outside their range.
+    Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every id. The same seed draws the same ids. Raises
+    BadInput for settings outside their range.
     """
 
     temperature: float = 0.0
@@ -39,14 +39,14 @@ class Sampler:
         self._random = np.random.default_rng(self.seed)
 
     def distribution(self, logits: Logits) -> NDArray[np.float64]:
-        """The probabilities [V] that the next id is drawn from."""
+        """The probabilities [V] from which the next id is drawn."""
         if self.temperature == 0:
             chosen = np.zeros(logits.shape, np.float64)
             chosen[np.argmax(logits)] = 1.0
             return chosen
         scaled = logits.astype(np.float64) / self.temperature
         probabilities = np.exp(scaled - scaled.max())
-        # A stable order: equal logits are cut from the highest id down, whatever the sort's mood.
+        # A stable order: of equal logits, the ones with the highest ids are cut first.
         order = np.argsort(-probabilities, kind="stable")
         if self.top_k:
             probabilities[order[self.top_k :]] = 0.0
@@ -63,11 +63,11 @@ class Sampler:
 
 
 class Generation:
-    """The ids that follow what was fed to ``session``, one by one as they are drawn.
+    """The ids that follow what was fed to ``session``, one by one, as they are drawn.
 
-    An image token is never drawn, as there would be no image to stand there. Iterate once. Afterwards ``reason``
-    says why it ended, and ``unfed`` holds the ids drawn but not in the cache: the stop token, or the last id. Ending
-    at the context is a reason, not an error.
+    An image token is never drawn, because it would have no image. Iterate once. Afterwards ``reason`` says why the
+    generation ended, and ``unfed`` holds the ids that were drawn but are not in the cache: the stop token, or the last
+    id. A full context is a reason, not an error.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ def generate(
     stop_ids: Collection[int],
     max_new_tokens: int | None = None,
 ) -> Generation:
-    """Feed ``prompt`` and its ``images`` after what the session holds and continue it.
+    """Feed ``prompt`` and its ``images`` after what the session holds, and continue it.
 
-    Raises what ``Session.prefill`` raises.
+    Raises what ``Session.prefill`` raises, and BadInput for a ``max_new_tokens`` below 1.
     """
     generation = Generation(session, sampler, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
     session.prefill(prompt, images)

@@ -1,6 +1,6 @@
-"""Who attends to whom: the attention masks of a text, with pictures in it, as a PNG and in the terminal.
+"""Which token attends to which: the attention masks of a text, with images in it, as a PNG and in the terminal.
 
-After transformers' AttentionMaskVisualizer; the masks are those the eager model computes (gemma3.model).
+Modelled on transformers' AttentionMaskVisualizer. The masks are those of the eager model (gemma3.model).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
-from gemma3.chat import IMAGE_MARK, Image, encode_prompt, place_images
+from gemma3.chat import IMAGE_MARKER, Image, encode_prompt, place_images
 from gemma3.config import FULL, SLIDING, ModelConfig
 from gemma3.errors import BadInput
 from gemma3.tokenizer import END_OF_IMAGE, START_OF_IMAGE, Tokenizer
@@ -32,15 +32,16 @@ CELL, MARGIN, LABEL_LENGTH = 16, 16, 24
 
 @dataclass(frozen=True)
 class Masks:
-    """``labels`` of the S tokens; the number of the image each is part of (int64 [S], −1 for text); and by the
-    layers' title what a query (row) sees (bool [S, S])."""
+    """Labels of the S tokens; the number of each token's image (int64 [S], −1 for text); and by the layers' title,
+    which keys a query (row) attends to (bool [S, S]).
+    """
 
     labels: list[str]
     images: NDArray[np.int64]
     layers: dict[str, NDArray[np.bool_]]
 
     def cells(self, title: str) -> NDArray[np.int64]:
-        """[S, S] of HIDDEN, SEEN, ITSELF, SAME_IMAGE."""
+        """HIDDEN, SEEN, ITSELF or SAME_IMAGE for each query and key: [S, S]."""
         together = (self.images[:, None] == self.images) & (self.images >= 0)
         kinds = np.where(together, SAME_IMAGE, np.where(np.eye(len(self.images), dtype=bool), ITSELF, SEEN))
         return np.where(self.layers[title], kinds, HIDDEN)
@@ -54,10 +55,10 @@ def masks_of(
     window: int | None = None,
     tokens_per_image: int | None = None,
 ) -> Masks:
-    """The masks of ``text``, fed in one call, in which each ``<image>`` is a picture.
+    """The masks of ``text``, fed in one call; each ``<image>`` in it is an image.
 
-    ``window`` and ``tokens_per_image`` replace the model's own, which few texts reach and few screens hold. Raises
-    BadInput for an image to a text-only model and for a text of more than 400 tokens.
+    ``window`` and ``tokens_per_image`` replace the model's own, which are too large for most texts and screens. Raises
+    BadInput for an image in a text-only model's text, and for a text of more than 400 tokens.
     """
     import torch
 
@@ -66,7 +67,7 @@ def masks_of(
     vision = config.vision
     per_image = None if vision is None else tokens_per_image or vision.tokens_per_image
     window = window or config.sliding_window
-    ids = encode_prompt(tokenizer, place_images(text, [Image()] * text.count(IMAGE_MARK)), per_image)
+    ids = encode_prompt(tokenizer, place_images(text, [Image()] * text.count(IMAGE_MARKER)), per_image)
     if len(ids) > MOST_TOKENS:
         raise BadInput(
             f"the text is {len(ids)} tokens, more than the {MOST_TOKENS} that can be drawn; shorten it, "
@@ -76,7 +77,7 @@ def masks_of(
     positions = torch.arange(len(ids))
     together = same_image(images, positions)
     windows = {SLIDING: (f"local layers, window {window}", window), FULL: ("global layers", None)}
-    titled = [windows[kind] for kind in windows if kind in config.layer_types]
+    titled = [windows[kind] for kind in windows if any(spec.kind == kind for spec in config.layers)]
     return Masks(
         labels=_labels(ids, images[0].tolist(), tokenizer),
         images=images[0].numpy(),
@@ -85,7 +86,7 @@ def masks_of(
 
 
 def draw(masks: Masks) -> Picture.Image:
-    """The masks side by side, a row a query and a column a key, labelled, with a legend."""
+    """The masks side by side, with a row for each query, a column for each key, labels, and a legend."""
     font = ImageFont.load_default(12)
     labels = [f"{label}  {index}" for index, label in enumerate(masks.labels)]
     band = max(round(font.getlength(label)) for label in labels) + 8
@@ -118,7 +119,7 @@ def draw(masks: Masks) -> Picture.Image:
 
 
 def save(masks: Masks, path: Path) -> None:
-    """Draw the masks to a PNG, written over. Raises BadInput when there is no place for it."""
+    """Draw the masks to a PNG, which is replaced if it exists. Raises BadInput when it cannot be written."""
     try:
         draw(masks).save(path, "PNG")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
@@ -126,7 +127,7 @@ def save(masks: Masks, path: Path) -> None:
 
 
 def show(masks: Masks, colour: bool, columns: int | None = None) -> str:
-    """The masks as text, one below the other; ``columns``: the terminal's, whose width decides the cells'."""
+    """The masks as text, one below the other. ``columns`` is the terminal's width, which decides that of the cells."""
     count, margin = len(masks.labels), max(map(len, masks.labels)) + len(f"  {len(masks.labels)} ")
     gap = " " if columns is None or margin + 2 * count <= columns else ""
     if not gap and columns is not None and margin + count > columns:
@@ -147,7 +148,7 @@ def _paint(glyph: str, kind: int, colour: bool) -> str:
 
 
 def _grid(cells: NDArray[np.int64]) -> Picture.Image:
-    """Squares of CELL pixels with white lines between."""
+    """Squares of CELL pixels with white lines between them."""
     colours = np.array([COLOURS[kind] for kind in sorted(COLOURS)], np.uint8)[cells]
     squares = colours.repeat(CELL, axis=0).repeat(CELL, axis=1)
     squares[CELL - 1 :: CELL] = squares[:, CELL - 1 :: CELL] = PAPER
@@ -155,7 +156,7 @@ def _grid(cells: NDArray[np.int64]) -> Picture.Image:
 
 
 def _labels(ids: Sequence[int], images: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What each token is, in Latin-1, which fonts have."""
+    """A label for each token, in Latin-1, which fonts have."""
     names = {tokenizer.special_id(name): name for name in (START_OF_IMAGE, END_OF_IMAGE)} | {tokenizer.bos_id: "<bos>"}
     labels = []
     for token, image in zip(ids, images, strict=True):

@@ -1,10 +1,13 @@
-"""Small text tables."""
+"""Small text tables, and the line that sums up an export."""
 
 from collections.abc import Sequence
+from pathlib import Path
+
+from export.manifest import Manifest
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table that is aligned as plain text too: the first ``left`` columns to the left, others right."""
+    """A Markdown table that is also aligned as plain text: the first ``left`` columns to the left, the others right."""
     cells = [list(header), *map(list, rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
@@ -21,3 +24,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 def megabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB"
+
+
+def bundle_line(out: Path, manifest: Manifest) -> str:
+    sizes = [
+        f".{format} {megabytes(artifact.bytes)} ({artifact.bytes / artifact.ideal_bytes:.3f} × ideal)"
+        for format, artifact in manifest.artifacts.items()
+    ]
+    return f"{out}: {', '.join(sizes)}, every check passed"

@@ -60,7 +60,7 @@ class LlamaCpp:
 def open_runner(runtime: str, path: str, context: int, threads: int) -> Runner:
     if runtime == "llama.cpp":
         return LlamaCpp(path, context, threads)
-    from runtime_py.session import open_session
+    from runtime_py.sessions.protocol import open_session
 
     return open_session(Path(path), "onnx" if runtime == ".onnx" else "pte", threads)
 
@@ -108,8 +108,8 @@ def write_gguf(bundle: Path, path: Path) -> int:
     import torch
 
     from export.manifest import read_manifest
-    from export.onnx_file import load_graph, read_initializer
-    from export.to_onnx import read_back_onnx
+    from export.onnx.file import load_graph, read_initializer
+    from export.onnx.text import read_back_onnx
     from quant.integers import IntegerWeight
 
     config = read_manifest(bundle).model
@@ -190,8 +190,8 @@ def eager_logits(bundle: Path, prompt: list[int]) -> np.ndarray:
     import torch
 
     from export.manifest import read_manifest
-    from export.onnx_file import load_graph, read_initializer
-    from export.to_onnx import read_back_onnx
+    from export.onnx.file import load_graph, read_initializer
+    from export.onnx.text import read_back_onnx
     from gemma3.model import Gemma3
     from quant.activations import with_integer_weights
 

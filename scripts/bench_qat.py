@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gemma3.checkpoint import load_model, open_checkpoint, resolve_checkpoint
-from quant.fake import prepare
-from quant.qat import Distillation
+from quant.qat.fake import prepare
+from quant.qat.loop import Distillation
 from quant.recipe import preset, quantize
 from runtime_py.report import table
 

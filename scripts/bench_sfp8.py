@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.executorch_model import Linear, project
-from export.onnx_graph import IR_VERSION, OPSETS, GraphBuilder, WeightFile
-from export.reexpress import stand_in
-from export.to_executorch import lower
+from export.executorch.lower import lower
+from export.executorch.text import Linear, project
+from export.onnx.layers import IR_VERSION, OPSETS, GraphBuilder, WeightFile
+from export.stand_ins import stand_in
 from quant.integers import round_to_nearest
 from quant.recipe import Weight
 from quant.sfp8 import DECODE, Sfp8Weight, encode_weight
-from runtime_py.pte_session import runtime
 from runtime_py.report import table
+from runtime_py.sessions.pte import runtime
 
 SECONDS = 2.0
 LARGEST_FLOAT8 = 448.0  # E4M3FN's

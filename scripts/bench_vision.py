@@ -22,13 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.onnx_graph import write_graph
-from export.onnx_vision import vision_model
+from export.onnx.layers import write_graph
+from export.onnx.vision import vision_model
 from gemma3.config import ModelConfig, parse_config
 from quant.recipe import ENCODER, KEPT, Recipe, Weight, quantize
-from runtime_py.golden import relative_rms
-from runtime_py.onnx_session import open_encoder
+from runtime_py.proof.golden import relative_rms
 from runtime_py.report import table
+from runtime_py.sessions.onnx import open_encoder
 from scripts.random_checkpoint import SHAPES, random_weights
 
 PARTS = ("vision_tower.", "multi_modal_projector.")
@@ -40,7 +40,7 @@ ALONE = {
 import sys
 from pathlib import Path
 import numpy as np
-from runtime_py.onnx_session import open_encoder
+from runtime_py.sessions.onnx import open_encoder
 encoder = open_encoder(Path(sys.argv[1]), int(sys.argv[2]))
 shape = encoder.get_inputs()[0].shape
 encoder.run(None, {"pixels": np.random.default_rng(0).random(shape, np.float32)})
@@ -49,7 +49,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
     "pte": """
 import sys
 from pathlib import Path
-from runtime_py.pte_session import open_program, runtime, torch
+from runtime_py.sessions.pte import open_program, runtime, torch
 from export.manifest import VISION_ENCODER
 runtime._unsafe_reset_threadpool(int(sys.argv[2]))
 encoder = open_program(Path(sys.argv[1])).load_method(VISION_ENCODER)
@@ -73,7 +73,7 @@ def write(format: str, config: ModelConfig, weights: dict[str, Weight], path: Pa
 
 def write_pte(config: ModelConfig, weights: dict[str, Weight], path: Path) -> None:
     """The encoder alone."""
-    from export.to_executorch import lower, trace_encoder
+    from export.executorch.lower import lower, trace_encoder
 
     with torch.no_grad(), path.open("wb") as stream:
         lower(trace_encoder(config, weights), {}).write_to_file(stream)
@@ -93,7 +93,7 @@ def read(format: str, path: Path, threads: int) -> Encode:
 
 def read_pte(path: Path, threads: int) -> Encode:
     from export.manifest import VISION_ENCODER
-    from runtime_py.pte_session import open_program, runtime
+    from runtime_py.sessions.pte import open_program, runtime
 
     runtime._unsafe_reset_threadpool(threads)
     encoder = open_program(path).load_method(VISION_ENCODER)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from export.to_onnx import OnnxReport, export_onnx, read_back_onnx
+from export.onnx.text import OnnxReport, export_onnx, read_back_onnx
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
 from gemma3.model import Gemma3
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
-from runtime_py.onnx_session import OnnxSession
-from runtime_py.session import Pixels
+from runtime_py.sessions.onnx import OnnxSession
+from runtime_py.sessions.protocol import Pixels
 from tests.seeing import eager_logits
 from tests.shapes import random_model
 

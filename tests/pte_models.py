@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from export.to_executorch import PteReport, export_pte
+from export.executorch.lower import PteReport, export_pte
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
 from gemma3.model import Gemma3
 from quant.activations import with_integer_weights
 from quant.recipe import QuantizedWeights, preset, quantize
-from runtime_py.pte_session import PteSession
-from runtime_py.session import Pixels
+from runtime_py.sessions.protocol import Pixels
+from runtime_py.sessions.pte import PteSession
 from tests.seeing import eager_logits
 from tests.shapes import random_model
 

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from quant.qat import Distillation
+from quant.qat.loop import Distillation
 from quant.stored import load_quantized
 from tests.bundles import EXPORT, SEEING_CONFIG, Cli, Run, write_checkpoint
 

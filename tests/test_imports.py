@@ -19,7 +19,7 @@ ALLOWED = {
     "runtime_py": {
         "runtime_py",
         *(f"gemma3.{module}" for module in ("config", "cache", "errors", "tokenizer", "chat", "data", "images")),
-        *("export.manifest", "export.onnx_file"),
+        *("export.manifest", "export.onnx.file"),
     },
 }
 # The modules of runtime_py that may see the network, because they run it or show it.

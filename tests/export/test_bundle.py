@@ -8,7 +8,7 @@ from export import bundle as module
 from export.bundle import Draft, export_bundle
 from export.manifest import MANIFEST, Check, read_manifest
 from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
-from quant.atomic import TargetError
+from gemma3.host.atomic import TargetError
 from quant.recipe import preset
 from tests.bundles import write_checkpoint
 

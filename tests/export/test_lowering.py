@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export.executorch_model import Embedding, Linear, project
-from export.onnx_graph import IR_VERSION, OPSETS, GraphBuilder, WeightFile
-from export.pte_file import PteFile, _embedding
-from export.to_executorch import lower
-from export.to_onnx import embed, read_back_onnx
+from export.executorch.file import PteFile, _embedding
+from export.executorch.lower import lower
+from export.executorch.text import Embedding, Linear, project
+from export.onnx.layers import IR_VERSION, OPSETS, GraphBuilder, WeightFile
+from export.onnx.text import embed, read_back_onnx
 from quant.activations import fake_quantize_per_token
 from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid
-from runtime_py.pte_session import runtime
+from runtime_py.sessions.pte import runtime
 from tests.shapes import tiny_config
 
 NAME = "model.embed_tokens.weight"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from export.manifest import MANIFEST, Check, FileEntry, Manifest, Method, TensorSpec, read_manifest, sha256_of
 from gemma3.errors import BadInput, VerificationFailed
-from tests.runtime_py.test_validate import manifest_of
+from tests.runtime_py.proof.test_walks import manifest_of
 from tests.shapes import tiny_config, tiny_vision_config
 
 

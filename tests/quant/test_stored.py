@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant.atomic import TargetError
+from gemma3.host.atomic import TargetError
 from quant.integers import IntegerWeight, round_to_nearest
 from quant.recipe import QuantizedWeights, Recipe, Rule
 from quant.sfp8 import Sfp8Weight, encode_weight

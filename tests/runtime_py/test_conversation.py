@@ -12,7 +12,7 @@ from runtime_py.generate import Sampler, generate
 from runtime_py.pictures import Picture
 from scripts.random_checkpoint import made_up_tokenizer
 from tests.bundles import IMAGE_PIECES, SEEING_CONFIG
-from tests.runtime_py.sessions import FunctionSession
+from tests.function_session import FunctionSession
 
 VOCABULARY = 640
 

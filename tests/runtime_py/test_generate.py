@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from gemma3.errors import BadInput, DoesNotFit
 from runtime_py.generate import Sampler, generate
-from tests.runtime_py.sessions import FunctionSession, counting
+from tests.function_session import FunctionSession, counting
 from tests.shapes import tiny_vision_config
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))

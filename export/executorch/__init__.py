@@ -1,0 +1,1 @@
+"""The .pte backend's graphs, files and reader."""

@@ -1,0 +1,184 @@
+"""What a .pte holds, read from the file itself: its methods, kernels, caches and matrix multiplications.
+
+A .pte is a flatbuffer program (instructions, tensors, and the place of everything) followed by segments of data. The
+payload of a delegate is a flatbuffer of its own, the XNNPACK graph, whose constants are named data of the program.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import executorch.backends.xnnpack.serialization as xnnpack_serialization
+import numpy as np
+import torch
+from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+from executorch.exir._serialize._flatbuffer import _flatc_decompile
+from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
+from executorch.exir._serialize._program import _get_extended_header
+from executorch.exir.scalar_type import ScalarType
+from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export.target import FORWARD
+from gemma3.errors import BadInput
+from quant.integers import IntegerWeight
+
+Bytes = NDArray[np.uint8]
+
+# Kernels that move no data: sizes, symbols and views.
+BOOKKEEPING = ("executorch_prim::", "aten::sym_size", "aten::_local_scalar_dense")
+HEADER_BYTES = 64
+DTYPES = {
+    ScalarType.BYTE: torch.uint8,
+    ScalarType.CHAR: torch.int8,
+    ScalarType.HALF: torch.float16,
+    ScalarType.FLOAT: torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix multiplication in a delegate. Only integer weights are read."""
+
+    rows: int
+    columns: int
+    weight: IntegerWeight | None  # None: floating point
+
+
+class PteFile:
+    """A .pte, memory-mapped. Raises BadInput when it is not one, or is shorter than its header says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.stat().st_size < HEADER_BYTES:
+            raise BadInput(f"{path}: {path.stat().st_size} bytes are not a .pte; export it again")
+        # Copy on write, though never written: torch wants writable memory.
+        self.data: Bytes = np.memmap(path, np.uint8, "c")
+        header = _get_extended_header(self.data[:HEADER_BYTES].tobytes())
+        if header is None or not header.is_valid():
+            raise BadInput(f"{path}: does not begin like a .pte; export it again")
+        expected = header.segment_base_offset + header.segment_data_size
+        if len(self.data) < expected:
+            raise BadInput(f"{path}: {len(self.data)} bytes, its header says {expected}; copy or export it again")
+        self.base: int = header.segment_base_offset
+        self.program = _flatbuffer_to_program(self.data[: header.program_size].tobytes())
+
+    def plan(self, method: str) -> ExecutionPlan:
+        for plan in self.program.execution_plan:
+            if plan.name == method:
+                return plan
+        raise BadInput(f"{self.path}: has no method {method}; it was not exported by this program")
+
+    def constant_method(self, name: str) -> Any:
+        """The value that a constant method returns."""
+        plan = self.plan(name)
+        return plan.values[plan.outputs[0]].val.__dict__[next(iter(plan.values[plan.outputs[0]].val.__dict__))]
+
+    @property
+    def networks(self) -> list[ExecutionPlan]:
+        """The methods that compute something."""
+        return [plan for plan in self.program.execution_plan if plan.chains[0].instructions]
+
+    def kernels(self) -> Iterator[tuple[str, list[Any]]]:
+        """The (name, arguments) of the undelegated calls, in order, one method after the other."""
+        for plan in self.networks:
+            for instruction in plan.chains[0].instructions:
+                call = instruction.instr_args
+                if isinstance(call, KernelCall):
+                    yield plan.operators[call.op_index].name, [plan.values[i].val for i in call.args]
+
+    def segment(self, index: int) -> Bytes:
+        segment = self.program.segments[index]
+        return self.data[self.base + segment.offset :][: segment.size]
+
+    def constant(self, tensor: Any) -> Tensor:
+        """A constant tensor of the program."""
+        dtype = DTYPES[tensor.scalar_type]
+        offset = self.program.constant_segment.offsets[tensor.data_buffer_idx]
+        count = int(np.prod(tensor.sizes)) * dtype.itemsize
+        data = self.segment(self.program.constant_segment.segment_index)[offset:][:count]
+        return torch.from_numpy(data).view(dtype).view(tensor.sizes)
+
+    @cached_property
+    def named(self) -> dict[str, int]:
+        return {entry.key: entry.segment_index for entry in self.program.named_data}
+
+    def linears(self, method: str = FORWARD) -> Iterator[Linear]:
+        """The matrix multiplications in a method's delegates, in the order of their first calls, without the means."""
+        plan = self.plan(method)
+        arguments = [instruction.instr_args for instruction in plan.chains[0].instructions]
+        calls = dict.fromkeys(call.delegate_index for call in arguments if isinstance(call, DelegateCall))
+        for delegate in (plan.delegates[index] for index in calls):
+            graph = xnnpack_graph(self.segment(delegate.processed.index))
+            values = {}
+            for entry in graph["xvalues"]:
+                value = entry["xvalue_union"]
+                values[value.get("tensor_value", value)["id_out"]] = value
+            for node in graph["xnodes"]:
+                if node["xnode_union_type"] == "XNNFullyConnected":
+                    linear = self._linear(values[node["xnode_union"]["filter_id"]], graph["constant_data"])
+                    if linear.rows > 1 or linear.weight is not None:
+                        yield linear
+
+    def _linear(self, value: dict[str, Any], constants: list[dict[str, Any]]) -> Linear:
+        tensor, params = value.get("tensor_value", value), value.get("quant_params")
+        rows, columns = tensor["dims"]
+        if params is None:
+            return Linear(rows, columns, None)
+
+        def data(index: int) -> Tensor:
+            return torch.from_numpy(self.segment(self.named[constants[index]["named_key"]]))
+
+        codes = data(tensor["constant_buffer_idx"])
+        scales = data(params["scale_buffer_idx"])
+        grouped = tensor["datatype"] == "xnn_datatype_qbint4"
+        scales = scales.view(torch.bfloat16 if grouped else torch.float32).float().view(rows, -1)
+        if tensor["datatype"] == "xnn_datatype_qcint8":
+            return Linear(rows, columns, IntegerWeight(codes.view(torch.int8).view(rows, columns), scales, 8))
+        # Rows of an odd number of columns end in half a byte of padding.
+        codes = unpack_nibbles(codes.view(rows, -1), first="low")[:, :columns]
+        return Linear(rows, columns, IntegerWeight(codes, scales, 4))
+
+
+def unpack_nibbles(packed: Tensor, first: Literal["low", "high"]) -> Tensor:
+    """int8 [N, 2·B] in −8 … 7 from uint8 [N, B], whose ``first`` nibble holds the even column, with 8 added."""
+    low, high = packed & 15, packed >> 4
+    pair = (low, high) if first == "low" else (high, low)
+    return torch.stack(pair, dim=-1).view(len(packed), -1).to(torch.int8) - 8
+
+
+def xnnpack_graph(payload: Bytes) -> dict[str, Any]:
+    """The graph in a delegate's payload, as the JSON of XNNPACK's flatbuffer schema."""
+    header = XNNHeader.from_bytes(payload[: XNNHeader.EXPECTED_LENGTH].tobytes())
+    graph = payload[header.flatbuffer_offset :][: header.flatbuffer_size].tobytes()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        schema, binary = directory / "schema.fbs", directory / "graph.bin"
+        schema.write_bytes(resources.files(xnnpack_serialization).joinpath("schema.fbs").read_bytes())
+        binary.write_bytes(graph)
+        _flatc_decompile(name, str(schema), str(binary))
+        return json.loads((directory / "graph.json").read_bytes())
+
+
+def kernel_counts(file: PteFile) -> dict[str, int]:
+    """The undelegated operators that compute something and the number of their calls, the most frequent first."""
+    counts = Counter(name for name, _ in file.kernels() if not name.startswith(BOOKKEEPING))
+    return dict(counts.most_common())
+
+
+def cache_shapes_pte(file: PteFile) -> list[list[int]]:
+    """The shape [1, slots, K, D] of every buffer for keys or values: keys, values, keys, … by layer."""
+    return [arguments[1].sizes for name, arguments in file.kernels() if name.startswith("llama::update_cache")]
+
+
+def cache_bytes_pte(path: Path) -> list[int]:
+    """The bytes of keys and values by layer, from the buffers that the file declares (float32)."""
+    sizes = [4 * int(np.prod(shape)) for shape in cache_shapes_pte(PteFile(path))]
+    return [keys + values for keys, values in zip(sizes[0::2], sizes[1::2], strict=True)]

@@ -1,0 +1,182 @@
+"""The layers that both networks of the .pte are built from, shaped so that XNNPACK takes them.
+
+* The mean of a normalization is a linear layer with the fixed weights 1/size: XNNPACK delegates that for any rank, and
+  ``mean`` only for images.
+* Linear layers with integer weights that read the same activations share one rounding of them to int8.
+* GELU's tanh form is spelled out, because XNNPACK computes the exact form whatever ``approximate`` says (4.7e-4 off).
+"""
+
+import math
+
+import executorch.kernels.quantized  # noqa: F401  (registers the operators used below)
+import torch
+import torch.nn.functional as F
+from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  (registers embedding_4bit)
+from torch import Tensor, nn
+
+from gemma3.errors import BadInput
+from quant.integers import IntegerWeight
+from quant.weights import QuantizedWeight, Weight, Weights
+
+GROUP_MULTIPLE = 32  # XNNPACK's blockwise int4 takes groups of multiples of 32
+# GELU(x) ≈ x · sigmoid(x · (A + B·x²)): tanh(z) = 2·sigmoid(2z) − 1 in x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))).
+GELU_A = 2.0 * math.sqrt(2.0 / math.pi)
+GELU_B = GELU_A * 0.044715
+
+
+def rows(weight: Weight, index: Tensor) -> Weight:
+    """The rows ``index`` of a weight. The codes and scales of an integer weight stay what they are."""
+    if isinstance(weight, Tensor):
+        return weight[index]
+    integers = as_integers(weight)
+    return IntegerWeight(integers.codes[index], integers.scales[index], integers.bits)
+
+
+def rope_half(heads: int, dim: int, half: int) -> Tensor:
+    """The row numbers of the first (0) or second (1) half of every head's ``dim`` rows."""
+    return torch.arange(heads * dim).view(heads, 2, dim // 2)[:, half].reshape(-1)
+
+
+def as_integers(weight: QuantizedWeight) -> IntegerWeight:
+    """``weight`` itself. Raises BadInput for any other kind of quantized weight."""
+    if not isinstance(weight, IntegerWeight):
+        raise BadInput(f"{weight.kind} weights have no XNNPACK kernel; see export/stand_ins.py for what replaces them")
+    return weight
+
+
+def require_whole_groups(weight: IntegerWeight) -> None:
+    """Raises BadInput for a last group that is shorter than the others."""
+    if weight.group:
+        raise BadInput(
+            f"{weight.codes.shape[1]} columns in groups of {weight.group} end in a shorter one, for which there is no "
+            "kernel in a .pte; use one scale a channel"
+        )
+
+
+class Linear(nn.Module):
+    """A weight [N, K] in float32, or in integers that XNNPACK multiplies with int8 activations; bias [N] in float32.
+
+    Integers reach XNNPACK as dequantize operators in front of a linear. Raises BadInput for integers that XNNPACK
+    has no kernel for.
+    """
+
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.bias = None if bias is None else nn.Buffer(bias.float())
+        self.integer = not isinstance(weight, Tensor)
+        if isinstance(weight, Tensor):
+            self.register_buffer("weight", weight.float())
+            return
+        weight = as_integers(weight)
+        self.bits = weight.bits
+        self.group_size = None if weight.per_channel else weight.group_size
+        if weight.bits not in (4, 8) or (weight.bits == 8 and not weight.per_channel):
+            raise BadInput(
+                f"{weight.bits}-bit weights in groups of {weight.group_size} have no XNNPACK kernel; "
+                "use 4 bits, or 8 bits per channel"
+            )
+        if self.group_size is not None and self.group_size % GROUP_MULTIPLE:
+            raise BadInput(
+                f"groups of {self.group_size} have no XNNPACK kernel; use multiples of {GROUP_MULTIPLE} "
+                "or one scale a channel"
+            )
+        require_whole_groups(weight)
+        scales = weight.scales.flatten() if weight.per_channel else weight.scales
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zero_points", torch.zeros_like(scales, dtype=torch.int8))
+
+    def value(self) -> Tensor:
+        if not self.integer:
+            return self.get_buffer("weight")
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        stored = (self.get_buffer("codes"), self.get_buffer("scales"), self.get_buffer("zero_points"))
+        operators = torch.ops.quantized_decomposed
+        if self.group_size is None:
+            value = operators.dequantize_per_channel.default(*stored, 0, low, high, torch.int8)
+        else:
+            value = operators.dequantize_per_channel_group.default(
+                *stored, low, high, torch.int8, self.group_size, torch.float32
+            )
+        return value
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """x rounded to int8 per token, asymmetrically. XNNPACK folds the three operators into its int8 kernels."""
+    operators = torch.ops.quantized_decomposed
+    scale, zero_point = operators.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+    codes = operators.quantize_per_token.default(x, scale, zero_point, -128, 127, torch.int8)
+    return operators.dequantize_per_token.default(codes, scale, zero_point, -128, 127, torch.int8, torch.float32)
+
+
+def project(x: Tensor, *linears: Linear) -> list[Tensor]:
+    """The result of each linear layer for x. Those with integer weights share one rounding of x."""
+    rounded = round_activations(x) if any(linear.integer for linear in linears) else x
+    return [F.linear(rounded if linear.integer else x, linear.value(), linear.bias) for linear in linears]
+
+
+class Mean(nn.Module):
+    """Σ x / ``divisor`` over the last axis, which has ``size`` elements and is kept with 1."""
+
+    def __init__(self, size: int, divisor: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.full((1, size), 1.0 / divisor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.get_buffer("weight"))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + weight)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.register_buffer("gain", 1.0 + weight.float())
+        self.mean = Mean(weight.numel(), weight.numel())
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(self.mean(x * x) + self.eps) * self.get_buffer("gain")
+
+
+class Embedding(nn.Module):
+    """The rows of the table for tokens [1, S]: float32 [1, S, E], unscaled."""
+
+    def __init__(self, table: Weight) -> None:
+        super().__init__()
+        self.bits = 32
+        if isinstance(table, Tensor):
+            self.register_buffer("table", table.float())
+            return
+        table = as_integers(table)
+        self.bits = table.bits
+        require_whole_groups(table)
+        self.register_buffer("table", table.codes if table.bits == 8 else pack_embedding(table.codes))
+        # Every scale that quant.integers allows is exact in half precision, which the kernel reads too.
+        scales = (table.scales.flatten() if table.per_channel else table.scales).half()
+        if not torch.equal(scales.float().view(table.scales.shape), table.scales):
+            raise BadInput("the embedding table's scales are not exact in float16; use quant.integers.bf16_grid")
+        self.register_buffer("scales", scales)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        table = self.get_buffer("table")
+        if self.bits == 32:
+            return F.embedding(tokens, table)
+        operators = torch.ops.quantized_decomposed
+        operator = operators.embedding_byte.dtype if self.bits == 8 else operators.embedding_4bit.dtype
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return operator(table, self.get_buffer("scales"), None, low, high, tokens, dtype=torch.float32)
+
+
+def pack_embedding(codes: Tensor) -> Tensor:
+    """uint8 [V, E/2] as embedding_4bit reads it: the even column in the high nibble, with 8 added."""
+    nibbles = (codes + 8).to(torch.uint8)
+    return nibbles[:, 0::2] << 4 | nibbles[:, 1::2]
+
+
+def floating(weights: Weights, name: str) -> Tensor:
+    """A weight that the network uses in float32. Raises BadInput when a recipe has quantized it."""
+    weight = weights[name]
+    if not isinstance(weight, Tensor):
+        raise BadInput(f"{name} is quantized, but only linear layers and the table can be; add a rule 'float32' for it")
+    return weight

@@ -1,0 +1,104 @@
+"""Which nodes XNNPACK gets, and in which delegate. The result is deterministic, with as few delegates as possible.
+
+ExecuTorch's own partitioner unites sets of nodes, so that two runs of the same export can differ in the number of
+delegates, and in the bytes of the file.
+"""
+
+from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+# The whole network but the embedding, the caches, attention, and the indices and masks of a step. Each class knows the
+# constraints of its operator, and which nodes belong to it (a linear's constants, dequantization and rounding).
+DELEGATED = (
+    gemm_configs.LinearConfig,
+    generic_node_configs.AddConfig,
+    generic_node_configs.CatConfig,
+    generic_node_configs.CloneConfig,
+    generic_node_configs.CosConfig,
+    generic_node_configs.MulConfig,
+    generic_node_configs.PermuteConfig,
+    generic_node_configs.ReciprocalSquareRootConfig,
+    generic_node_configs.SigmoidConfig,
+    generic_node_configs.SinConfig,
+    generic_node_configs.SubConfig,
+    generic_node_configs.ViewCopyConfig,
+)
+# XNNPACK's backend runs 17 passes over every delegate, for images, batch norms and stock attention, unless this option
+# asks for the only one that could concern this graph (ConvertToLinear). They took half of the time of an export.
+ONE_PASS = CompileSpec("dqlinear_partitioner", b"")
+
+
+class LevelPartitioner(Partitioner):  # type: ignore[misc]
+    """One delegate for all delegated nodes of a level. A node's level counts how often the path to it enters or leaves
+    XNNPACK.
+
+    Levels never decrease along an edge and increase at every crossing, so no delegate depends on itself. With
+    ``apart``, nodes of a level that no edge connects become separate delegates, and concatenations, which would connect
+    them, stay outside. Delegates that compute the same are then equal to the byte.
+    """
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        self.apart = apart
+        self.spec_for_all = DelegationSpec(XnnpackBackend.__name__, [ONE_PASS])
+        self.operators = {
+            kind.target_name: kind() for kind in DELEGATED if not (apart and kind is generic_node_configs.CatConfig)
+        }
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        nodes = [node for node in exported_program.graph.nodes if node.op == "call_function"]
+        members = {node: self.members(node, exported_program) for node in nodes}
+        delegated = {member for group in members.values() for member in group}
+        levels: dict[Node, int] = {}
+        by_tag: dict[str, list[Node]] = {}
+        for node in nodes:
+            levels[node] = max(
+                (
+                    levels[source] + ((source in delegated) != (node in delegated))
+                    for source in node.all_input_nodes
+                    if source in levels
+                ),
+                default=0,
+            )
+            if members[node]:
+                by_tag.setdefault(f"level{levels[node]}", []).extend(members[node])
+        if self.apart:
+            by_tag = {
+                f"{tag}.{index}": part for tag, group in by_tag.items() for index, part in enumerate(connected(group))
+            }
+        for tag, group in by_tag.items():
+            for index, member in enumerate(group):
+                member.meta["delegation_tag"] = tag
+                if self.apart:
+                    member.meta["debug_handle"] = index  # the only thing in a delegate that says where it stands
+        tags = dict.fromkeys(by_tag, self.spec_for_all)
+        return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
+
+    def members(self, node: Node, program: ExportedProgram) -> list[Node]:
+        """A delegated operator and the nodes that belong to it; nothing for a node that stays outside."""
+        assert callable(node.target)
+        operator = self.operators.get(format_target_name(node.target.__name__))
+        if operator is None or not operator.check_constraints(node, program):
+            return []
+        return operator.get_partition(node, program)
+
+
+def connected(nodes: list[Node]) -> list[list[Node]]:
+    """``nodes`` divided into groups that edges connect, each in the order given."""
+    piece_of: dict[Node, list[Node]] = {}
+    for node in dict.fromkeys(nodes):
+        joined = [node]
+        for neighbour in (*node.all_input_nodes, *node.users):
+            other = piece_of.get(neighbour)
+            if other is not None and other is not joined:
+                joined = other + joined
+                for member in joined:
+                    piece_of[member] = joined
+        for member in joined:
+            piece_of[member] = joined
+    return list({id(piece): piece for piece in piece_of.values()}.values())

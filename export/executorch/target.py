@@ -1,0 +1,46 @@
+"""The .pte target: one ExecuTorch program with XNNPACK delegates."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.target import ExportReport, Target
+from gemma3.cache import CacheLayout
+from gemma3.config import ModelConfig
+
+if TYPE_CHECKING:
+    from quant.weights import QuantizedWeight, Weights
+
+
+def _export(
+    config: ModelConfig, weights: "Weights", layout: CacheLayout, eos_ids: Sequence[int], path: Path
+) -> ExportReport:
+    from export.executorch.lower import export_pte
+
+    return export_pte(config, weights, layout, eos_ids, path)
+
+
+def _read_back(path: Path) -> "Iterator[tuple[str, QuantizedWeight]]":
+    from export.executorch.read_back import read_back_pte
+
+    return read_back_pte(path)
+
+
+def _second_table(config: ModelConfig, weights: "Weights") -> int:
+    from export.executorch.lower import second_table_bytes
+
+    return second_table_bytes(config, weights)
+
+
+PTE = Target(
+    name="pte",
+    file="model.pte",
+    cache_style="ring",
+    activations="int8",  # XNNPACK's 8da4w and 8da8w round them per token
+    kinds=frozenset({"integers"}),
+    stand_ins={"sfp8": "int8-channel"},
+    packages=("executorch", "torch", "torchao"),
+    export=_export,
+    read_back=_read_back,
+    repeated_bytes=_second_table,
+)

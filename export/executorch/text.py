@@ -1,0 +1,262 @@
+"""Gemma 3's text model written for ExecuTorch: the arithmetic of gemma3.model, shaped so that XNNPACK takes it.
+
+It is built from the same configuration and weights as gemma3.model, and the tests compare the two. The differences,
+besides those of export/executorch/layers.py, and their reasons:
+
+* The query and key projections are split by rows into the two halves that RoPE rotates: slicing a dynamic length is
+  not delegated, two linear layers are. Each row has its own codes and scales, so the integers stay as they are.
+* The graph computes RoPE's angles, which saves tables of the context's length. XNNPACK's sin and cos are within 4.2e-7
+  at position 131 072.
+* The caches are buffers that custom operators write in place. Sliding-window layers keep a ring; one mask and one set
+  of slots a step serve all of them, and there is no state besides the keys and values.
+
+A multimodal model consists of three networks: ``TokenEmbedding`` and ``ExecutorchModel`` here, and the vision model in
+export/executorch/vision.py. Its embeddings have one channel more, 1 for a soft token of an image and 0 for text,
+because the stock runners pass on nothing but embeddings and a position. A call whose first embedding belongs to an
+image is one whole image: its positions attend to one another.
+
+Shapes as in gemma3.model, but with the length before the heads: S new tokens, R ring slots, H query heads, K key/value
+heads, D head dim, E hidden size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers the caches' and attention's operators)
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.executorch.layers import (
+    GELU_A,
+    GELU_B,
+    Embedding,
+    Linear,
+    Mean,
+    RMSNorm,
+    floating,
+    project,
+    rope_half,
+    rows,
+)
+from gemma3 import names
+from gemma3.cache import CacheLayout, LayerCache
+from gemma3.config import FULL, SLIDING, LayerKind, LayerSpec, ModelConfig
+from gemma3.model import attention_mask, inverse_frequencies
+from quant.weights import Weight, Weights
+
+
+@dataclass(frozen=True)
+class ImageFlag:
+    """Whether a call is an image: 1 for an image and 0 for text, once as a number and once as a tensor."""
+
+    number: int  # a symbol while tracing
+    factor: Tensor  # float32 [1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one kind share in one call."""
+
+    start: int  # the first new position; a symbol while tracing
+    cos: Tensor  # [1, S, 1, D/2]
+    sin: Tensor  # [1, S, 1, D/2]
+    slots: Tensor | None = None  # int64 [1, S]: the ring slots of the new positions (sliding-window layers)
+    mask: Tensor | None = None  # float32 [S, R]: 0 where visible, −∞ elsewhere (sliding-window layers)
+    image: ImageFlag | None = None  # None: a text-only model
+
+
+class HeadProjection(nn.Module):
+    """Project to heads, normalize each over D and rotate it. All of it works on the two halves of D."""
+
+    def __init__(self, weight: Weight, norm: Tensor, heads: int, dim: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.half_dim, self.eps = heads, dim // 2, eps
+        self.halves = nn.ModuleList(Linear(rows(weight, rope_half(heads, dim, half))) for half in (0, 1))
+        first_gain, second_gain = (1.0 + norm.float()).chunk(2)
+        self.register_buffer("first_gain", first_gain.clone())
+        self.register_buffer("second_gain", second_gain.clone())
+        self.mean = Mean(dim // 2, dim)
+
+    def forward(self, first: Tensor, second: Tensor, step: Step) -> Tensor:
+        """[1, S, heads, D] from the projections of the two halves, [1, S, heads · D/2] each."""
+        first, second = first.view(-1, self.half_dim), second.view(-1, self.half_dim)
+        scale = torch.rsqrt(self.mean(first * first) + self.mean(second * second) + self.eps)
+        first = first * scale * self.get_buffer("first_gain")
+        second = second * scale * self.get_buffer("second_gain")
+        first, second = (half.view(1, -1, self.heads, self.half_dim) for half in (first, second))
+        return torch.cat((first * step.cos - second * step.sin, second * step.cos + first * step.sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Attention that owns its cache: keys and values [1, slots, K, D] each, in float32."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, cache: LayerCache, weights: Weights, name: str) -> None:
+        super().__init__()
+        heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+        eps = config.rms_norm_eps
+        self.kind = spec.kind
+        self.kv_heads, self.head_dim = kv_heads, dim
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.query = HeadProjection(
+            weights[f"{name}.q_proj.weight"], floating(weights, f"{name}.q_norm.weight"), heads, dim, eps
+        )
+        self.key = HeadProjection(
+            weights[f"{name}.k_proj.weight"], floating(weights, f"{name}.k_norm.weight"), kv_heads, dim, eps
+        )
+        self.value = Linear(weights[f"{name}.v_proj.weight"])
+        self.output = Linear(weights[f"{name}.o_proj.weight"])
+        self.register_buffer("keys", torch.zeros(cache.by_slot), persistent=False)
+        self.register_buffer("values", torch.zeros(cache.by_slot), persistent=False)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        first_query, second_query, first_key, second_key, values = project(
+            x, *self.query.halves, *self.key.halves, self.value
+        )
+        queries = self.query(first_query, second_query, step)
+        keys = self.key(first_key, second_key, step)
+        values = values.view(1, -1, self.kv_heads, self.head_dim)
+        out = self.attend(queries, keys, values, step).view(-1, queries.shape[2] * self.head_dim)
+        return project(out, self.output)[0]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+        operators = torch.ops.llama
+        cached_keys, cached_values = self.get_buffer("keys"), self.get_buffer("values")
+        if self.kind == SLIDING:
+            operators.update_cache_with_indices(keys, cached_keys, step.start, step.slots)
+            operators.update_cache_with_indices(values, cached_values, step.start, step.slots)
+            # With a mask the operator reads the whole ring, so its own start and its causal mask are off.
+            start, mask, causal = 0, step.mask, False
+        else:
+            operators.update_cache(keys, cached_keys, step.start)
+            operators.update_cache(values, cached_values, step.start)
+            start, mask, causal = step.start, None, True
+            if step.image is not None:
+                return self.attend_to_text_or_image(queries, step.start, step.image)
+        return operators.custom_sdpa(queries, cached_keys, cached_values, start, mask, 0.0, causal, self.scale)
+
+    def attend_to_text_or_image(self, queries: Tensor, start: int, image: ImageFlag) -> Tensor:
+        """Causal attention for text; for an image, attention to everything up to the call's end.
+
+        Both are computed, because only the call itself says which one counts. The one that does not count begins at
+        position 0, where it reads as many keys as there are queries: one, for a single token.
+        """
+        cached = (self.get_buffer("keys"), self.get_buffer("values"))
+        sdpa = torch.ops.llama.custom_sdpa
+        causal = sdpa(queries, *cached, start * (1 - image.number), None, 0.0, True, self.scale)
+        whole = sdpa(queries, *cached, start * image.number, None, 0.0, False, self.scale)
+        return causal * (1.0 - image.factor) + whole * image.factor
+
+
+class MLP(nn.Module):
+    def __init__(self, weights: Weights, name: str) -> None:
+        super().__init__()
+        self.gate = Linear(weights[f"{name}.gate_proj.weight"])
+        self.up = Linear(weights[f"{name}.up_proj.weight"])
+        self.down = Linear(weights[f"{name}.down_proj.weight"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = project(x, self.gate, self.up)
+        gate = gate * torch.sigmoid(gate * (GELU_A + GELU_B * (gate * gate)))
+        return project(gate * up, self.down)[0]
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, spec: LayerSpec, cache: LayerCache, weights: Weights, name: str) -> None:
+        super().__init__()
+
+        def norm(which: str) -> RMSNorm:
+            return RMSNorm(floating(weights, f"{name}.{which}.weight"), config.rms_norm_eps)
+
+        self.before_attention = norm("input_layernorm")
+        self.attention = Attention(config, spec, cache, weights, f"{name}.self_attn")
+        self.after_attention = norm("post_attention_layernorm")
+        self.before_mlp = norm("pre_feedforward_layernorm")
+        self.mlp = MLP(weights, f"{name}.mlp")
+        self.after_mlp = norm("post_feedforward_layernorm")
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        x = x + self.after_attention(self.attention(self.before_attention(x), step))
+        return x + self.after_mlp(self.mlp(self.before_mlp(x)))
+
+
+def image_flag(embeddings: Tensor) -> ImageFlag:
+    """The flag of a call, from the last channel of its first embedding."""
+    is_image = embeddings[0, :1, -1] > 0.5
+    number = cast(int, is_image.to(torch.int64).item())
+    torch._check(number >= 0)  # type: ignore[no-untyped-call]
+    torch._check(number <= 1)  # type: ignore[no-untyped-call]
+    return ImageFlag(number, is_image.float())
+
+
+class ExecutorchModel(nn.Module):
+    """Inputs at positions start_pos (int64 [1]) onwards → logits float32 [1, 1, V] of the last one.
+
+    The inputs are tokens int64 [1, S]; of a multimodal model they are embeddings float32 [1, S, E + 1], of text or of
+    one whole image, as the last channel of the first says.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
+        super().__init__()
+        assert layout.style == "ring"
+        self.config = config
+        self.context = layout.context
+        if config.vision is None:
+            self.embedding = Embedding(weights[names.EMBEDDING])
+        self.layers = nn.ModuleList(
+            Layer(config, spec, cache, weights, names.layer(index))
+            for index, (spec, cache) in enumerate(zip(config.layers, layout.layers, strict=True))
+        )
+        self.norm = RMSNorm(floating(weights, names.FINAL_NORM), config.rms_norm_eps)
+        self.head = Linear(weights[names.head_of(config)])
+        specs = {spec.kind: spec for spec in config.layers}
+        self.specs = {kind: specs[kind] for kind in (SLIDING, FULL) if kind in specs}
+        assert len(self.specs) == len(set(config.layers)), "layers of one kind share a step, so they need equal specs"
+        self.ring = next((cache.slots for cache in layout.layers if cache.kind == SLIDING), 0)
+        for kind, spec in self.specs.items():
+            self.register_buffer(f"{kind}_frequencies", inverse_frequencies(spec).view(1, 1, 1, -1))
+
+    def forward(self, inputs: Tensor, start_pos: Tensor) -> Tensor:
+        length = inputs.shape[1]
+        start = cast(int, start_pos[0].item())
+        torch._check_is_size(start)  # type: ignore[no-untyped-call]
+        torch._check(start + length <= self.context)  # type: ignore[no-untyped-call]
+        positions = start_pos + torch.arange(length)
+        image = None if self.config.vision is None else image_flag(inputs)
+        steps = {kind: self.step(kind, start, positions, start_pos + (length - 1), image) for kind in self.specs}
+        if self.config.vision is None:
+            # Not folded into the table's scales, which must stay the quantizer's.
+            x = self.embedding(inputs[0]) * math.sqrt(self.config.hidden_size)
+        else:
+            x = inputs[0, :, :-1]
+        for layer, spec in zip(self.layers, self.config.layers, strict=True):
+            x = layer(x, steps[spec.kind])
+        return project(self.norm(x[-1:]), self.head)[0].unsqueeze(0)
+
+    def step(self, kind: LayerKind, start: int, positions: Tensor, last: Tensor, image: ImageFlag | None) -> Step:
+        angles = positions.view(1, -1, 1, 1).float() * self.get_buffer(f"{kind}_frequencies")
+        cos, sin = angles.cos(), angles.sin()
+        window = self.specs[kind].window
+        if window is None:
+            return Step(start, cos, sin, image=image)
+        ring = self.ring
+        slots = (positions % ring).view(1, -1)
+        # The position that each slot holds after this step; negative where none has been written. ExecuTorch's integer
+        # remainder follows C for negative operands, hence the + ring in front of it.
+        slot_positions = last - (last + ring - torch.arange(ring)) % ring
+        same_image = None if image is None else ((slot_positions >= positions[0]) & (image.factor > 0)).unsqueeze(0)
+        visible = attention_mask(positions, slot_positions, window, same_image)
+        return Step(start, cos, sin, slots, torch.where(visible & (slot_positions >= 0), 0.0, float("-inf")), image)
+
+
+class TokenEmbedding(nn.Module):
+    """tokens int64 [1, S] → float32 [1, S, E + 1], with 0 in the last channel: text."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        self.embedding = Embedding(weights[names.EMBEDDING])
+        self.scale = math.sqrt(config.hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.pad(self.embedding(tokens) * self.scale, (0, 1))

@@ -1,0 +1,60 @@
+"""Are the codes and scales in an exported file those of the quantizer? Every one of them is compared, here alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from export.checks import Check
+from export.manifest import Manifest
+from export.target import Target
+from quant.weights import QuantizedWeight, QuantizedWeights, Weights
+
+
+@dataclass(frozen=True)
+class IntegerCounts:
+    """By weight, how many codes are equal under equal scales in every place that the file uses them, and how many not.
+
+    A weight that the file does not hold is unequal as a whole.
+    """
+
+    equal: dict[str, int]
+    unequal: dict[str, int]
+
+    @property
+    def total_equal(self) -> int:
+        return sum(self.equal.values())
+
+    @property
+    def total_unequal(self) -> int:
+        return sum(self.unequal.values())
+
+
+def compare_integers(weights: Weights, target: Target, path: Path) -> IntegerCounts:
+    """The quantized ones of ``weights`` against those in the file at ``path``. Raises what the target's reader does."""
+    expected: dict[str, QuantizedWeight] = {
+        name: weight for name, weight in weights.items() if not isinstance(weight, Tensor)
+    }
+    equal = dict[str, int]()
+    for name, stored in target.read_back(path):
+        if name in expected:
+            alike = expected[name].equal_codes(stored)
+            equal[name] = min(alike, equal.get(name, alike))
+    unequal = {name: weight.codes.numel() - equal.get(name, 0) for name, weight in expected.items()}
+    return IntegerCounts({name: equal.get(name, 0) for name in expected}, unequal)
+
+
+def check_integers(
+    directory: Path, manifest: Manifest, weights: Mapping[str, QuantizedWeights], targets: Mapping[str, Target]
+) -> list[Check]:
+    """For each artifact that has quantized weights: the share of its integers that are those of ``weights``."""
+    checks = []
+    for format, artifact in manifest.artifacts.items():
+        if not weights[format].quantized:
+            continue
+        counts = compare_integers(weights[format].tensors, targets[format], directory / artifact.file)
+        equal, total = counts.total_equal, counts.total_equal + counts.total_unequal
+        name = f"integers in the file are the quantizer's ({equal} of {total})"
+        checks.append(Check(format, "integers", "equal", name, equal / total, 1.0, equal == total))
+    return checks

@@ -1,0 +1,1 @@
+"""The .onnx backend's graphs, files and reader."""

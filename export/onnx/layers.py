@@ -1,0 +1,325 @@
+"""The layers that the ONNX graphs of the text model and of the vision model are built from, and their weights.
+
+Weights go to the external data file as they are read, so that only the current one is in memory twice. An integer
+weight keeps its own codes and scales: MatMulNBits holds code + 2^(bits−1) with an implicit zero point of the same
+value, an even column in the low nibble, and float16 scales, in which ours are exact. The table that embedding and
+head share is in the file once; two initializers of different shapes refer to it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnx_ir.tape import Tape
+from torch import Tensor
+
+from export.onnx.file import data_file
+from export.target import TensorSpec
+from gemma3.errors import BadInput
+from quant.integers import IntegerWeight
+from quant.sfp8 import DECODE, Sfp8Weight
+from quant.weights import Weight, Weights
+
+MICROSOFT = "com.microsoft"
+OPSETS = {"": 23, MICROSOFT: 1}  # 23 brought RMSNormalization and RotaryEmbedding
+IR_VERSION = 11  # opset 23's
+
+# MatMulNBits' blocks are powers of two from 16; ONNX Runtime has fast kernels up to 128.
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
+FAST_BLOCKS = (128, 64, 32)
+ALIGNMENT = 64  # bytes: a cache line, so that weights used straight from the mapped file are aligned
+SFP8_SCALE = ".scale"
+WEIGHTS_KEY = "gemma_edge.weights"  # on a node: which checkpoint weights its matrix is made of
+
+
+class WeightFile:
+    """The external data file: arrays one after another, each at a multiple of ALIGNMENT."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> "WeightFile":
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def add(self, name: str, array: NDArray[np.generic]) -> ir.ExternalTensor:
+        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        self._file.write(np.ascontiguousarray(array).data)
+        dtype, shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+        return ir.ExternalTensor(self._path.name, offset, array.nbytes, dtype, shape=shape, name=name)
+
+
+def write_graph(
+    path: Path,
+    name: str,
+    weights: Weights,
+    accuracy_level: int,
+    build: "Callable[[GraphBuilder], tuple[list[ir.Value], list[ir.Value]]]",
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], set[str]]:
+    """Write the graph with the inputs and outputs that ``build`` returns, and its data file.
+
+    Returns the specs of its inputs and outputs, and the names of the weights that it used.
+    """
+    with WeightFile(data_file(path)) as file:
+        graph = GraphBuilder(weights, file, accuracy_level)
+        inputs, outputs = build(graph)
+    whole = ir.Graph(
+        inputs,
+        outputs,
+        nodes=graph.op.nodes,
+        initializers=graph.op.initializers,
+        opset_imports=dict(OPSETS),
+        name=name,
+    )
+    ir.save(ir.Model(whole, ir_version=IR_VERSION, producer_name="gemma-edge"), path)
+    return _specs(inputs), _specs(outputs), graph.used
+
+
+def _specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        assert value.name is not None
+        assert value.shape is not None
+        shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        specs.append(TensorSpec(value.name, shape))
+    return tuple(specs)
+
+
+class Operators(Tape):
+    """Nodes in order. ``op.Add(x, y)`` appends one and returns its output, or a list if it has several ``outputs``."""
+
+    def __getattr__(self, kind: str) -> Callable[..., Any]:
+        def add(*inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+            if outputs == 1:
+                return self.op(kind, inputs, attributes, domain=domain)
+            return list(self.op_multi_out(kind, inputs, attributes, domain=domain, num_outputs=outputs))
+
+        return add
+
+
+class GraphBuilder:
+    """The nodes (``op``), constants and weights of one graph, in order."""
+
+    def __init__(self, weights: Weights, file: WeightFile, accuracy_level: int) -> None:
+        self.op = self._main = Operators()
+        self.used: set[str] = set()
+        self._weights = weights
+        self._file = file
+        self._accuracy_level = accuracy_level
+        self._constants: dict[str, ir.Value] = {}
+        self._matrices: dict[str, ir.Value] = {}
+        self._scales: dict[str, ir.Value] = {}
+        self._decoded: dict[str, ir.Value] = {}
+
+    def ints(self, values: int | list[int]) -> ir.Value:
+        return self._constant(np.array(values, np.int64))
+
+    def floats(self, values: list[float]) -> ir.Value:
+        return self._constant(np.array(values, np.float32))
+
+    def _constant(self, array: NDArray[np.generic]) -> ir.Value:
+        """The initializer of that value; equal constants share one."""
+        key = f"{array.dtype}{array.tolist()}"
+        if key not in self._constants:
+            self._constants[key] = self._main.initializer(ir.tensor(array), name=f"constant_{len(self._constants)}")
+        return self._constants[key]
+
+    def take(self, name: str) -> Weight:
+        """The weight of that name. Raises BadInput when it is missing."""
+        if name not in self._weights:
+            raise BadInput(f"weight {name} is missing")
+        self.used.add(name)
+        return self._weights[name]
+
+    def branch(self, name: str, build: Callable[[], list[ir.Value]]) -> ir.Graph:
+        """The nodes that ``build`` makes, as a branch of an If. Its constants and weights are in the main graph."""
+        outer, self.op = self.op, Operators()
+        outputs, nodes, self.op = build(), self.op.nodes, outer
+        # Names must differ from those outside the branch.
+        for index, value in enumerate(output for node in nodes for output in node.outputs):
+            value.name = f"{name}.{index}"
+        return ir.Graph([], outputs, nodes=nodes, name=name)
+
+    def floats_of(self, name: str) -> ir.Value:
+        """The weight of that name, float32, unchanged."""
+        weight = self.take(name)
+        assert isinstance(weight, Tensor)
+        return self.float_matrix([name], [weight])
+
+    def norm(self, x: ir.Value, eps: float, name: str) -> ir.Value:
+        """x / rms(x) · (1 + weight)."""
+        weight = self.take(name)
+        assert isinstance(weight, Tensor)
+        scale = self._stored(name, lambda: (1.0 + weight.float()).numpy())
+        return self.op.RMSNormalization(x, scale, axis=-1, epsilon=eps)
+
+    def linear(self, x: ir.Value, *names: str) -> list[ir.Value]:
+        """x · Wᵀ for each named weight. Weights stored in the same form become one matrix, whose product is split."""
+        weights = [self.take(name) for name in names]
+        floats = [weight for weight in weights if isinstance(weight, Tensor)]
+        integers = [weight for weight in weights if isinstance(weight, IntegerWeight)]
+        if len(floats) == len(names):
+            rows = [weight.shape[0] for weight in floats]
+            matrix = self.float_matrix(names, floats)
+            product = self.op.FusedMatMul(x, matrix, transB=1, domain=MICROSOFT)
+        elif len(integers) == len(names) and len({_kind(weight) for weight in integers}) == 1:
+            rows = [weight.codes.shape[0] for weight in integers]
+            columns, block = integers[0].codes.shape[1], block_size(names[0], integers[0])
+            codes, scales = self.integer_matrix(names, integers, block)
+            product = self.integer_node(
+                "MatMulNBits",
+                [x, codes, scales],
+                dict(zip(names, rows, strict=True)),
+                columns,
+                {
+                    "K": columns,
+                    "N": sum(rows),
+                    "bits": integers[0].bits,
+                    "block_size": block,
+                    "accuracy_level": self._accuracy_level,
+                },
+            )
+        elif len(names) > 1:
+            return [part for name in names for part in self.linear(x, name)]
+        else:
+            (weight,) = weights
+            assert isinstance(weight, Sfp8Weight)
+            return [self.op.FusedMatMul(x, self.sfp8_matrix(names[0], weight), transB=1, domain=MICROSOFT)]
+        if len(names) == 1:
+            return [product]
+        parts: list[ir.Value] = self.op.Split(product, self.ints(rows), axis=-1, outputs=len(names))
+        return parts
+
+    def float_matrix(self, names: Sequence[str], weights: Sequence[Tensor]) -> ir.Value:
+        """The rows of all the weights, one below the other: float32 [rows, columns]."""
+        return self._stored("+".join(names), lambda: stacked([weight.float() for weight in weights]).numpy())
+
+    def integer_matrix(
+        self, names: Sequence[str], weights: Sequence[IntegerWeight], block: int
+    ) -> tuple[ir.Value, ir.Value]:
+        """The weights' codes, uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks].
+
+        The file holds one scale per row once; it is repeated for each block when the graph is loaded.
+        """
+        label = "+".join(names)
+        codes = self._stored(label + ".codes", lambda: pack(weights, block))
+        scales = self._stored(label + ".scales", lambda: half_scales(label, weights))
+        if label not in self._scales:
+            wide = self.op.Cast(scales, to=ir.DataType.FLOAT)
+            assert codes.shape is not None
+            grid = codes.shape.numpy()[:2]
+            if scales.shape != grid:
+                wide = self.op.Expand(wide, self.ints(list(grid)))
+            self._scales[label] = wide
+        return codes, self._scales[label]
+
+    def sfp8_matrix(self, name: str, weight: Sfp8Weight) -> ir.Value:
+        """The values, float32 [rows, columns], decoded from one byte a value in the file."""
+        if name not in self._decoded:
+            codes = self._stored(name + ".codes", lambda: weight.codes.numpy())
+            scale = self._stored(name + SFP8_SCALE, lambda: weight.scale.numpy())
+            values = self.op.Gather(self.floats(DECODE.tolist()), self.op.Cast(codes, to=ir.DataType.INT32))
+            self._decoded[name] = self.op.Mul(values, scale)
+        return self._decoded[name]
+
+    def integer_node(
+        self, kind: str, inputs: Sequence[ir.Value], rows: dict[str, int], columns: int, attributes: dict[str, int]
+    ) -> ir.Value:
+        """A node over an integer matrix that holds the weights named in ``rows``. The note is for read_back.py."""
+        note = json.dumps({"rows": rows, "columns": columns})
+        return self.op.op(kind, inputs, attributes, domain=MICROSOFT, metadata_props={WEIGHTS_KEY: note})
+
+    def flattened(self, matrix: ir.Value) -> ir.Value:
+        """The same bytes of the file, as [rows, bytes of a row]."""
+        tensor = matrix.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        rows, *rest = tensor.shape.numpy()
+        flat = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape([rows, math.prod(rest)]),
+            name=f"{tensor.name}.flat",
+        )
+        return self._main.initializer(flat)
+
+    def _stored(self, name: str, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
+        """The initializer of that name. Its values are written to the file when it is first asked for."""
+        if name not in self._matrices:
+            self._matrices[name] = self._main.initializer(self._file.add(name, make()))
+        return self._matrices[name]
+
+
+def _kind(weight: IntegerWeight) -> tuple[int, int]:
+    return weight.bits, 0 if weight.per_channel else weight.group_size
+
+
+def block_size(name: str, weight: IntegerWeight) -> int:
+    """How many columns the kernels take as a block: the group size, or with one scale a row, the largest fast size that
+    pads the row by at most 1/64. Raises BadInput for bits or group sizes that the kernels do not support.
+    """
+    if weight.bits not in (4, 8):
+        raise BadInput(f"{name}: {weight.bits}-bit integers; ONNX Runtime's kernels take 4 or 8")
+    if weight.per_channel:
+        columns = weight.codes.shape[1]
+        return next((size for size in FAST_BLOCKS if -columns % size <= columns // 64), SMALLEST_BLOCK)
+    size = weight.group_size
+    if size < SMALLEST_BLOCK or size > LARGEST_BLOCK or size & (size - 1):
+        raise BadInput(
+            f"{name}: groups of {size}; ONNX Runtime's kernels take powers of two from "
+            f"{SMALLEST_BLOCK} to {LARGEST_BLOCK}"
+        )
+    return size
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of one after those of the other. A single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def pack(weights: Sequence[IntegerWeight], block: int) -> NDArray[np.uint8]:
+    """The weights' codes, one below the other, as uint8 [rows, blocks, block · bits / 8].
+
+    Columns are padded to whole blocks with the code of 0.
+    """
+    bits = weights[0].bits
+    # Adding in uint8 wraps int8's two's complement to the unsigned code.
+    unsigned = stacked([weight.codes for weight in weights]).view(torch.uint8) + 2 ** (bits - 1)
+    unsigned = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[1] % block), value=2 ** (bits - 1))
+    if bits == 4:
+        unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
+    return unsigned.view(unsigned.shape[0], -1, block * bits // 8).numpy()
+
+
+def half_scales(name: str, weights: Sequence[IntegerWeight]) -> NDArray[np.float16]:
+    """float16 [rows, groups]. Raises BadInput when that is not exact."""
+    scales = stacked([weight.scales for weight in weights])
+    half = scales.half()
+    if not torch.equal(half.float(), scales):
+        raise BadInput(f"{name}: scales are not exact in float16; take them from quant.integers.bf16_grid")
+    return half.numpy()
+
+
+def typed_value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def declare(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)

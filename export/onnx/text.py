@@ -1,0 +1,256 @@
+"""Gemma 3's text model as an ONNX graph for ONNX Runtime, to be read top to bottom like gemma3/model.py.
+
+Shapes: S new tokens, T = past + S, H query heads, K key/value heads, D head dim, E hidden size, V vocabulary;
+the batch is 1. In and out (the names are onnxruntime-genai's, which runs the file as it is):
+
+    input_ids int64 [1, S], attention_mask int64 [1, T] (only its length is used)
+    past_key_values.{i}.key and .value float32 [1, K, slots, D] → present.{i}.key and .value, the same shape
+    logits float32 [1, 1, V], of the last token
+
+The number of slots in a cache is fixed in the file. Past and present are one buffer, which the caller binds as both.
+Sliding-window layers use GroupQueryAttention's windowed cache. T alone decides which position is in which row, so
+T = S begins a new sequence whatever the buffer held before.
+
+A multimodal model has one more input, and one more graph that computes it, ``vision.onnx`` (export/onnx/vision.py):
+
+    soft_tokens float32 [1, M, E], appended to the embeddings of the S tokens, unscaled; empty unless given
+
+One of the two is empty: a call takes text, or one whole image (S = 0), whose positions attend to one another. Only
+the attention differs, so only the attention is in two branches; weights, caches and everything else serve both.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from export.onnx.layers import MICROSOFT, GraphBuilder, block_size, declare, typed_value
+from gemma3 import names
+from gemma3.cache import CacheLayout
+from gemma3.config import LayerSpec, ModelConfig
+from gemma3.model import inverse_frequencies
+from quant.sfp8 import Sfp8Weight
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers share in one call."""
+
+    past: ir.Value  # int32 [1]: T − 1, as GroupQueryAttention wants it
+    total: ir.Value  # int32 scalar: T
+    rope: dict[LayerSpec, tuple[ir.Value, ir.Value]]  # cos, sin [1, S, D/2]
+    is_image: ir.Value | None  # bool scalar; None: a text-only model
+
+
+def text_model(graph: GraphBuilder, config: ModelConfig, layout: CacheLayout) -> tuple[list[ir.Value], list[ir.Value]]:
+    """The graph's inputs and outputs."""
+    op = graph.op
+    ids = typed_value("input_ids", ir.DataType.INT64, [1, "sequence_length"])
+    mask = typed_value("attention_mask", ir.DataType.INT64, [1, "total_sequence_length"])
+    inputs, caches, soft_tokens = [ids, mask], [], None
+    if config.vision is not None:
+        # Empty unless the caller gives some, so that onnxruntime-genai, which does not know it, can run text.
+        soft_tokens = op.initializer(ir.tensor(np.empty((1, 0, config.hidden_size), np.float32)), name="soft_tokens")
+        declare(soft_tokens, "soft_tokens", ir.DataType.FLOAT, [1, "soft_tokens_length", config.hidden_size])
+        inputs.append(soft_tokens)
+    step = step_values(graph, config, ids, mask, soft_tokens)
+    x = op.Mul(embed(graph, config, ids), graph.floats([math.sqrt(config.hidden_size)]))
+    if soft_tokens is not None:
+        x = op.Concat(x, soft_tokens, axis=1)
+    for index, (spec, cache) in enumerate(zip(config.layers, layout.layers, strict=True)):
+        shape = list(cache.by_head)
+        past = [typed_value(f"past_key_values.{index}.{part}", ir.DataType.FLOAT, shape) for part in ("key", "value")]
+        x, present = layer(graph, config, f"{names.layer(index)}.", spec, x, step, past)
+        for value, part in zip(present, ("key", "value"), strict=True):
+            declare(value, f"present.{index}.{part}", ir.DataType.FLOAT, shape)
+        inputs += past
+        caches += present
+    last = op.Gather(x, graph.ints([-1]), axis=1)  # [1, 1, E]
+    (logits,) = graph.linear(graph.norm(last, config.rms_norm_eps, names.FINAL_NORM), names.head_of(config))
+    declare(logits, "logits", ir.DataType.FLOAT, [1, 1, config.vocab_size])
+    return inputs, [logits, *caches]
+
+
+def step_values(
+    graph: GraphBuilder, config: ModelConfig, ids: ir.Value, mask: ir.Value, soft_tokens: ir.Value | None
+) -> Step:
+    op = graph.op
+    total = op.Shape(mask, start=1)  # [1]
+    new = op.Shape(ids, start=1)
+    is_image = None
+    if soft_tokens is not None:
+        image = op.Shape(soft_tokens, start=1, end=2)
+        new, is_image = op.Add(new, image), op.Greater(op.Squeeze(image), graph.ints(0))
+    one = graph.ints(1)
+    positions = op.Range(op.Squeeze(op.Sub(total, new)), op.Squeeze(total), one)  # [S]
+    columns = op.Unsqueeze(op.Cast(positions, to=ir.DataType.FLOAT), graph.ints([0, 2]))  # [1, S, 1]
+    rope = {}
+    for spec in dict.fromkeys(config.layers):
+        angles = op.Mul(columns, graph.floats(inverse_frequencies(spec).tolist()))
+        rope[spec] = (op.Cos(angles), op.Sin(angles))
+    narrow = op.Cast(total, to=ir.DataType.INT32)
+    return Step(op.Cast(op.Sub(total, one), to=ir.DataType.INT32), op.Squeeze(narrow, graph.ints([0])), rope, is_image)
+
+
+def embed(graph: GraphBuilder, config: ModelConfig, ids: ir.Value) -> ir.Value:
+    """The rows of the embedding table for ``ids``: [1, S, E]."""
+    name = names.EMBEDDING
+    weight = graph.take(name)
+    if isinstance(weight, Tensor):
+        return graph.op.Gather(graph.float_matrix([name], [weight]), ids)
+    if isinstance(weight, Sfp8Weight):
+        return graph.op.Gather(graph.sfp8_matrix(name, weight), ids)
+    rows, columns = weight.codes.shape
+    block = block_size(name, weight)
+    codes, scales = graph.integer_matrix([name], [weight], block)
+    x = graph.integer_node(
+        "GatherBlockQuantized",
+        [graph.flattened(codes), ids, scales],
+        {name: rows},
+        columns,
+        {"bits": weight.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1},
+    )
+    if columns % block:
+        x = graph.op.Slice(x, graph.ints([0]), graph.ints([columns]), graph.ints([2]))
+    return x
+
+
+def layer(
+    graph: GraphBuilder,
+    config: ModelConfig,
+    prefix: str,
+    spec: LayerSpec,
+    x: ir.Value,
+    step: Step,
+    past: Sequence[ir.Value],
+) -> tuple[ir.Value, list[ir.Value]]:
+    def norm(value: ir.Value, name: str) -> ir.Value:
+        return graph.norm(value, config.rms_norm_eps, f"{prefix}{name}.weight")
+
+    op = graph.op
+    out, present = attention(graph, config, prefix + "self_attn.", spec, norm(x, "input_layernorm"), step, past)
+    x = op.Add(x, norm(out, "post_attention_layernorm"))
+    out = mlp(graph, prefix + "mlp.", norm(x, "pre_feedforward_layernorm"))
+    return op.Add(x, norm(out, "post_feedforward_layernorm")), present
+
+
+def attention(
+    graph: GraphBuilder,
+    config: ModelConfig,
+    prefix: str,
+    spec: LayerSpec,
+    x: ir.Value,
+    step: Step,
+    past: Sequence[ir.Value],
+) -> tuple[ir.Value, list[ir.Value]]:
+    """The output projection [1, S, E], and the present keys and values."""
+    op = graph.op
+    heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+    queries, keys, values = graph.linear(x, *(f"{prefix}{part}_proj.weight" for part in "qkv"))
+
+    def rotated(value: ir.Value, count: int, norm: str) -> ir.Value:
+        split = op.Reshape(value, graph.ints([0, 0, count, dim]))
+        normed = graph.norm(split, config.rms_norm_eps, f"{prefix}{norm}.weight")
+        flat = op.Reshape(normed, graph.ints([0, 0, count * dim]))
+        return op.RotaryEmbedding(flat, *step.rope[spec], num_heads=count)
+
+    operands = [rotated(queries, heads, "q_norm"), rotated(keys, kv_heads, "k_norm"), values, *past]
+    out, *present = attend(graph, config, prefix, spec, operands, step)
+    (projected,) = graph.linear(out, prefix + "o_proj.weight")
+    return projected, present
+
+
+def attend(
+    graph: GraphBuilder, config: ModelConfig, prefix: str, spec: LayerSpec, operands: list[ir.Value], step: Step
+) -> list[ir.Value]:
+    """The heads' outputs [1, S, H·D], and the present keys and values.
+
+    ``operands`` are the queries, the keys, the values, and the past of both.
+    """
+    window = {} if spec.window is None else {"local_window_size": spec.window, "sliding_window_cache": 1}
+
+    def text() -> list[ir.Value]:
+        return group_query_attention(graph, config, spec, [*operands, step.past, step.total], **window)
+
+    def image() -> list[ir.Value]:
+        if spec.window is not None:
+            return image_in_window(graph, config, spec, spec.window, operands, step)
+        return group_query_attention(graph, config, spec, [*operands, step.past, step.total], causal=0)
+
+    if step.is_image is None:
+        return text()
+    then, otherwise = graph.branch(prefix + "image", image), graph.branch(prefix + "text", text)
+    outputs: list[ir.Value] = graph.op.If(step.is_image, then_branch=then, else_branch=otherwise, outputs=3)
+    return outputs
+
+
+def group_query_attention(
+    graph: GraphBuilder, config: ModelConfig, spec: LayerSpec, inputs: Sequence[ir.Value | None], **attributes: int
+) -> list[ir.Value]:
+    outputs: list[ir.Value] = graph.op.GroupQueryAttention(
+        *inputs,
+        num_heads=spec.num_attention_heads,
+        kv_num_heads=spec.num_key_value_heads,
+        scale=config.query_pre_attn_scalar**-0.5,
+        **attributes,
+        domain=MICROSOFT,
+        outputs=3,
+    )
+    return outputs
+
+
+def image_in_window(
+    graph: GraphBuilder, config: ModelConfig, spec: LayerSpec, window: int, operands: list[ir.Value], step: Step
+) -> list[ir.Value]:
+    """``attend`` for an image in a sliding-window layer: its queries attend to all of the image, and before it to the
+    window.
+
+    GroupQueryAttention has a window only with a causal mask. Here it runs over the rows in use and the image's, with
+    the window as a bias. The rows that its windowed cache would keep become the present.
+    """
+    op = graph.op
+    queries, keys, values, *past = operands
+    assert past[0].shape is not None
+    slots = past[0].shape.numpy()[2]
+    zero, two = graph.ints([0]), graph.ints([2])
+    new = op.Shape(keys, start=1, end=2)  # [1]
+    end = op.Add(op.Cast(step.past, to=ir.DataType.INT64), graph.ints([1]))
+    before, after = (resident_rows(graph, tokens, slots, window) for tokens in (op.Sub(end, new), end))
+    rows = op.Add(before, new)
+
+    # Query i and row r both count from the image's first position. Row r is visible if r > i − window.
+    query = op.Unsqueeze(op.Range(graph.ints(0), op.Squeeze(new), graph.ints(1)), graph.ints([0, 1, 3]))
+    row = op.Range(op.Squeeze(op.Neg(before)), op.Squeeze(new), graph.ints(1))
+    visible = op.Greater(row, op.Sub(query, graph.ints([window])))
+    bias = op.Where(visible, graph.floats([0.0]), graph.floats([-math.inf]))  # [1, 1, S, rows]
+
+    total = op.Cast(rows, to=ir.DataType.INT32)
+    seen = [op.Slice(part, zero, before, two) for part in past]
+    counts = [op.Sub(total, op.Cast(graph.ints([1]), to=ir.DataType.INT32)), op.Squeeze(total)]
+    inputs = [queries, keys, values, *seen, *counts, None, None, None, bias]
+    out, *whole = group_query_attention(graph, config, spec, inputs, causal=0)
+    kept = [op.Slice(part, op.Sub(rows, after), rows, two) for part in whole]
+    padding = op.Concat(graph.ints([0] * 6), op.Sub(graph.ints([slots]), after), zero, axis=0)
+    return [out, *(op.Pad(part, padding) for part in kept)]
+
+
+def resident_rows(graph: GraphBuilder, tokens: ir.Value, slots: int, window: int) -> ir.Value:
+    """int64 [1]: how many rows a windowed cache holds after ``tokens`` tokens, by GroupQueryAttention's contract.
+
+    When all ``slots`` are full, the slots − window + 1 oldest rows are dropped at once.
+    """
+    op = graph.op
+    dropped = graph.ints([slots - window + 1])
+    excess = op.Max(op.Sub(tokens, graph.ints([slots])), graph.ints([0]))
+    times = op.Div(op.Add(excess, graph.ints([slots - window])), dropped)
+    return op.Sub(tokens, op.Mul(times, dropped))
+
+
+def mlp(graph: GraphBuilder, prefix: str, x: ir.Value) -> ir.Value:
+    gate, up = graph.linear(x, prefix + "gate_proj.weight", prefix + "up_proj.weight")
+    hidden = graph.op.Mul(graph.op.Gelu(gate, approximate="tanh"), up)
+    (down,) = graph.linear(hidden, prefix + "down_proj.weight")
+    return down

@@ -1,0 +1,55 @@
+"""Kinds of weights that a target's runtime has no kernel for, replaced by a scheme that it has.
+
+SFP8 becomes 8-bit integers, about one byte a weight too: in blocks of 32 columns for ONNX Runtime, with one scale a row
+for XNNPACK (docs/sfp8.md says what else was tried). The integers are rounded to nearest from the weight's own values,
+and the resulting error is measured for each weight.
+"""
+
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from export.target import Target
+from gemma3.errors import BadInput
+from quant.integers import IntegerWeight, round_to_nearest
+from quant.recipe import SCHEMES, Integers
+from quant.weights import QuantizedWeight, QuantizedWeights, Weight
+
+
+def for_target(
+    weights: QuantizedWeights, target: Target, exact: bool = False
+) -> tuple[QuantizedWeights, dict[str, float]]:
+    """``weights`` as the target's file holds them, and the distance of each stand-in from its weight in decibels:
+    10 · log₁₀(Σ value² / Σ (value − stand-in)²). Larger is closer.
+
+    With ``exact`` nothing is replaced. Raises BadInput for a weight that the file cannot hold.
+    """
+    tensors: dict[str, Weight] = {}
+    verdicts, decibels = dict(weights.verdicts), {}
+    for name, weight in weights.tensors.items():
+        tensors[name] = weight
+        if isinstance(weight, Tensor):
+            continue
+        scheme = None if exact else target.stand_ins.get(weight.kind)
+        if scheme is not None:
+            tensors[name], decibels[name] = stand_in(weight, scheme)
+            reason = f"{verdicts[name].reason}; as {scheme}, {decibels[name]:.1f} dB from its values"
+            verdicts[name] = replace(verdicts[name], reason=reason)
+        elif weight.kind not in target.kinds:
+            raise BadInput(
+                f"{name}: a .{target.name} cannot hold {weight.kind} weights as they are; leave out --exact-sfp8, "
+                "or choose another --format"
+            )
+    return QuantizedWeights(tensors, verdicts), decibels
+
+
+def stand_in(weight: QuantizedWeight, scheme: str) -> tuple[IntegerWeight, float]:
+    """The integers of ``scheme`` nearest to the weight's values, and their distance from these in decibels."""
+    form = SCHEMES[scheme]
+    assert isinstance(form, Integers)
+    values = weight.dequantize()
+    integers = round_to_nearest(values, form.bits, form.group_size, pad=form.pad)
+    noise = float((values - integers.dequantize()).double().square().sum())
+    signal = float(values.double().square().sum())
+    return integers, 10 * math.log10(signal / noise) if noise else math.inf

@@ -1,0 +1,87 @@
+"""A target as one value: which file an exporter writes, what it can hold, how it is written and how it is read back.
+
+Each folder beside this file has one (``export/onnx/target.py``, ``export/executorch/target.py``). They are imported
+without torch or a runtime: ``export`` and ``read_back`` import what they need when they are called.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from gemma3.cache import CacheLayout, CacheStyle
+from gemma3.config import ModelConfig
+
+if TYPE_CHECKING:
+    from quant.weights import QuantizedWeight, Weights
+
+Activations = Literal["float", "int8"]
+
+# The names of a graph's methods: a text-only model has one, a multimodal model three. ExecuTorch's stock runners look
+# for the methods of a .pte by these names.
+FORWARD = "forward"
+VISION_ENCODER, TOKEN_EMBEDDING, TEXT_DECODER = "vision_encoder", "token_embedding", "text_decoder"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output. A string in ``shape`` is the name of a dynamic dimension."""
+
+    name: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A callable of a graph: ``forward`` of a text-only model, or one of the three of a multimodal model.
+
+    ``vision_encoder`` turns pixels into soft tokens. In a .onnx it is a graph of its own beside the file,
+    ``vision.onnx``.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an exporter says about the files it wrote. Equal files have equal reports."""
+
+    methods: tuple[Method, ...]
+    opsets: dict[str, int] = field(default_factory=dict)  # ONNX operator sets by domain
+    # What only this target has: delegates, undelegated operators, accuracy level, … JSON values.
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def no_bytes(config: ModelConfig, weights: "Weights") -> int:
+    """A target whose files hold nothing twice."""
+    return 0
+
+
+class Export(Protocol):
+    def __call__(
+        self, config: ModelConfig, weights: "Weights", layout: CacheLayout, eos_ids: Sequence[int], path: Path
+    ) -> ExportReport:
+        """Write the graph to ``path``, and what belongs to it beside it. The same arguments give the same bytes.
+
+        Raises BadInput for weights that do not fit the configuration or the target's kernels.
+        """
+
+
+@dataclass(frozen=True)
+class Target:
+    """One format that a model can be exported to. ``runtime_py.backends`` adds how its files are run and proven."""
+
+    name: str  # of --format, and of the artifact in the manifest
+    file: str  # the graph's name in a bundle; whatever else it writes has a name that holds ``name``
+    cache_style: CacheStyle
+    activations: Activations  # "int8": the kernels round the input of every linear layer with integer weights
+    kinds: frozenset[str]  # the kinds of quantized weights that the file can hold
+    stand_ins: Mapping[str, str]  # for other kinds, and unless asked not to: the scheme that replaces a kind
+    packages: tuple[str, ...]  # whose versions belong together with the file
+    export: Export
+    # The quantized weights in the file at a path by checkpoint name, once for every place that the file uses them in.
+    read_back: Callable[[Path], "Iterator[tuple[str, QuantizedWeight]]"]
+    # Bytes that the file holds a second time, beyond the ideal bytes of the weights.
+    repeated_bytes: Callable[[ModelConfig, "Weights"], int] = no_bytes

@@ -1,0 +1,57 @@
+"""Weights quantized by a recipe: each in its scheme, with a verdict. A method chooses the integers."""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from gemma3.errors import BadInput
+from quant.integers import IntegerWeight, require_finite, round_to_nearest
+from quant.recipe import OPTIONAL_PATTERNS, SCHEMES, Integers, Recipe, Scheme, Sfp8, Verdict
+from quant.sfp8 import encode_weight
+from quant.weights import QuantizedWeights, Weight
+
+# Chooses the integers of a weight [rows, columns]; called with its name. Also says in a few words how it chose them.
+Method = Callable[[str, Tensor, Integers], tuple[IntegerWeight, str]]
+
+
+def rtn(_: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
+    """Round to nearest. Raises ValueError as ``round_to_nearest`` does."""
+    return round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad), "round to nearest"
+
+
+def quantize_weights(
+    named_weights: Iterable[tuple[str, Tensor]], recipe: Recipe, method: Method = rtn
+) -> QuantizedWeights:
+    """Each weight in the scheme of the first rule that matches its name; ``method`` chooses the integers.
+
+    Weights are taken one at a time, so that a memory-mapped checkpoint is never whole in memory. Raises BadInput
+    when no rule matches a weight, when a rule matches no weight, or when a weight cannot have its scheme.
+    """
+    tensors: dict[str, Weight] = {}
+    verdicts: dict[str, Verdict] = {}
+    unused = {rule.pattern for rule in recipe.rules} - OPTIONAL_PATTERNS
+    for name, weight in named_weights:
+        rule = recipe.rule(name)
+        unused.discard(rule.pattern)
+        try:
+            tensors[name], how = _apply(name, weight, SCHEMES[rule.scheme], method)
+        except ValueError as error:
+            raise BadInput(f"{name}: cannot be {rule.scheme}: {error}") from None
+        verdicts[name] = Verdict(rule.scheme, how or f"kept by rule {rule.pattern}")
+    if unused:
+        raise BadInput(f"recipe {recipe.name}: rule {', '.join(sorted(unused))} matches no weight; remove it")
+    return QuantizedWeights(tensors, verdicts)
+
+
+def _apply(name: str, weight: Tensor, scheme: Scheme, method: Method) -> tuple[Weight, str]:
+    if scheme is None:
+        require_finite(weight)
+        return weight, ""
+    if weight.dim() != 2:
+        raise ValueError(f"it is not a matrix but has the shape {list(weight.shape)}")
+    if isinstance(scheme, Sfp8):
+        return encode_weight(weight, per_channel=scheme.per_channel), "encoded"
+    integers, how = method(name, weight, scheme)
+    if integers.group:
+        how += f", its last group {weight.shape[1] % integers.group} of {integers.group} columns"
+    return integers, how

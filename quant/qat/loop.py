@@ -1,0 +1,234 @@
+"""Quantization-aware training by distillation: the student computes with integers, the teacher is the original.
+
+One process trains on a CPU or GPU; under torchrun the same call shards both networks with FSDP2. A run is a function
+of its settings, data and weights: which rows a step sees and which logits it samples follow from the seed and the
+step alone. So a resumed run repeats an uninterrupted one to the bit on the same processes (on CPU; GPU kernels may
+add in another order).
+"""
+
+import hashlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gemma3.errors import BadInput
+from gemma3.host.progress import Progress
+from quant.activations import Activations
+from quant.qat.fake import convert, prepare
+from quant.qat.loss import Distillation, Loss
+from quant.qat.processes import local, shard
+from quant.qat.state import digest, latest, load, save, saved_steps, tensors_of
+from quant.recipe import SCHEMES, Recipe, Sfp8
+from quant.weights import QuantizedWeights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run's result depends on, besides data and weights.
+
+    A step takes ``batch`` rows, however many processes share them. ``lr`` is the peak learning rate in units of each
+    tensor's root mean square, so that it means the same for weights of any size.
+    """
+
+    steps: int
+    batch: int = 8
+    lr: float = 3e-3
+    warmup: int = 10
+    clip: float = 1.0
+    loss: Loss = "full"
+    activations: Activations = "float"
+    bf16: bool = False
+    seed: int = 0
+
+
+def train(
+    student: nn.Module,
+    teacher: nn.Module,
+    start: QuantizedWeights,
+    tokens: Tensor,
+    settings: Settings,
+    run: Path,
+    *,
+    images: Sequence[Tensor] | None = None,
+    ignored: Sequence[int] = (),
+    resume: bool = False,
+    save_every: int = 100,
+    micro_batch: int | None = None,
+    identity: Mapping[str, str] | None = None,
+) -> QuantizedWeights:
+    """Train ``student`` in place, from the weights of ``start``, to agree with ``teacher``. Returns the trained codes.
+
+    ``tokens``: int [rows, length]. ``images``: uint8 [n, 3, size, size] for each row; with None, a vision model does
+    not train. Nothing is learned at the positions of ``ignored`` tokens (image tokens, padding).
+
+    The directory ``run`` keeps the state of every ``save_every``-th step, and of an interruption (on Ctrl-C and
+    SIGTERM the step is finished, then KeyboardInterrupt is raised). With ``resume`` the run continues from there.
+    ``identity`` names what else must then be the same, such as the recipe. ``micro_batch`` rows go through the
+    networks at once.
+
+    Raises BadInput when the settings do not fit, when ``run`` holds another run or none to resume, and when the loss
+    is no longer finite; states saved before stay.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(teacher.parameters()).device
+    _check(student, teacher, tokens, settings, world)
+    wanted = dict(identity or {}) | {key: str(value) for key, value in asdict(settings).items()}
+    learned = ~torch.isin(tokens, torch.tensor(ignored, dtype=tokens.dtype))
+    wanted |= {"data": digest([tokens, *(images or ())]), "teacher": digest(teacher.state_dict().values())}
+    wanted["initial weights"] = digest(tensors_of(start))
+    saved = latest(run, wanted, resume)
+
+    prepare(student, start, settings.activations)
+    if images is None and hasattr(student, "vision_tower"):
+        student.vision_tower.requires_grad_(False)
+    distillation = Distillation(student, teacher).to(device)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter], "rms": float(parameter.detach().square().mean().sqrt())}
+        for parameter in student.parameters()
+        if parameter.requires_grad
+    ]
+    if world > 1:
+        names = {parameter: name for name, parameter in student.named_parameters()}
+        order = [names[group["params"][0]] for group in groups]
+        shard(distillation, device)
+        sharded = dict(student.named_parameters())
+        for group, name in zip(groups, order, strict=True):
+            group["params"] = [sharded[name]]
+    if not groups:
+        raise BadInput("the recipe quantizes nothing, so there is nothing to train; choose another")
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    done = 0
+    if saved is not None:
+        done = load(saved, student, optimizer)
+        log.info("resumed at step %d of %d", done, settings.steps)
+
+    share = settings.batch // world
+    progress = Progress(settings.steps, done) if rank == 0 else None
+    seen, began = 0, time.monotonic()
+    with _interruptions() as interrupted:
+        for step in range(done, settings.steps):
+            all_rows = _rows(step, len(tokens), settings)
+            count = int(learned[all_rows].sum())
+            rows = all_rows[rank * share : (rank + 1) * share]
+            report = torch.zeros(3, device=device)
+            for part in rows.split(micro_batch or share):  # type: ignore[no-untyped-call]
+                last = part[-1] == rows[-1]
+                if world > 1:
+                    distillation.set_requires_gradient_sync(bool(last))  # type: ignore[operator]
+                generator = None
+                if settings.loss == "sampled":
+                    generator = torch.Generator(device).manual_seed(_seed(settings.seed, step, int(part[0])))
+                batch, places = tokens[part].to(device, torch.int64), learned[part].to(device)
+                pixels = None if images is None else torch.cat([images[row] for row in part]).to(device) / 255
+                with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                    sums = distillation(batch, generator, places, pixels)
+                # FSDP2 averages the processes' gradients, but each is to count for its share of the batch's mean.
+                (sums[0] * (world / count)).backward()
+                report[:2] += sums.detach()
+            report[2] = float(interrupted())
+            if world > 1:
+                dist.all_reduce(report)
+            loss, kl = (report[:2] / count).tolist()
+            norm = float(local(nn.utils.clip_grad_norm_(student.parameters(), settings.clip)))
+            if not math.isfinite(loss + norm):
+                raise BadInput(_diverged(step, loss, norm, settings, run))
+            factor = schedule(step, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * factor * group["rms"]
+            optimizer.step()
+            optimizer.zero_grad()
+            seen += count
+            if progress:
+                rate = seen / (time.monotonic() - began)
+                progress.show(step + 1, f"loss {loss:.4f}, KL {kl:.5f}, {rate:.0f} tokens/s")
+            stop = bool(report[2])
+            if stop or ((step + 1) % save_every == 0 and step + 1 < settings.steps):
+                save(run, step + 1, student, optimizer, wanted)
+            if stop and step + 1 < settings.steps:
+                if progress:
+                    progress.close()
+                    log.warning("stopped after step %d; --resume continues from there", step + 1)
+                raise KeyboardInterrupt
+    if progress:
+        progress.close()
+    return convert(student, start)
+
+
+def schedule(step: int, settings: Settings) -> float:
+    """The learning rate of a step as a fraction of its peak: linear warm-up, then half a cosine to zero."""
+    warm = (step + 1) / (settings.warmup + 1)
+    return min(1.0, warm) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+
+
+def default_lr(recipe: Recipe) -> float:
+    """The peak learning rate that trained the demo checkpoint best: SFP8, already close, needs less."""
+    return 5e-4 if any(isinstance(SCHEMES[rule.scheme], Sfp8) for rule in recipe.rules) else 1e-3
+
+
+def _rows(step: int, count: int, settings: Settings) -> Tensor:
+    """The rows of a step. Every pass over the data has a new random order."""
+    places = range(step * settings.batch, (step + 1) * settings.batch)
+    orders = {
+        turn: torch.randperm(count, generator=torch.Generator().manual_seed(_seed(settings.seed, turn)))
+        for turn in {place // count for place in places}
+    }
+    return torch.stack([orders[place // count][place % count] for place in places])
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little", signed=True)
+
+
+def _check(student: Any, teacher: Any, tokens: Tensor, settings: Settings, world: int) -> None:
+    ours, theirs = (len(model.lm_head.weight) for model in (student, teacher))
+    if ours != theirs:
+        raise BadInput(f"the teacher has a vocabulary of {theirs}, the student of {ours}; use one that shares it")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= ours:
+        raise BadInput(f"the data has token {low if low < 0 else high}, the vocabulary {ours}: another tokenizer's?")
+    for name in ("steps", "batch"):
+        if getattr(settings, name) < 1:
+            raise BadInput(f"{name} is {getattr(settings, name)}; give at least 1")
+    if not (settings.lr > 0 and math.isfinite(settings.lr)):
+        raise BadInput(f"lr is {settings.lr}; give a positive number")
+    if settings.batch % world:
+        raise BadInput(f"a batch of {settings.batch} rows does not divide among {world} processes; change either")
+
+
+def _diverged(step: int, loss: float, norm: float, settings: Settings, run: Path) -> str:
+    saved = saved_steps(run)
+    kept = f"step {saved[-1][0]} is kept in {run}" if saved else "nothing had been saved yet"
+    return f"step {step + 1}: loss {loss}, gradient norm {norm}; {kept}; start again with lr below {settings.lr}"
+
+
+@contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """The first SIGINT or SIGTERM makes the yielded function return True; a second one ends the process."""
+    arrived = False
+    former: dict[int, Any] = {}
+
+    def remember(number: int, _: FrameType | None) -> None:
+        nonlocal arrived
+        arrived = True
+        signal.signal(number, former[number])
+
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        former[number] = signal.signal(number, remember)
+    try:
+        yield lambda: arrived
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,86 @@
+"""Post-training quantization of a checkpoint by a named method; GPTQ is calibrated on text."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gemma3 import names
+from gemma3.checkpoint import Checkpoint, load_model
+from gemma3.data import pack
+from gemma3.errors import BadInput
+from quant.gptq import gptq
+from quant.hqq import hqq
+from quant.methods import Method, quantize_weights, rtn
+from quant.recipe import DEFAULT_SCHEME, Recipe, preset
+from quant.source import QuantizedCheckpoint, Source
+
+log = logging.getLogger(__name__)
+
+PostTraining = Literal["rtn", "gptq", "hqq"]
+
+CALIBRATION_TOKENS = 65_536
+ROW_TOKENS = 512
+ROWS_AT_ONCE = 4
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    method: PostTraining = "rtn",
+    *,
+    data: Sequence[Path] = (),
+    tokens: int = CALIBRATION_TOKENS,
+) -> QuantizedCheckpoint:
+    """``checkpoint`` in ``recipe``. ``method`` chooses the integers: round to nearest, GPTQ or HQQ's scales.
+
+    GPTQ is calibrated on the first ``tokens`` tokens of the files ``data``: text, or conversations (.jsonl). Raises
+    BadInput for an unknown method, when ``data`` is missing, not wanted or cannot be used, and when the recipe does
+    not fit the checkpoint.
+    """
+    if method not in get_args(PostTraining):
+        raise BadInput(f"method {method!r} is unknown; use one of {', '.join(get_args(PostTraining))}")
+    if (method == "gptq") != bool(data):
+        raise BadInput(f"method {method} {'needs' if method == 'gptq' else 'does not look at'} text (--data)")
+    log.info("quantizing %d weights: %s", len(checkpoint.names), recipe.name)
+    chosen: Method = hqq if method == "hqq" else rtn
+    if method == "gptq":
+        for name in checkpoint.names:  # before minutes of work
+            recipe.rule(name)
+        model = load_model(checkpoint)
+        layers = [(names.layer(index), layer) for index, layer in enumerate(model.model.layers)]
+        chosen = gptq(layers, model.hidden, calibration_rows(checkpoint, data, tokens), recipe)
+    weights = quantize_weights(checkpoint.items(), recipe, chosen)
+    return QuantizedCheckpoint(checkpoint.path, checkpoint.config, weights, recipe, method)
+
+
+def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) -> list[Tensor]:
+    """Batches of rows of token ids, int64 [rows, length]. Raises BadInput as ``gemma3.data.pack`` does."""
+    config = checkpoint.config
+    length = min(ROW_TOKENS, config.max_position_embeddings)
+    packed = pack(data, checkpoint.tokenizer, length, config)
+    if any(packed.images):
+        raise BadInput(f"{', '.join(map(str, data))}: has images; gptq looks at text alone, give some without")
+    rows = torch.from_numpy(packed.tokens[: max(1, tokens // length)]).long()
+    return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
+
+
+def in_recipe(source: Source, recipe: Recipe | None = None) -> QuantizedCheckpoint:
+    """A full-precision checkpoint rounded to nearest in ``recipe`` (int4-block32 if None); a quantized one as it is.
+
+    Raises BadInput when a quantized one has another recipe than the one asked for, and what ``quantize`` raises.
+    """
+    if not isinstance(source, QuantizedCheckpoint):
+        return quantize(source, recipe or preset(DEFAULT_SCHEME))
+    if recipe is not None and recipe.rules != source.recipe.rules:
+        raise BadInput(
+            f"{source.path}: is quantized as {source.recipe.name} already, not {recipe.name}; leave the scheme out, "
+            "or give the checkpoint it was made of"
+        )
+    log.info(
+        "%d weights are quantized already: %s by %s", len(source.weights.tensors), source.recipe.name, source.method
+    )
+    return source

@@ -1,0 +1,59 @@
+"""Sources: what a command opens where a model is asked for, a full-precision checkpoint or a quantized one."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from gemma3.checkpoint import CONFIG, Checkpoint, check_shapes, open_checkpoint
+from gemma3.config import ModelConfig, read_config
+from gemma3.errors import BadInput
+from gemma3.tokenizer import Tokenizer
+from quant.recipe import Recipe
+from quant.stored import is_quantized, load_quantized
+from quant.weights import QuantizedWeights
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A checkpoint whose weights have the form that ships: opened, or made by ``quantize`` or ``qat``.
+
+    ``path`` is the directory of its configuration and tokenizer files: for messages, and for copying these.
+    """
+
+    path: Path
+    config: ModelConfig
+    weights: QuantizedWeights
+    recipe: Recipe
+    method: str  # how the integers were chosen: "rtn", "gptq", "hqq", "qat"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises BadInput as ``Tokenizer`` does."""
+        return Tokenizer(self.path)
+
+
+Source = Checkpoint | QuantizedCheckpoint
+
+
+def open_source(path: Path) -> Source:
+    """The checkpoint in the directory ``path``.
+
+    Raises BadInput as ``open_checkpoint`` or ``load_quantized`` does, and when the weights of a quantized one do not
+    belong to its config.json.
+    """
+    if not is_quantized(path):
+        return open_checkpoint(path)
+    config = read_config(path / CONFIG)
+    stored = load_quantized(path)
+    try:
+        check_shapes(config, stored.weights.shapes)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    return QuantizedCheckpoint(path, config, stored.weights, stored.recipe, stored.method)
+
+
+def full_precision(source: Source) -> Checkpoint:
+    """``source`` itself. Raises BadInput when it is quantized already."""
+    if isinstance(source, QuantizedCheckpoint):
+        raise BadInput(f"{source.path}: is quantized already; give the checkpoint it was made of")
+    return source

@@ -1,0 +1,135 @@
+"""The Python API: the steps from a checkpoint to text, each one function. The command line calls these too.
+
+    from runtime_py.api import export_bundle, generate, open_bundle, open_checkpoint, quantize
+
+    checkpoint = open_checkpoint("demo")
+    quantized = quantize(checkpoint, "int4-block32")
+    export_bundle(quantized, "bundle", formats=["onnx"])
+    for text in generate(open_bundle("bundle"), "What is the capital of France?", chat=True):
+        print(text, end="", flush=True)
+
+Everything heavy is imported when it is needed: opening and running an .onnx loads no torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from export.checks import Check
+from export.manifest import Manifest
+from quant.recipe import DEFAULT_SCHEME, Recipe, preset
+from runtime_py.backends import BACKENDS, backend_of
+from runtime_py.backends import open_session as _open_session
+from runtime_py.generate import Sampler
+from runtime_py.proof.prove import prove
+from runtime_py.proof.prove import validate as _validate
+from runtime_py.sessions.protocol import Session
+from runtime_py.text import OpenBundle, generate
+from runtime_py.text import open_bundle as _open_bundle
+
+if TYPE_CHECKING:
+    from quant.source import QuantizedCheckpoint, Source
+
+__all__ = [
+    "Sampler",
+    "export_bundle",
+    "generate",
+    "open_bundle",
+    "open_checkpoint",
+    "open_session",
+    "quantize",
+    "save_checkpoint",
+    "validate",
+]
+
+
+def open_checkpoint(model: str | Path) -> "Source":
+    """Open a checkpoint, full-precision or quantized: a directory, "demo" or "demo-vision".
+
+    Its weights stay on the disk until they are used. Raises BadInput for anything that is not a Gemma 3 checkpoint.
+    """
+    from gemma3.checkpoint import resolve_checkpoint
+    from quant.source import open_source
+
+    return open_source(resolve_checkpoint(str(model)))
+
+
+def quantize(
+    checkpoint: "Source",
+    recipe: str | Recipe = DEFAULT_SCHEME,
+    method: Literal["rtn", "gptq", "hqq"] = "rtn",
+    *,
+    data: Sequence[Path] = (),
+    tokens: int | None = None,
+) -> "QuantizedCheckpoint":
+    """A full-precision checkpoint in ``recipe`` (or a scheme's name), without training.
+
+    ``method`` chooses the integers; "gptq" is calibrated on the first ``tokens`` tokens of the files ``data``. Raises
+    BadInput when the checkpoint is quantized already, and for recipes and data that do not fit.
+    """
+    from quant.quantize import CALIBRATION_TOKENS
+    from quant.quantize import quantize as run
+    from quant.source import full_precision
+
+    wanted = preset(recipe) if isinstance(recipe, str) else recipe
+    return run(full_precision(checkpoint), wanted, method, data=data, tokens=tokens or CALIBRATION_TOKENS)
+
+
+def save_checkpoint(checkpoint: "QuantizedCheckpoint", out: str | Path) -> None:
+    """Write a quantized checkpoint to the new directory ``out``, which appears whole. Raises BadInput if it exists."""
+    from quant.stored import save_quantized
+
+    save_quantized(Path(out), checkpoint.weights, checkpoint.recipe, checkpoint.method, source=checkpoint.path)
+
+
+def export_bundle(
+    checkpoint: "str | Path | Source",
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    formats: Sequence[str] | None = None,
+    context: int | None = None,
+    chunk: int | None = None,
+    exact_sfp8: bool = False,
+) -> Manifest:
+    """Export a checkpoint to ``formats`` (all known ones if None), prove the files, and let the bundle ``out`` appear.
+
+    A full-precision checkpoint is rounded to nearest in ``recipe`` (int4-block32 if None); a quantized one keeps the
+    integers it has. The other arguments are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for
+    what cannot be exported, and VerificationFailed when a file is not the model it should be. After any error nothing
+    is left behind.
+    """
+    from gemma3.host.atomic import refuse_target
+
+    out = Path(out)
+    refuse_target(out)
+    from export.bundle import check_exportable, draft_bundle, seal
+    from quant.quantize import in_recipe
+
+    source = open_checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+    targets = [backend_of(format).target for format in formats or BACKENDS]
+    check_exportable(source, targets, context, chunk)
+    quantized = in_recipe(source, recipe)
+    with draft_bundle(quantized, out, targets=targets, context=context, chunk=chunk, exact_sfp8=exact_sfp8) as draft:
+        manifest = seal(draft, prove(draft))
+    return manifest
+
+
+def validate(bundle: str | Path, checkpoint: "str | Path | Source | None" = None) -> list[Check]:
+    """Every check of ``bundle``, by replaying its proof.
+
+    With the checkpoint that it was made of, everything is computed again. A figure over its limit is a check that did
+    not pass; ``export.checks.require_passed`` raises for it.
+    """
+    source = open_checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+    return _validate(Path(bundle), source)
+
+
+def open_session(bundle: str | Path, format: str | None = None, threads: int | None = None) -> Session:
+    """A session over one graph of ``bundle``: token ids and images in, logits out."""
+    return _open_session(Path(bundle), format, threads)
+
+
+def open_bundle(bundle: str | Path, format: str | None = None, threads: int | None = None) -> OpenBundle:
+    """A session and its tokenizer, for ``generate``."""
+    return _open_bundle(Path(bundle), format, threads)

@@ -1,0 +1,1 @@
+"""What quantization cost, and how fast the files are."""

@@ -1,0 +1,146 @@
+"""How fast the graphs of a bundle are, and how much memory they take, each in a process of its own."""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.manifest import read_manifest
+from gemma3.errors import BadInput, DoesNotFit
+from gemma3.host.memory import peak_rss
+from runtime_py.backends import Backend, backend_of, formats_of, open_graph
+from runtime_py.report import megabytes, table
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second over the repetitions."""
+
+    mean: float
+    sd: float
+    median: float
+
+    @staticmethod
+    def of(rates: Sequence[float]) -> "Rate":
+        sd = statistics.stdev(rates) if len(rates) > 1 else 0.0
+        return Rate(statistics.mean(rates), sd, statistics.median(rates))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.sd:.1f} ({self.median:.1f})"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    format: str
+    prompt: int  # tokens fed before decoding
+    new_tokens: int
+    repetitions: int
+    threads: int | None  # None: the runtime's own choice
+    prefill: Rate
+    decode: Rate  # of the tokens after the prompt
+    load_seconds: float  # after the runtime's libraries are imported
+    peak_rss_bytes: int  # of the whole process, interpreter and libraries included
+    libraries_rss_bytes: int  # the part of it before the file was opened
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bench(
+    bundle: Path,
+    format: str | None = None,
+    *,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    repetitions: int = 5,
+    threads: int | None = None,
+) -> list[Measurement]:
+    """Measure the graph of ``format``, or all graphs of ``bundle``.
+
+    Raises BadInput for counts below one, and DoesNotFit when they are over the bundle's context.
+    """
+    for name, count in (("-p", prompt), ("-n", new_tokens), ("-r", repetitions)):
+        if count < 1:
+            raise BadInput(f"{name} is {count}; use 1 or more")
+    manifest = read_manifest(bundle)
+    context = manifest.context
+    if prompt + new_tokens > context:
+        raise DoesNotFit(f"-p {prompt} and -n {new_tokens} are over the bundle's context of {context}; use fewer")
+    measurements = []
+    for one in formats_of(bundle, manifest, format):
+        # Spawned, so that neither the parent's memory nor another runtime's counts.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            task = pool.submit(_measure, bundle, backend_of(one), prompt, new_tokens, repetitions, threads)
+            measurements.append(task.result())
+    return measurements
+
+
+def _measure(
+    bundle: Path, backend: Backend, prompt: int, new_tokens: int, repetitions: int, threads: int | None
+) -> Measurement:
+    """In a process of its own, where ``backend`` need not be registered."""
+    manifest = read_manifest(bundle)
+    backend.import_runtime()
+    libraries = peak_rss()
+    start = time.perf_counter()
+    session = open_graph(bundle, manifest, backend, threads)
+    load_seconds = time.perf_counter() - start
+    ids = np.random.default_rng(SEED).integers(session.vocab_size, size=prompt + new_tokens).tolist()
+    if session.vision is not None:  # random text must hold no image token
+        ids = [0 if token == session.vision.image_token_id else token for token in ids]
+    prefill, decode = [], []
+    for repetition in range(repetitions + 1):
+        session.reset()
+        start = time.perf_counter()
+        session.prefill(ids[:prompt])
+        middle = time.perf_counter()
+        for token in ids[prompt:]:
+            session.step(token)
+        end = time.perf_counter()
+        if repetition > 0:  # the first one warms up
+            prefill.append(prompt / (middle - start))
+            decode.append(new_tokens / (end - middle))
+    return Measurement(
+        format=backend.target.name,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        repetitions=repetitions,
+        threads=threads,
+        prefill=Rate.of(prefill),
+        decode=Rate.of(decode),
+        load_seconds=load_seconds,
+        peak_rss_bytes=peak_rss(),
+        libraries_rss_bytes=libraries,
+    )
+
+
+def bench_table(measurements: Sequence[Measurement]) -> str:
+    first = measurements[0]
+    header = (
+        "format",
+        f"prefill {first.prompt}, tok/s",
+        f"decode {first.new_tokens}, tok/s",
+        "load",
+        "peak RSS",
+        "of which libraries",
+    )
+    rows = [
+        (
+            f".{one.format}",
+            str(one.prefill),
+            str(one.decode),
+            f"{one.load_seconds:.2f} s",
+            megabytes(one.peak_rss_bytes),
+            megabytes(one.libraries_rss_bytes),
+        )
+        for one in measurements
+    ]
+    return table(header, rows) + f"\n\nmean ± sd (median) of {first.repetitions} repetitions"

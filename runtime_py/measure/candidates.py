@@ -1,0 +1,141 @@
+"""The models that ``accuracy`` measures: a bundle's graphs, or the eager model of a checkpoint."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from export.bundle import weights_behind
+from export.checks import require_passed
+from export.integers import check_integers
+from export.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
+from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT
+from gemma3.errors import BadInput, DoesNotFit
+from gemma3.host.progress import Progress
+from gemma3.tokenizer import Tokenizer
+from quant.source import Source, open_source
+from runtime_py.backends import backend_of, formats_of, open_session
+from runtime_py.measure.accuracy import AccuracyReport, Candidate, measure_accuracy, read_text
+from runtime_py.measure.questions import exact_match, read_questions
+from runtime_py.proof.references import eager_session
+from runtime_py.sessions.eager import open_eager
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model argument names: an opened bundle, or an opened checkpoint."""
+
+    path: Path
+    opened: Manifest | Source
+
+    @property
+    def context(self) -> int:
+        """The most positions it holds."""
+        return self.opened.context if isinstance(self.opened, Manifest) else self.opened.config.max_position_embeddings
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.path / TOKENIZER) if isinstance(self.opened, Manifest) else self.opened.tokenizer
+
+
+def open_model(path: Path) -> Model:
+    """Raises BadInput when ``path`` is neither a bundle nor a checkpoint."""
+    return Model(path, read_manifest(path) if (path / MANIFEST).exists() else open_source(path))
+
+
+def accuracy(
+    model: Path,
+    *,
+    reference: Path,
+    data: Path,
+    baselines: Sequence[Path] = (),
+    checkpoint: Path | None = None,
+    questions: Path | None = None,
+    format: str | None = None,
+    context: int | None = None,
+    tokens: int | None = None,
+    pan_and_scan: bool = False,
+    threads: int | None = None,
+) -> AccuracyReport:
+    """What quantization cost ``model``, a bundle or a checkpoint: its predictions on ``data`` beside those of the
+    original, ``reference``.
+
+    ``baselines`` are measured beside it. ``checkpoint`` is what a bundle was exported from: with it the report also
+    says what the export changed. ``questions`` counts right answers. ``context`` bounds a stretch of text, ``tokens``
+    the number of predictions. Raises BadInput, DoesNotFit and VerificationFailed for models and data that cannot be
+    used or do not belong together.
+    """
+    original = open_source(reference)
+    asked = read_questions(questions) if questions else []
+    opened, others = open_model(model), [open_model(path) for path in baselines]
+    context = common_context([Model(reference, original), opened, *others], context)
+    tokenizer, vision = original.tokenizer, original.config.vision
+    text = read_text(data, tokenizer, context, tokens, vision, pan_and_scan=pan_and_scan)
+    candidates = candidates_of(opened, context, tokenizer, format, threads, checkpoint)
+    compared: dict[str, Candidate] = {}
+    for other in others:
+        compared |= candidates_of(other, context, tokenizer, format, threads)
+    stop_ids = (*original.config.eos_token_ids, tokenizer.end_of_turn_id)
+    ask = partial(exact_match, tokenizer=tokenizer, questions=asked, stop_ids=stop_ids, pan_and_scan=pan_and_scan)
+    session = open_eager(original, context, min(DEFAULT_CHUNK, context))
+    return measure_accuracy(candidates, compared, session, text, ask if asked else None, _bars(text.tokens))
+
+
+def common_context(models: Sequence[Model], wanted: int | None) -> int:
+    """The most positions that all of ``models`` hold, or ``wanted``. Raises DoesNotFit when that is more."""
+    least = min(models, key=lambda model: model.context)
+    if wanted is not None and wanted > least.context:
+        raise DoesNotFit(
+            f"context {wanted} is over the {least.context} positions of {least.path}; use --context {least.context}"
+        )
+    return min(least.context, DEFAULT_CONTEXT) if wanted is None else wanted
+
+
+def candidates_of(
+    model: Model,
+    context: int,
+    tokenizer: Tokenizer,
+    format: str | None,
+    threads: int | None,
+    checkpoint: Path | None = None,
+) -> dict[str, Candidate]:
+    """The candidates of a model by the name that the report shows: each graph of a bundle, or a checkpoint.
+
+    ``checkpoint`` is what a bundle was exported from. Raises BadInput for another tokenizer than ``tokenizer``, and
+    VerificationFailed when the bundle does not hold that checkpoint's integers.
+    """
+    path, manifest = model.path, model.opened
+    name = path.resolve().name
+    if model.tokenizer.sha256 != tokenizer.sha256:
+        raise BadInput(f"{path}: its tokenizer is not that of {tokenizer.path}; give the checkpoint it was made of")
+    if not isinstance(manifest, Manifest):
+        if checkpoint is not None:
+            raise BadInput(f"{path}: is not a bundle; leave out --checkpoint, which names what a bundle was made from")
+        return {name: Candidate(partial(open_eager, manifest, context, min(DEFAULT_CHUNK, context)))}
+    sessions = {one: partial(open_session, path, one, threads) for one in formats_of(path, manifest, format)}
+    if checkpoint is None:
+        return {f"{name} .{one}": Candidate(session) for one, session in sessions.items()}
+    targets = {one: backend_of(one).target for one in manifest.artifacts}
+    weights = weights_behind(manifest, open_source(checkpoint), targets)
+    checks = check_integers(path, manifest, weights, targets)
+    require_passed(checks)
+    integers = {check.artifact: check for check in checks}
+    return {
+        f"{name} .{one}": Candidate(
+            session, partial(eager_session, manifest, manifest.artifacts[one], weights[one]), integers.get(one)
+        )
+        for one, session in sessions.items()
+    }
+
+
+def _bars(tokens: int) -> Callable[[str, int], None]:
+    """A progress bar for each model, one after the other."""
+    bars: dict[str, Progress] = {}
+
+    def show(name: str, done: int) -> None:
+        bar = bars.get(name) or bars.setdefault(name, Progress(tokens))
+        bar.show(done, f"tokens, {name}")
+        if done == tokens:
+            bar.close()
+
+    return show

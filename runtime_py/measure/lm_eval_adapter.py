@@ -1,0 +1,161 @@
+"""Sessions as models of EleutherAI's lm-evaluation-harness: ``pip install '.[lm-eval]'``, then
+
+    from lm_eval import simple_evaluate
+    from runtime_py.measure.lm_eval_adapter import SessionLM
+
+    simple_evaluate(model=SessionLM(session, tokenizer, stop_ids), tasks=["arc_easy"])
+
+where ``session`` is any of ours: eager, .pte or .onnx. Every sequence begins with BOS, without which Gemma's
+predictions are worthless, also a sequence that was cut on the left to fit the context.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows
+
+from gemma3.chat import Message, render_chat
+from gemma3.errors import BadInput, DoesNotFit
+from gemma3.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
+from runtime_py.conversation import stream_text
+from runtime_py.generate import Sampler, generate
+from runtime_py.measure.comparison import Prediction
+from runtime_py.sessions.protocol import Session
+
+BOS = "<bos>"
+MARKERS = re.compile(f"({BOS}|{START_OF_TURN}|{END_OF_TURN})")
+MAX_NEW_TOKENS = 256  # the harness's own default
+
+
+class SessionLM(TemplateLM):
+    """``stop_ids`` end a generation, as do the strings that a task names. Requests run one by one."""
+
+    def __init__(self, session: Session, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
+        super().__init__()
+        self._session = session
+        self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name under which the harness caches requests."""
+        return self._tokenizer.sha256
+
+    def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """A conversation as text. Without the generation prompt, its last message stays open, to be continued."""
+        text = render_chat(chat_history, add_generation_prompt)
+        return text if add_generation_prompt else text.removesuffix(f"{END_OF_TURN}\n")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids with BOS in front unless ``add_special_tokens`` is False.
+
+        Turn markers become special tokens only in text that ``apply_chat_template`` made, which begins with BOS.
+        """
+        if not string.startswith(BOS):
+            return self._tokenizer.encode(string, bos=add_special_tokens is not False)
+        ids: list[int] = []
+        for part in MARKERS.split(string):
+            marker = MARKERS.fullmatch(part)
+            ids += [self._tokenizer.special_id(part)] if marker else self._tokenizer.encode(part, bos=False)
+        return ids
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each whole text, in windows of the context."""
+        return [self._text_likelihood(*request.args) for request in requests]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, cut before the first stop string. Raises BadInput when a task asks for sampling."""
+        answers = []
+        for request in requests:
+            context, settings = request.args
+            answers.append(self._continue(context, **settings))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For each continuation, its log-probability and whether greedy decoding would give it."""
+        answers = []
+        fed: tuple[list[int], int] = [], 0
+        predictions: list[Prediction] = []
+        for strings, context, continuation in requests:
+            if not continuation:
+                raise BadInput(f"continuation {strings[1]!r} has no token of its own; lengthen it in the task")
+            ids = self._fitted([*context, *continuation[:-1]], keep=len(continuation) - 1)
+            if (ids, len(continuation)) != fed:  # choices of one token each follow the same ids
+                fed = ids, len(continuation)
+                predictions = list(self._predictions(*fed))
+            answers.append(_score(predictions, continuation))
+            self.cache_hook.add_partial("loglikelihood", strings, answers[-1])
+        return answers
+
+    def _text_likelihood(self, text: str) -> float:
+        ids = self._tokenizer.encode(text, bos=False)
+        windows = get_rolling_token_windows(ids, self.prefix_token_id, self._session.context, context_len=1)
+        return sum(
+            _score(self._predictions([self.prefix_token_id, *fed[1:]], len(predicted)), predicted)[0]
+            for fed, predicted in windows
+        )
+
+    def _continue(
+        self,
+        context: str,
+        until: str | Sequence[str] = (),
+        max_gen_toks: int = MAX_NEW_TOKENS,
+        do_sample: bool = False,
+        **_: Any,
+    ) -> str:
+        if do_sample:
+            raise BadInput("the task samples; set do_sample: false in its generation_kwargs")
+        stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        ids = self._fitted(self.tok_encode(context), room=max_gen_toks)
+        self._session.reset()
+        text = ""
+        generation = generate(self._session, ids, Sampler(), stop_ids=self._stop_ids, max_new_tokens=max_gen_toks)
+        for piece in stream_text(generation, self._tokenizer):
+            text += piece
+            ends = [text.index(stop) for stop in stops if stop in text]
+            if ends:
+                return text[: min(ends)]
+        return text
+
+    def _predictions(self, ids: Sequence[int], count: int) -> Iterator[Prediction]:
+        """The prediction after each of the last ``count`` of ``ids``, which are fed from an empty cache."""
+        self._session.reset()
+        split = len(ids) - count + 1
+        yield Prediction(self._session.prefill(ids[:split]))
+        for token in ids[split:]:
+            yield Prediction(self._session.step(token))
+
+    def _fitted(self, ids: list[int], *, keep: int = 1, room: int = 0) -> list[int]:
+        """``ids``, cut on the left after their BOS, so that ``room`` more fit the context.
+
+        Raises DoesNotFit when that leaves fewer than the last ``keep``.
+        """
+        size = self._session.context - room
+        if len(ids) <= size:
+            return ids
+        if size < keep + 1:
+            raise DoesNotFit(
+                f"{keep} tokens and {room} to come do not fit the context of {self._session.context}; "
+                "export with a larger --context"
+            )
+        return [ids[0], *ids[len(ids) - size + 1 :]]
+
+
+def _score(predictions: Iterable[Prediction], ids: Sequence[int]) -> tuple[float, bool]:
+    pairs = list(zip(predictions, ids, strict=True))
+    total = sum(float(prediction.log_probabilities[token]) for prediction, token in pairs)
+    return total, all(prediction.top == token for prediction, token in pairs)

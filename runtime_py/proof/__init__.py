@@ -1,0 +1,1 @@
+"""Is an exported file the model it claims to be?"""

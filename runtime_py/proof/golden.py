@@ -1,0 +1,183 @@
+"""Golden vectors: the logits of the quantized eager model at positions of a fixed sequence.
+
+For a vocabulary of up to 8192 every logit is kept. For a larger one, a position keeps its ``TOP`` largest logits, a
+random subset of columns (the same at every position) and the log-sum-exp over all columns, which is enough for an
+unbiased estimate of the KL divergence (see ``ReferenceLogits.compare``). For a multimodal model the images of the
+sequence and their soft tokens are kept too. With the file anyone can repeat the check without torch and without the
+checkpoint. docs/bundle.md describes its arrays.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from gemma3.errors import VerificationFailed
+from runtime_py.sessions.protocol import Logits, SoftTokens
+
+FULL_VOCABULARY = 8192
+TOP, COLUMNS, SEED = 512, 4096, 0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The logits of a file against the reference's, at one position."""
+
+    position: int
+    max_abs: float
+    sum_abs: float
+    sum_squares: float
+    reference_squares: float
+    count: int  # logits compared
+    kl: float  # nats, reference to file
+    same_top: bool
+
+
+@dataclass(frozen=True)
+class ReferenceLogits:
+    """Rows are positions of ``ids``: P rows, each with the same M columns and K more of its own (K may be 0)."""
+
+    ids: NDArray[np.int32]  # [T]
+    positions: NDArray[np.int32]  # [P]
+    columns: NDArray[np.int32]  # [M]
+    values: NDArray[np.float32]  # [P, M] logits of the columns
+    top_columns: NDArray[np.int32]  # [P, K]
+    top_values: NDArray[np.float32]  # [P, K]
+    log_sum_exp: NDArray[np.float32]  # [P], over the whole vocabulary
+    argmax: NDArray[np.int32]  # [P]
+    # KL divergence, at every recorded position, to the same model after a change of its inputs by one unit in the last
+    # place. Without int8 activations it is next to nothing, and left 0.
+    noise_kl: NDArray[np.float32]
+    # Of a multimodal model; empty otherwise.
+    images: NDArray[np.uint8]  # [I, S, S, 3]
+    soft_tokens: NDArray[np.float32]  # [I, T, E]
+    soft_noise: NDArray[np.float32]  # [I]: relative RMS change of the soft tokens after the same change
+
+    def at(self, positions: Iterable[int]) -> "ReferenceLogits":
+        """The rows for those of ``positions`` that are here. The noise is of the model, and stays as it is."""
+        rows = np.flatnonzero(np.isin(self.positions, list(positions)))
+        return replace(
+            self,
+            positions=self.positions[rows],
+            values=self.values[rows],
+            top_columns=self.top_columns[rows],
+            top_values=self.top_values[rows],
+            log_sum_exp=self.log_sum_exp[rows],
+            argmax=self.argmax[rows],
+        )
+
+    def compare(self, position: int, logits: Logits) -> Difference | None:
+        """Compare the ``logits`` [V] of a file after the id at ``position``; None when the reference has no such row.
+
+        KL(p‖q) = Σ p log(p/q) is summed as Σ [p log(p/q) − p + q], which is the same because p and q sum to 1. Its
+        terms are all ≥ 0, so the random columns estimate the columns left out with little variance.
+        """
+        found = np.flatnonzero(self.positions == position)
+        if len(found) == 0:
+            return None
+        row = found[0]
+        top = self.top_columns[row]
+        random = ~np.isin(self.columns, top)
+        columns = np.concatenate((top, self.columns[random]))
+        expected = np.concatenate((self.top_values[row], self.values[row][random])).astype(np.float64)
+        wide = logits.astype(np.float64)
+        delta = wide[columns] - expected
+        log_p = expected - float(self.log_sum_exp[row])
+        log_q = wide[columns] - log_sum_exp(wide)
+        terms = np.exp(log_p) * (log_p - log_q) - np.exp(log_p) + np.exp(log_q)
+        stands_for = np.ones(len(columns))
+        if len(columns) > len(top):
+            stands_for[len(top) :] = (len(logits) - len(top)) / (len(columns) - len(top))
+        return Difference(
+            position=position,
+            max_abs=float(np.abs(delta).max()),
+            sum_abs=float(np.abs(delta).sum()),
+            sum_squares=float((delta**2).sum()),
+            reference_squares=float((expected**2).sum()),
+            count=len(columns),
+            kl=float(terms @ stands_for),
+            same_top=bool(np.argmax(logits) == self.argmax[row]),
+        )
+
+
+def relative_rms(seen: SoftTokens, expected: SoftTokens) -> float:
+    """The root mean square of the difference, as a share of that of ``expected``."""
+    delta = seen.astype(np.float64) - expected
+    return math.sqrt(float((delta**2).sum() / (expected.astype(np.float64) ** 2).sum()))
+
+
+def log_sum_exp(logits: NDArray[np.float64]) -> float:
+    peak = float(logits.max())
+    return peak + float(np.log(np.exp(logits - peak).sum()))
+
+
+class Recorder:
+    """Collects ``ReferenceLogits`` row by row, so that the logits of a large vocabulary are never all in memory."""
+
+    def __init__(self, ids: Iterable[int], vocab_size: int) -> None:
+        self._ids = np.asarray(list(ids), np.int32)
+        if vocab_size <= FULL_VOCABULARY:
+            self._columns, self._top = np.arange(vocab_size), 0
+        else:
+            random = np.random.default_rng(SEED)
+            self._columns, self._top = np.sort(random.choice(vocab_size, COLUMNS, replace=False)), TOP
+        self._rows: dict[int, tuple[Logits, NDArray[np.int64], Logits, float, int]] = {}
+
+    def add(self, position: int, logits: Logits) -> None:
+        """``logits`` float32 [V] after the id at ``position``."""
+        top = np.sort(np.argpartition(-logits, self._top)[: self._top])
+        total = log_sum_exp(logits.astype(np.float64))
+        self._rows[position] = (logits[self._columns], top, logits[top], total, int(np.argmax(logits)))
+
+    def reference(
+        self, images: NDArray[np.uint8] | None = None, soft_tokens: SoftTokens | None = None
+    ) -> ReferenceLogits:
+        positions = sorted(self._rows)
+        values, tops, top_values, totals, argmax = zip(*(self._rows[position] for position in positions), strict=True)
+        return ReferenceLogits(
+            ids=self._ids,
+            positions=np.asarray(positions, np.int32),
+            columns=self._columns.astype(np.int32),
+            values=np.stack(values),
+            top_columns=np.stack(tops).astype(np.int32),
+            top_values=np.stack(top_values),
+            log_sum_exp=np.asarray(totals, np.float32),
+            argmax=np.asarray(argmax, np.int32),
+            noise_kl=np.zeros(len(positions), np.float32),
+            images=np.zeros((0, 0, 0, 3), np.uint8) if images is None else images,
+            soft_tokens=np.zeros((0, 0, 0), np.float32) if soft_tokens is None else soft_tokens,
+            soft_noise=np.zeros(0 if soft_tokens is None else len(soft_tokens), np.float32),
+        )
+
+
+IMAGES = "images"  # the same for all references, and saved once
+FIELDS = tuple(field.name for field in fields(ReferenceLogits) if field.name != IMAGES)
+
+
+def save_golden(path: Path, references: Mapping[str, ReferenceLogits]) -> None:
+    """Write the references by activations into one safetensors file, with names such as ``int8.values``."""
+    arrays = {
+        f"{activations}.{name}": np.ascontiguousarray(getattr(reference, name))
+        for activations, reference in references.items()
+        for name in FIELDS
+    }
+    arrays[IMAGES] = next(iter(references.values())).images
+    path.write_bytes(save(arrays))  # save_file would leave it readable by its owner alone
+
+
+def load_golden(path: Path) -> dict[str, ReferenceLogits]:
+    """The references by activations. Raises VerificationFailed when the file is damaged."""
+    try:
+        arrays = load_file(str(path))
+        images = arrays.pop(IMAGES)
+        return {
+            activations: ReferenceLogits(images=images, **{name: arrays[f"{activations}.{name}"] for name in FIELDS})
+            for activations in sorted({key.partition(".")[0] for key in arrays})
+        }
+    except (OSError, SafetensorError, KeyError) as error:
+        raise VerificationFailed(f"{path}: not golden vectors ({error!r}); export the bundle again") from None

@@ -1,0 +1,231 @@
+"""The plan of a proof: what is fed to a model, and at which positions its logits are compared.
+
+One token sequence is fed in several ways ("walks"), each after a reset. It crosses the sliding window W (W − 1, W,
+W + 1, 2W) and several wraps of the bounded caches. For a multimodal model it contains images: first, across the chunk,
+the window and the wraps, two in a row, and past every wrap. The logits of a file are known after an image, never inside
+one.
+"""
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.manifest import Manifest
+from gemma3.cache import CacheLayout
+from gemma3.config import SLIDING, VisionConfig
+from runtime_py.sessions.protocol import Image, Pixels, SoftTokens
+
+# How far the sequence goes: this many windows past the first wrap of the larger bounded cache, and this many turns of
+# that cache; never past the context.
+WINDOWS_PAST_THE_WRAP = 4
+TURNS = 3
+# A sequence up to this length is stepped through one by one. A longer one is fed in chunks up to NEAR positions before
+# a landmark, and stepped through around it.
+STEP_EVERYTHING = 1024
+NEAR = 16
+# Golden vectors keep the positions this near to a landmark.
+GOLDEN_NEAR = 1
+TAIL = 8  # positions decoded one by one after the whole prompt
+SEED = 20_250_312
+# Two images reveal a mix-up; each more would cost a run of the vision model and an image's bytes. They repeat in this
+# order, whose first three and more are another sequence when reversed.
+IMAGES = 2
+ORDER = (0, 0, 1, 0, 1, 1)
+MORE_FOR_IMAGES = 4  # so many images longer is the sequence of a multimodal model
+
+ODD_SIZES, ONE_BY_ONE, CHUNKS, WHOLE_PROMPT = "odd-sizes", "one-by-one", "chunks", "whole-prompt"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fed, and where the logits are compared.
+
+    ``walks``: by id, the length of each call's ids, in order. ``landmarks``: by id, a position. ``image_places``: the
+    position of each image's first soft token. ``image_numbers``: which of the golden images is at each place.
+    """
+
+    ids: tuple[int, ...]
+    walks: dict[str, tuple[int, ...]]
+    landmarks: dict[str, int]
+    image_places: tuple[int, ...] = ()
+    image_numbers: tuple[int, ...] = ()
+
+    @property
+    def positions(self) -> list[int]:
+        """Every position whose logits some walk gives: the last one of each call."""
+        return sorted({end for lengths in self.walks.values() for end in ends(lengths)})
+
+    @property
+    def golden_positions(self) -> list[int]:
+        """The positions around the landmarks, and those that the walks with longer calls give."""
+        found = {end for walk, lengths in self.walks.items() if walk != ONE_BY_ONE for end in ends(lengths)}
+        return sorted(found.union(near(self.landmarks.values(), GOLDEN_NEAR, len(self.ids))))
+
+    def images_between(self, start: int, end: int) -> slice:
+        """Which of the places are from position ``start`` to before ``end``."""
+        return slice(bisect_left(self.image_places, start), bisect_left(self.image_places, end))
+
+    def images_to_feed(self, soft_tokens: Sequence[SoftTokens], pixels: Sequence[Pixels] = ()) -> list[Image]:
+        """The image at each place: its soft tokens, or with ``pixels`` those where it comes for the first time."""
+        numbers = self.image_numbers
+        return [
+            pixels[number] if len(pixels) and number not in numbers[:index] else soft_tokens[number]
+            for index, number in enumerate(numbers)
+        ]
+
+
+def make_plan(manifest: Manifest) -> Plan:
+    """The plan for a bundle. It depends on its configuration, cache layouts, context and chunk alone."""
+    layouts = [artifact.cache for artifact in manifest.artifacts.values()]
+    window, chunk, vision = manifest.model.sliding_window, manifest.chunk, manifest.model.vision
+    wraps = sorted({local_slots(layout) for layout in layouts})
+    past_the_wrap = wraps[-1] + WINDOWS_PAST_THE_WRAP * window
+    length = max(past_the_wrap, TURNS * wraps[-1] + NEAR)
+    if vision is not None:
+        length += MORE_FOR_IMAGES * vision.tokens_per_image
+    length = min(manifest.context, length)
+    landmarks = {"first": 0, "chunk-end": chunk - 1, "W-1": window - 1, "W": window, "W+1": window + 1}
+    landmarks |= {f"{count}W": count * window for count in range(2, WINDOWS_PAST_THE_WRAP + 1)}
+    for slots in wraps:
+        landmarks |= {f"wrap-{turn}-of-{slots}-slots": turn * slots for turn in range(1, TURNS + 1)}
+    landmarks["last"] = length - 1
+    places, soft_tokens = [], 0
+    if vision is not None:
+        soft_tokens = vision.tokens_per_image
+        places = image_places(soft_tokens, [chunk, window, *wraps], length)
+        landmarks |= {f"image-{number + 1}": place + soft_tokens - 1 for number, place in enumerate(places)}
+    landmarks = {name: position for name, position in landmarks.items() if position < length}
+    stepped = range(length) if length <= STEP_EVERYTHING else near(landmarks.values(), NEAR, length)
+    odd = itertools.cycle((1, 2, 3, 5, 7, 11, 13, 1, chunk, max(1, chunk - 1), chunk + 1, 2 * chunk + 3))
+    tail = min(TAIL, length - 1)
+    walks = {
+        ODD_SIZES: _fill(odd, length),
+        ONE_BY_ONE: _lengths_to(stepped, length),
+        CHUNKS: _fill(itertools.repeat(chunk), length),
+        WHOLE_PROMPT: (length - tail, *[1] * tail),
+    }
+    return Plan(
+        ids=tuple(probe_ids(manifest, length, places)),
+        walks={walk: _images_whole(lengths, places, soft_tokens) for walk, lengths in walks.items()},
+        landmarks=landmarks,
+        image_places=tuple(places),
+        image_numbers=tuple(itertools.islice(itertools.cycle(ORDER), len(places))),
+    )
+
+
+def plan_images(manifest: Manifest) -> NDArray[np.uint8]:
+    """The images of the plan for a bundle, [IMAGES, S, S, 3]; [0, 0, 0, 3] for a text-only model."""
+    vision = manifest.model.vision
+    return np.zeros((0, 0, 0, 3), np.uint8) if vision is None else probe_images(vision)
+
+
+def local_slots(layout: CacheLayout) -> int:
+    """The slots of the sliding-window layers' caches (the context if there are none)."""
+    return min((layer.slots for layer in layout.layers if layer.kind == SLIDING), default=layout.context)
+
+
+def image_places(soft_tokens: int, across: Iterable[int], length: int) -> list[int]:
+    """Where images of ``soft_tokens`` begin in a sequence of ``length`` positions, each between its two markers.
+
+    The first image follows BOS and its marker. Then one lies across each of the positions ``across`` that no image
+    covers yet, two follow one another in the middle, and one is near the end. Images without room are left out.
+    """
+    places: list[int] = []
+
+    def place(start: int) -> None:
+        start = max(start, places[-1] + soft_tokens + 2 if places else 2)
+        if start + soft_tokens + 1 + TAIL <= length:
+            places.append(start)
+
+    place(2)
+    middle = length // 2
+    for position in sorted(position for position in across if position < middle):
+        if not any(place <= position < place + soft_tokens for place in places):
+            place(position - soft_tokens // 2)
+    place(middle)
+    place(middle)
+    place(length - soft_tokens - 1 - 2 * TAIL)
+    return places
+
+
+def probe_ids(manifest: Manifest, length: int, places: Sequence[int] = ()) -> list[int]:
+    """BOS, then ids drawn evenly from the whole vocabulary, so that every row of the table may occur; images at
+    ``places``.
+
+    Text would hide faults. On the demo checkpoint a window off by one costs a mean KL divergence of 2.8e-3 over these
+    ids and 2.7e-4 over held-out text, which is within the noise of int8 activations.
+    """
+    random = np.random.default_rng(SEED)
+    ids = [manifest.tokenizer.bos_id, *random.integers(manifest.model.vocab_size, size=length - 1).tolist()]
+    vision = manifest.model.vision
+    if vision is None:
+        return ids
+    ids = [manifest.tokenizer.bos_id if token == vision.image_token_id else token for token in ids]
+    for place in places:
+        end = place + vision.tokens_per_image
+        ids[place - 1 : end + 1] = [
+            vision.begin_image_token_id,
+            *[vision.image_token_id] * vision.tokens_per_image,
+            vision.end_image_token_id,
+        ]
+    return ids
+
+
+def probe_images(vision: VisionConfig) -> NDArray[np.uint8]:
+    """[IMAGES, S, S, 3]: the average of random colours for each soft token's square, each patch and each pixel.
+
+    Noise for each pixel alone would not do: averaged over a square it all looks alike, which hides a mix-up of soft
+    tokens.
+    """
+    random = np.random.default_rng(SEED)
+    size = vision.image_size
+    total = np.zeros((IMAGES, size, size, 3))
+    cells = (math.isqrt(vision.tokens_per_image), vision.patches_per_side, size)
+    for count in cells:
+        colours = random.integers(256, size=(IMAGES, count, count, 3))
+        total += colours.repeat(size // count, axis=1).repeat(size // count, axis=2)
+    return (total / len(cells)).astype(np.uint8)
+
+
+def near(landmarks: Iterable[int], distance: int, length: int) -> list[int]:
+    """The positions in a sequence of ``length`` that are at most ``distance`` from a landmark, in order."""
+    around = {mark + offset for mark in landmarks for offset in range(-distance, distance + 1)}
+    return sorted(position for position in around if 0 <= position < length)
+
+
+def _images_whole(lengths: Iterable[int], places: Iterable[int], soft_tokens: int) -> tuple[int, ...]:
+    """``lengths`` with each cut that would be inside an image moved to the image's end."""
+    cuts = set(itertools.accumulate(lengths))
+    for place in places:
+        inside = set(range(place + 1, place + soft_tokens)) & cuts
+        if inside:
+            cuts = cuts - inside | {place + soft_tokens}
+    return tuple(after - before for before, after in itertools.pairwise([0, *sorted(cuts)]))
+
+
+def ends(lengths: Iterable[int]) -> list[int]:
+    """The position of the last id of each call."""
+    return [end - 1 for end in itertools.accumulate(lengths)]
+
+
+def _lengths_to(positions: Iterable[int], length: int) -> tuple[int, ...]:
+    """Lengths of calls that end at each of ``positions``, and at the end of the sequence."""
+    cuts = [0, *(position + 1 for position in positions)]
+    if cuts[-1] != length:
+        cuts.append(length)
+    return tuple(after - before for before, after in itertools.pairwise(cuts))
+
+
+def _fill(sizes: Iterable[int], length: int) -> tuple[int, ...]:
+    """The first of ``sizes``, the last one shortened, that add up to ``length``."""
+    lengths: list[int] = []
+    for size in sizes:
+        lengths.append(min(size, length - sum(lengths)))
+        if sum(lengths) == length:
+            break
+    return tuple(lengths)

@@ -1,0 +1,56 @@
+"""``proof/plan.json``: the proof of a bundle as data. Python, Kotlin, C++ or anyone can replay it.
+
+docs/bundle.md explains the file, and docs/validation.md how its figures are computed. Works without torch.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.target import Activations
+from gemma3 import typed_json
+from gemma3.errors import BadInput, VerificationFailed
+from runtime_py.proof.limits import AT_LEAST, Limits
+from runtime_py.proof.plan import Plan
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ArtifactProof:
+    """How one artifact is judged against the golden vectors.
+
+    ``reference`` is the prefix of its arrays in golden.safetensors. ``limits`` and their reason hold for this kind of
+    file; ``tolerances`` are the resulting limits by check id and metric. A metric without one is information.
+    """
+
+    reference: Activations
+    limits: Limits
+    tolerances: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class ProofPlan:
+    """The plan, and how each artifact is judged. A value of a metric in ``at_least`` passes from its limit upwards,
+    one of any other metric up to its limit. NaN never passes.
+    """
+
+    schema_version: int
+    plan: Plan
+    at_least: tuple[str, ...]
+    artifacts: dict[str, ArtifactProof]
+
+
+def save_plan(path: Path, plan: Plan, artifacts: Mapping[str, ArtifactProof]) -> None:
+    proof = ProofPlan(SCHEMA_VERSION, plan, AT_LEAST, dict(artifacts))
+    path.write_text(typed_json.encode(proof, indent=None), encoding="utf-8")
+
+
+def load_plan(path: Path) -> ProofPlan:
+    """Raises VerificationFailed when the file is damaged or of another version."""
+    try:
+        return typed_json.decode(ProofPlan, json.loads(path.read_text(encoding="utf-8")), "plan")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, BadInput) else repr(error)
+        raise VerificationFailed(f"{path}: not the plan of a proof ({reason}); export the bundle again") from None

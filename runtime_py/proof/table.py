@@ -1,0 +1,35 @@
+"""The checks of a proof as a table."""
+
+from collections.abc import Sequence
+
+from export.checks import Check
+from runtime_py.proof.limits import AT_LEAST
+from runtime_py.report import table
+
+METRICS = (
+    *("equal", "soft_rms", "max_abs", "mean_abs", "relative_rms"),
+    *("kl_mean", "kl_median", "kl_max", "kl_worst_position", "float_equal", "top1_agreement", "decibels"),
+)
+
+
+def validation_table(checks: Sequence[Check]) -> str:
+    """One row a check, with its figures side by side; a figure over its limit is marked. The limits are below."""
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    limits: dict[str, set[str]] = {}
+    for check in checks:
+        shown = f"{check.value:.3g}" + ("" if check.passed else " FAILED")
+        rows.setdefault((check.artifact, check.id, check.name), {})[check.metric] = shown
+        if check.limit is not None:
+            sign = "≥" if check.metric in AT_LEAST else "≤"
+            limits.setdefault(check.artifact, set()).add(f"{check.metric} {sign} {check.limit:.3g}")
+    metrics = sorted({check.metric for check in checks}, key=METRICS.index)
+    figures = table(
+        ("artifact", "check", *metrics),
+        [
+            (artifact, name, *(values.get(metric, "") for metric in metrics))
+            for (artifact, _, name), values in rows.items()
+        ],
+        left=2,
+    )
+    notes = [f"{artifact} must keep {', '.join(sorted(kept))}" for artifact, kept in limits.items()]
+    return "\n".join((figures, "", *notes))

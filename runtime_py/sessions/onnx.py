@@ -1,0 +1,145 @@
+"""An .onnx file, run by ONNX Runtime on the CPU. Works without torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from export.onnx.file import VISION_FILE, load_graph
+from gemma3.cache import CacheLayout
+from gemma3.config import ModelConfig
+from gemma3.errors import BadInput
+from gemma3.images import Pixels, network_input
+from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls, check_image, is_pixels
+
+PARTS = ("key", "value")
+
+
+class OnnxSession:
+    """The cache is one set of buffers, bound as both past and present, which the graph updates in place.
+
+    With ``threads`` None, ONNX Runtime chooses their number. Raises BadInput when the file is damaged, refers to
+    anything unsafe, or does not have the caches and the vocabulary of ``layout`` and ``config``.
+
+    The vision model is in memory only while a prompt's images are encoded, before the prompt is fed: loading it takes
+    little time beside an image's, and on a phone the text model needs the memory.
+    """
+
+    def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
+        self._threads = threads
+        self._session = open_graph(path, threads)
+        shapes = _cache_shapes(layout)
+        _check_shapes(path, self._session, shapes | {"logits": [1, 1, config.vocab_size]})
+        if config.vision is not None:
+            _check_shapes(path, self._session, {"soft_tokens": [1, "soft_tokens_length", config.hidden_size]})
+        self.context = layout.context
+        self.chunk = layout.chunk
+        self.vocab_size = config.vocab_size
+        self.vision = config.vision
+        self.position = 0
+        self.logits: Logits = np.empty(0, np.float32)
+
+        self._vision_path = path.with_name(VISION_FILE)
+        if config.vision is not None:
+            load_graph(self._vision_path)
+        self._no_soft_tokens = np.empty((1, 0, config.hidden_size), np.float32)
+        self._mask = np.ones((1, layout.context), np.int64)
+        self._logits = np.empty((1, 1, config.vocab_size), np.float32)
+        self._binding = self._session.io_binding()
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+        # Kept here, because a binding does not own the memory it refers to.
+        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in shapes.values()]
+        for name, buffer in zip(shapes, self._caches, strict=True):
+            self._binding.bind_ortvalue_input(name, buffer)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+
+    def reset(self) -> None:
+        """The buffers keep their bytes: the position alone decides which rows are read."""
+        self.position = 0
+        self.logits = np.empty(0, np.float32)
+
+    def step(self, token: int) -> Logits:
+        return self.prefill([token])
+
+    def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
+        split = calls(self, ids, images)
+        encoded = iter(self._encode(images))
+        for call in split:
+            if call.image is None:
+                self._feed(np.array([call.ids], np.int64), self._no_soft_tokens)
+            else:
+                self._feed(np.empty((1, 0), np.int64), next(encoded))
+        self.logits = self._logits[0, 0].copy()
+        return self.logits
+
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        assert self.vision is not None
+        check_image(image, self.vision)
+        (soft_tokens,) = self._encode([image])
+        return soft_tokens[0]
+
+    def _feed(self, tokens: NDArray[np.int64], soft_tokens: SoftTokens) -> None:
+        """Feed tokens [1, S] or soft tokens [1, M, E]; the other one is empty."""
+        end = self.position + tokens.shape[1] + soft_tokens.shape[1]
+        self._binding.bind_cpu_input("input_ids", tokens)
+        self._binding.bind_cpu_input("attention_mask", self._mask[:, :end])
+        if self.vision is not None:
+            # Kept while the graph runs, like the caches. (bind_cpu_input does not know inputs with a default.)
+            soft_tokens_buffer = ort.OrtValue.ortvalue_from_numpy(soft_tokens)
+            self._binding.bind_ortvalue_input("soft_tokens", soft_tokens_buffer)
+        self._session.run_with_iobinding(self._binding)
+        self.position = end
+
+    def _encode(self, images: Sequence[Image]) -> list[SoftTokens]:
+        """The soft tokens [1, T, E] of each; an image given as soft tokens is passed on."""
+        encoder = open_encoder(self._vision_path, self._threads) if any(map(is_pixels, images)) else None
+        encoded: list[SoftTokens] = []
+        for image in images:
+            if encoder is not None and is_pixels(image):
+                encoded += encoder.run(["soft_tokens"], {"pixels": network_input(image)})
+            else:
+                encoded.append(np.asarray(image[None], np.float32))
+        return encoded
+
+
+def open_encoder(path: Path, threads: int | None) -> ort.InferenceSession:
+    """The vision model's graph, without a memory plan, for which ONNX Runtime would keep 100 MB from the second image
+    on."""
+    return open_graph(path, threads, plan_memory=False)
+
+
+def open_graph(path: Path, threads: int | None, plan_memory: bool = True) -> ort.InferenceSession:
+    """Raises BadInput when the file is damaged or refers to anything unsafe."""
+    load_graph(path)  # refuses what ONNX Runtime should not be asked to open
+    options = ort.SessionOptions()
+    options.enable_mem_pattern = plan_memory
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path}: ONNX Runtime does not load it ({reason}); export it again") from None
+
+
+def _cache_shapes(layout: CacheLayout) -> dict[str, list[int]]:
+    return {
+        f"past_key_values.{index}.{part}": list(layer.by_head)
+        for index, layer in enumerate(layout.layers)
+        for part in PARTS
+    }
+
+
+def _check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, Sequence[int | str]]) -> None:
+    """The file must declare the shapes of the layout, by which the buffers are allocated."""
+    declared = {
+        value.name: value.shape
+        for value in (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
+    }
+    for name, shape in expected.items():
+        if declared.get(name) != shape:
+            raise BadInput(
+                f"{path}: {name} is {declared.get(name)}, expected {shape}; the file is not the one of this layout"
+            )

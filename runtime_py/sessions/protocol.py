@@ -1,0 +1,192 @@
+"""One protocol over every way to run a model: eager PyTorch, .pte, .onnx, and backends to come.
+
+A session holds the cache of one sequence. Token ids are fed at ``position``; the logits are those of the last id fed.
+An image is given as ``Pixels`` of the model's own size, or as soft tokens that the same session has encoded. Its T soft
+tokens replace T image tokens in the ids.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol, TypeGuard, cast, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma3.config import VisionConfig
+from gemma3.errors import BadInput, DoesNotFit, counted
+from gemma3.images import Pixels
+
+Logits = NDArray[np.float32]
+SoftTokens = NDArray[np.float32]  # [T, E]
+Image = Pixels | SoftTokens
+
+# Logits of a vocabulary of 262 144 take a megabyte a position.
+ROWS_AT_ONCE = 32
+
+
+class Session(Protocol):
+    """Its input is checked as a whole before any of it is fed (see ``calls`` for what is raised)."""
+
+    @property
+    def context(self) -> int:
+        """Positions the cache can hold."""
+
+    @property
+    def chunk(self) -> int:
+        """The most ids in one call of the graph: ``prefill`` splits text into chunks. No image has more."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """None: a text-only model."""
+
+    @property
+    def position(self) -> int:
+        """Ids fed since the last reset."""
+
+    @property
+    def logits(self) -> Logits:
+        """float32 [V], of the last id fed; empty until something was fed."""
+
+    def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
+        """Feed one or more ids, with ``images`` for their image tokens. Returns the logits of the last id."""
+
+    def step(self, token: int) -> Logits:
+        """Feed one id. Returns its logits."""
+
+    def reset(self) -> None:
+        """Go back to position 0. The next sequence gets the logits that a new session would give."""
+
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        """The soft tokens of ``image``, float32 [T, E]. For multimodal models."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The input of one call of a graph: at most a chunk of text, or the T image tokens of ``image``."""
+
+    ids: Sequence[int]
+    image: Image | None = None
+
+
+def calls(
+    session: Session, ids: Sequence[int], images: Sequence[Image] = (), text_chunk: int | None = None
+) -> list[Call]:
+    """The calls that feed ``ids``, in order: text in chunks of ``text_chunk`` (None: the session's), each image whole.
+
+    Raises BadInput when the number of images is not the number of runs of image tokens, when an image does not have
+    the model's size, when the model is text-only, and when a run is not as long as an image; also what ``check_ids``
+    raises.
+    """
+    text_chunk = text_chunk or session.chunk
+    vision = session.vision
+    if vision is None:
+        if images:
+            raise BadInput(
+                f"{counted(len(images), 'image')} for a text-only model; leave images out, or export a multimodal "
+                "checkpoint"
+            )
+        _check(session, ids, images)
+        return [Call(chunk) for chunk in chunks(ids, text_chunk)]
+    runs = [(is_image, list(run)) for is_image, run in groupby(ids, lambda token: token == vision.image_token_id)]
+    places = [run for is_image, run in runs if is_image]
+    if len(places) != len(images):
+        raise BadInput(
+            f"the prompt has image tokens for {counted(len(places), 'image')}, but {len(images)} given; "
+            "give one image for each run of image tokens"
+        )
+    for place in places:
+        if len(place) != vision.tokens_per_image:
+            raise BadInput(
+                f"{len(place)} image tokens in a row, but an image has {vision.tokens_per_image}; "
+                "encode the prompt with the bundle's own tokenizer"
+            )
+    for image in images:
+        check_image(image, vision)
+    _check(session, ids, images)
+    split: list[Call] = []
+    remaining = iter(images)
+    for is_image, run in runs:
+        split += [Call(run, next(remaining))] if is_image else [Call(chunk) for chunk in chunks(run, text_chunk)]
+    return split
+
+
+def soft_tokens_of(session: Session, image: Image) -> SoftTokens:
+    """The soft tokens [T, E] of an image in either form."""
+    return session.encode_image(image) if is_pixels(image) else cast(SoftTokens, image)
+
+
+def is_pixels(image: Image) -> TypeGuard[Pixels]:
+    return image.ndim == 3
+
+
+def check_image(image: Image, vision: VisionConfig) -> None:
+    """Raises BadInput when ``image`` is neither uint8 [S, S, 3] of the encoder's size nor T soft tokens."""
+    if image.dtype == np.float32 and image.ndim == 2 and len(image) == vision.tokens_per_image:
+        return
+    shape = (vision.image_size, vision.image_size, 3)
+    if image.dtype != np.uint8 or image.shape != shape:
+        raise BadInput(
+            f"an image is {image.dtype} {list(image.shape)}, expected uint8 {list(shape)}; "
+            "prepare it with gemma3.images.prepare"
+        )
+
+
+def _check(session: Session, ids: Sequence[int], images: Sequence[Image]) -> None:
+    check_ids(
+        ids, vocab_size=session.vocab_size, position=session.position, context=session.context, images=len(images)
+    )
+
+
+def check_ids(ids: Sequence[int], *, vocab_size: int, position: int, context: int, images: int = 0) -> None:
+    """Refuse ids that must not reach a graph.
+
+    Raises BadInput for no ids or an id outside the vocabulary, DoesNotFit when ``position + len(ids)`` is over
+    the context.
+    """
+    if len(ids) == 0:
+        raise BadInput("the prompt is empty; give at least one token")
+    for index, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise BadInput(
+                f"token id {token} at index {index} is outside the vocabulary of {vocab_size}; "
+                "encode the text with the bundle's own tokenizer"
+            )
+    if position + len(ids) > context:
+        among = f" ({counted(images, 'image')} among them)" if images else ""
+        raise DoesNotFit(
+            f"{len(ids)} tokens{among} after position {position} are over the context of {context}; "
+            "shorten the prompt, reset the conversation or export with a larger --context"
+        )
+
+
+def chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """``ids`` in order, in chunks of ``size``; the last may be shorter."""
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
+
+
+@runtime_checkable
+class EveryLogit(Protocol):
+    """A session that can give the logits after every id of a call; graphs give those of the last id alone."""
+
+    def call(self, call: Call) -> Logits:
+        """Feed ``call``: float32 [n, V], the logits after each id of text, or after the last one alone of an image."""
+
+
+def every_position(session: Session, ids: Sequence[int], images: Sequence[Image] = ()) -> Iterator[tuple[int, Logits]]:
+    """Feed ``ids`` after what ``session`` holds: (position, logits [V]) after each id of text and each image.
+
+    Only a few of the logits are in memory at a time.
+    """
+    if isinstance(session, EveryLogit):
+        for call in calls(session, ids, images, text_chunk=min(session.chunk, ROWS_AT_ONCE)):
+            rows = session.call(call)
+            yield from enumerate(rows, session.position - len(rows))
+    else:
+        for call in calls(session, ids, images, text_chunk=1):
+            logits = session.prefill(call.ids, () if call.image is None else (call.image,))
+            yield session.position - 1, logits

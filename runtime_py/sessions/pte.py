@@ -1,0 +1,153 @@
+"""A .pte, run by ExecuTorch on the CPU, with the XNNPACK delegate and the threads of the Python wheel."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# ExecuTorch has threads of its own. If torch's matrix library adds more inside each of them, decoding takes twice as
+# long. The variable is read when torch is imported, so it is set before.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch  # loads libtorch, which the libraries below need
+
+# The library itself: the Python module around it also imports the compiler, which takes ten seconds.
+from executorch.extension.pybindings import _portable_lib as runtime
+
+from export.target import FORWARD, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
+from gemma3.cache import CacheLayout
+from gemma3.config import ModelConfig
+from gemma3.errors import BadInput
+from gemma3.images import Pixels, network_input
+from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls, soft_tokens_of
+
+# The operators of attention and the caches, and of the quantized embedding. Loading them registers them.
+OPERATORS = {
+    "executorch.extension.llm.custom_ops": "*custom_ops_aot_lib.*",
+    "executorch.kernels.quantized": "*quantized_ops_aot_lib.*",
+}
+for package, library in OPERATORS.items():
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    found = next(Path(spec.submodule_search_locations[0]).glob(library))
+    torch.ops.load_library(str(found))  # type: ignore[no-untyped-call]
+
+# On every machine ExecuTorch looks for files that only ARM machines have, and reports that on stderr, as it does every
+# change of its threads.
+NOISE = ("[cpuinfo_utils.cpp", "Resetting threadpool")
+
+
+class PteSession:
+    """The caches are inside the loaded program; their content beyond the position is never read.
+
+    The vision model, which is most of a small multimodal model, is loaded when there is an image to encode, and
+    unloaded before the text model takes its soft tokens.
+
+    With ``threads`` None, ExecuTorch chooses their number; a number applies to the whole process. Raises BadInput when
+    the file does not load, or does not have the layout and the vocabulary of ``layout`` and ``config``.
+    """
+
+    def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
+        self._path = path
+        with native_errors(path):
+            if threads is not None:
+                runtime._unsafe_reset_threadpool(threads)
+            self._program = program = open_program(path)
+            methods = {program.get_method_name(index) for index in range(program.num_methods())}
+            self._decoder = program.load_method(FORWARD if config.vision is None else TEXT_DECODER)
+            self._embedding = None if config.vision is None else program.load_method(TOKEN_EMBEDDING)
+        self._encoder: Any = None
+        expected = {
+            "get_max_seq_len": layout.chunk,
+            "get_max_context_len": layout.context,
+            "get_vocab_size": config.vocab_size,
+        }
+        for name, value in expected.items():
+            declared = program.load_method(name).call(())[0] if name in methods else None
+            if declared != value:
+                raise BadInput(
+                    f"{path}: {name} is {declared}, expected {value}; the file is not the one of this layout"
+                )
+        self.context = layout.context
+        self.chunk = layout.chunk
+        self.vocab_size = config.vocab_size
+        self.vision = config.vision
+        self.position = 0
+        self.logits: Logits = np.empty(0, np.float32)
+
+    def cache(self, layer: int) -> tuple[Logits, Logits]:
+        """The keys and values [1, slots, K, D] of one layer now: copies of the program's own buffers."""
+        names = (f"layers.{layer}.attention.keys", f"layers.{layer}.attention.values")
+        keys, values = (self._decoder.get_attribute(name).numpy().copy() for name in names)
+        return keys, values
+
+    def reset(self) -> None:
+        """The caches keep their bytes: masks hide every slot that has not been written since."""
+        self.position = 0
+        self.logits = np.empty(0, np.float32)
+
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        if self._encoder is None:
+            with native_errors(self._path):
+                self._encoder = self._program.load_method(VISION_ENCODER)
+        output = self._encoder.call((torch.from_numpy(network_input(image)),), clone_outputs=False)[0]
+        soft_tokens: SoftTokens = output[0, :, :-1].numpy().copy()  # without the last channel, the image flag
+        return soft_tokens
+
+    def step(self, token: int) -> Logits:
+        return self.prefill([token])
+
+    def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
+        split = calls(self, ids, images)
+        encoded = iter([soft_tokens_of(self, image) for image in images])
+        self._encoder = None
+        for call in split:
+            if call.image is not None:
+                inputs = image_embeddings(next(encoded))
+            else:
+                inputs = torch.tensor([call.ids], dtype=torch.int64)
+                if self._embedding is not None:
+                    inputs = self._embedding.call((inputs,))[0]
+            position = torch.tensor([self.position], dtype=torch.int64)
+            # Not cloned: the output is the program's own memory, which the next call of any method overwrites.
+            output = self._decoder.call((inputs, position), clone_outputs=False)[0]
+            self.position += len(call.ids)
+        self.logits = output.numpy().reshape(-1).copy()
+        return self.logits
+
+
+def open_program(path: Path) -> Any:
+    return runtime._load_program(str(path), program_verification=runtime.Verification.InternalConsistency)
+
+
+def image_embeddings(soft_tokens: SoftTokens) -> torch.Tensor:
+    """The decoder's input for an image: float32 [1, T, E + 1], with 1 in the last channel."""
+    return torch.nn.functional.pad(torch.from_numpy(soft_tokens), (0, 1), value=1.0)[None]
+
+
+@contextmanager
+def native_errors(path: Path) -> Iterator[None]:
+    """Turn a failure to load ``path`` into BadInput, with the reason that ExecuTorch writes to stderr.
+
+    Without a failure, what it writes is passed on, except for NOISE.
+    """
+    written = io.StringIO()
+    try:
+        with redirect_stderr(written):  # ExecuTorch's bindings write through Python's
+            yield
+    except RuntimeError:
+        failed = True
+    else:
+        failed = False
+    lines = [line for line in written.getvalue().splitlines() if not any(noise in line for noise in NOISE)]
+    if failed:
+        reason = lines[-1] if lines else "no reason given"
+        raise BadInput(f"{path}: ExecuTorch does not load it ({reason}); export it again")
+    for line in lines:
+        print(line, file=sys.stderr)

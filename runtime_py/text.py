@@ -1,0 +1,82 @@
+"""A bundle that answers in text: its session, its tokenizer, and the ids that end a generation. Works without torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.manifest import TOKENIZER, read_manifest
+from gemma3.chat import encode_chat, encode_prompt
+from gemma3.errors import BadInput
+from gemma3.tokenizer import Tokenizer
+from runtime_py.backends import open_session
+from runtime_py.conversation import stream_text
+from runtime_py.generate import Generation, Sampler, StopReason
+from runtime_py.generate import generate as generate_ids
+from runtime_py.pictures import all_pixels, placed, read_pictures
+from runtime_py.sessions.protocol import Session
+
+
+@dataclass(frozen=True)
+class OpenBundle:
+    """A session over one graph of a bundle, with its tokenizer."""
+
+    session: Session
+    tokenizer: Tokenizer
+    eos_ids: tuple[int, ...]
+
+
+def open_bundle(bundle: Path, format: str | None = None, threads: int | None = None) -> OpenBundle:
+    """Raises BadInput and VerificationFailed as ``open_session`` does."""
+    manifest = read_manifest(bundle)
+    session = open_session(bundle, format, threads)
+    return OpenBundle(session, Tokenizer(bundle / TOKENIZER), manifest.tokenizer.eos_ids)
+
+
+class TextStream:
+    """Generated text. Iterate once; afterwards ``reason`` says why it ended."""
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
+        self._generation, self._tokenizer = generation, tokenizer
+
+    def __iter__(self) -> Iterator[str]:
+        return stream_text(self._generation, self._tokenizer)
+
+    @property
+    def reason(self) -> StopReason | None:
+        return self._generation.reason
+
+
+def generate(
+    bundle: OpenBundle,
+    prompt: str,
+    *,
+    chat: bool = False,
+    images: Sequence[Path] = (),
+    pan_and_scan: bool = False,
+    sampler: Sampler | None = None,
+    max_new_tokens: int | None = None,
+) -> TextStream:
+    """Continue ``prompt``; with ``chat`` answer it as a user's turn.
+
+    The images go at the markers ``<image>`` in the prompt, in order, or before it if it has none. ``sampler`` None is
+    greedy. Raises BadInput for an empty prompt, for images that cannot be used, and as the sampler does; DoesNotFit
+    when the prompt does not fit the context.
+    """
+    if not prompt:
+        raise BadInput("the prompt is empty; give at least one character")
+    session, tokenizer, vision = bundle.session, bundle.tokenizer, bundle.session.vision
+    pictures = read_pictures(images, vision, pan_and_scan)
+    parts, size = placed(prompt, pictures, vision), None if vision is None else vision.tokens_per_image
+    if chat:
+        ids = encode_chat(tokenizer, [{"role": "user", "content": parts}], tokens_per_image=size)
+    else:
+        ids = encode_prompt(tokenizer, parts, size)
+    generation = generate_ids(
+        session,
+        ids,
+        sampler or Sampler(),
+        images=all_pixels(pictures),
+        stop_ids=bundle.eos_ids,
+        max_new_tokens=max_new_tokens,
+    )
+    return TextStream(generation, tokenizer)

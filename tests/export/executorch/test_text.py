@@ -1,0 +1,352 @@
+"""The .pte file against the eager network, at every kind of shape, and against what its bytes should be."""
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from export.executorch.file import PteFile, cache_bytes_pte, join_halves, read_back_pte, stored_integers, unpack_nibbles
+from export.executorch.lower import compare_integers, export_pte, lower
+from export.executorch.text import GELU_A, GELU_B, Embedding, Linear, pack_embedding, project, rope_half, rows
+from gemma3.cache import cache_layout
+from gemma3.errors import BadInput, VerificationFailed
+from gemma3.model import new_cache
+from quant.activations import fake_quantize_per_token, with_integer_weights
+from quant.integers import IntegerWeight, round_to_nearest
+from runtime_py.proof.plan import Plan
+from runtime_py.proof.single_steps import file_cache, steps
+from runtime_py.sessions.pte import runtime
+from tests.pte_models import CHUNK, TinyPte, tiny_pte
+from tests.shapes import random_model, random_tokens, tiny_config
+
+TOLERANCE = 1e-4
+
+
+def plan_of(ids: list[int]) -> Plan:
+    return Plan(ids=tuple(ids), landmarks={}, walks={}, images=np.empty((0, 0, 0, 3), np.uint8))
+
+
+# The ring of the released tiny shape holds 16 positions: four windows of 8 past its first wrap, and not a multiple.
+LENGTH = 16 + 4 * 8 + 6
+# The shapes of tests/shapes.py with as few layers as show what they are about: every layer costs seconds here.
+OTHER_SHAPES = {
+    "like-27b": {"num_hidden_layers": 2, "sliding_window_pattern": 2},
+    "untied": {"num_hidden_layers": 2},
+    "all-local": {},
+    "all-global": {},
+    "global-first": {},
+    "window-of-one": {"num_hidden_layers": 2, "sliding_window_pattern": 2},
+    "other-ropes": {"num_hidden_layers": 2},
+}
+
+
+def differences(tiny: TinyPte, pieces: list[int]) -> Tensor:
+    """Largest |Δlogit| against the eager model after each piece."""
+    ids = random_tokens(tiny.config, LENGTH)
+    expected = tiny.eager_logits(ids)
+    assert expected.std() > 0.1
+    session = tiny.session()
+    found = []
+    for piece in pieces:
+        logits = torch.from_numpy(session.prefill(ids[session.position : session.position + piece]))
+        found.append((logits - expected[session.position - 1]).abs().max())
+    assert session.position <= LENGTH
+    return torch.stack(found)
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory) -> TinyPte:
+    return tiny_pte(tiny_config(), tmp_path_factory.mktemp("fp32"))
+
+
+@pytest.fixture(scope="module")
+def block32(tmp_path_factory: pytest.TempPathFactory) -> TinyPte:
+    """Several key/value heads, a factor on the global RoPE."""
+    return tiny_pte(
+        tiny_config("like-4b", num_hidden_layers=6), tmp_path_factory.mktemp("block32"), "int4-block32", "int8"
+    )
+
+
+@pytest.fixture(scope="module")
+def channel(tmp_path_factory: pytest.TempPathFactory) -> TinyPte:
+    """A head of its own; sliding layers only, so that what a flipped rounding changes leaves the cache again."""
+    config = tiny_config("all-local", tie_word_embeddings=False)
+    return tiny_pte(config, tmp_path_factory.mktemp("channel"), "int4-channel", "int4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [CHUNK, 7, 3, 1])
+def test_fp32_equals_eager(fp32: TinyPte, chunk: int) -> None:
+    pieces = [chunk] * (LENGTH // chunk)
+    assert differences(fp32, pieces).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_pieces_of_changing_length(fp32: TinyPte) -> None:
+    """Also longer than the chunk: the session splits them."""
+    assert differences(fp32, [5, 1, 20, 1, 1, 8, 13, 2]).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+def test_every_kind_of_shape(shape: str, tmp_path: Path) -> None:
+    tiny = tiny_pte(tiny_config(shape, **OTHER_SHAPES[shape]), tmp_path)
+    assert differences(tiny, [8, 7, 1, 1, 1, 8, 8, *[1] * 10]).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_ring_as_long_as_the_context_and_chunks_of_one(tmp_path: Path) -> None:
+    config = tiny_config("all-local", sliding_window=60)
+    tiny = tiny_pte(config, tmp_path, context=64)
+    assert tiny.layout.layers[0].slots == 64
+    assert differences(tiny, [1] * LENGTH).max() <= TOLERANCE
+    # A file that takes one token at a time has no symbols at all.
+    layout = cache_layout(config, "ring", 64, 1)
+    weights = tiny.weights.tensors
+    export_pte(config, weights, layout, tmp_path / "one.pte", eos_ids=[1])
+    assert differences(replace(tiny, path=tmp_path / "one.pte", layout=layout), [1] * LENGTH).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_one_delegate_a_layer(fp32: TinyPte, block32: TinyPte) -> None:
+    """One for the step's angles and the first layer's projections, one a layer from there on, one for the head."""
+    for tiny in (fp32, block32):
+        assert tiny.report.delegates == tiny.config.num_layers + 2
+        assert tiny.report.undelegated["llama::custom_sdpa"] == tiny.config.num_layers
+        assert not {"aten::linear", "aten::mm", "aten::addmm", "aten::mul"} & set(tiny.report.undelegated)
+        # What is left is done once a step.
+        assert sum(tiny.report.undelegated.values()) - 3 * tiny.config.num_layers < 35
+
+
+@pytest.mark.slow
+def test_constant_methods(block32: TinyPte) -> None:
+    file = PteFile(block32.path)
+    expected = {
+        "get_max_seq_len": CHUNK,
+        "get_max_context_len": 128,
+        "get_vocab_size": block32.config.vocab_size,
+        "get_bos_id": 2,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+    assert {name: file.constant_method(name) for name in expected} == expected
+    program = runtime._load_program(str(block32.path))
+    assert program.load_method("get_eos_ids").call(()) == [1, 106]
+
+
+@pytest.mark.slow
+def test_local_caches_do_not_grow_with_the_context(tmp_path: Path) -> None:
+    config = tiny_config(num_hidden_layers=2, sliding_window_pattern=2)
+    sizes = []
+    for context in (128, 256):
+        tiny = tiny_pte(config, tmp_path, context=context)
+        sizes.append(cache_bytes_pte(tiny.path))
+    # keys and values of 16 slots and of the context, one head of 32 floats
+    assert sizes == [[2 * 16 * 32 * 4, 2 * 128 * 32 * 4], [2 * 16 * 32 * 4, 2 * 256 * 32 * 4]]
+
+
+@pytest.mark.slow
+def test_the_same_bytes_again(channel: TinyPte, tmp_path: Path) -> None:
+    again = tmp_path / "again.pte"
+    export_pte(channel.config, channel.weights.tensors, channel.layout, again, eos_ids=[1, 106])
+    assert again.read_bytes() == channel.path.read_bytes()
+
+
+@pytest.mark.slow
+def test_integers_in_the_file_are_the_quantizers(block32: TinyPte, channel: TinyPte) -> None:
+    for tiny in (block32, channel):
+        stored = read_back_pte(tiny.path)
+        assert stored.keys() == tiny.weights.integers.keys()
+        for name, weight in tiny.weights.integers.items():
+            assert torch.equal(stored[name].codes, weight.codes), name
+            assert torch.equal(stored[name].scales, weight.scales), name
+            assert tiny.report.integers_equal[name] == weight.codes.numel()
+        assert not any(tiny.report.integers_unequal.values())
+        uses = [name for name, _ in stored_integers(PteFile(tiny.path))]
+        assert uses.count("model.embed_tokens.weight") == 1 + tiny.config.tie_word_embeddings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["codes", "scales"])
+def test_a_changed_integer_is_counted(block32: TinyPte, place: str) -> None:
+    name = "model.layers.3.self_attn.q_proj.weight"
+    weight = block32.weights.integers[name]
+    changed = replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone())
+    if place == "codes":
+        changed.codes[5, 7] ^= 1
+    else:
+        changed.scales[5, 0] *= 2
+    _, unequal = compare_integers({**block32.weights.integers, name: changed}, PteFile(block32.path))
+    assert {name: count for name, count in unequal.items() if count} == {name: 1 if place == "codes" else 32}
+
+
+@pytest.mark.slow
+def test_copies_of_a_tied_table_must_agree(block32: TinyPte, tmp_path: Path) -> None:
+    data = bytearray(block32.path.read_bytes())
+    table = block32.weights.integers["model.embed_tokens.weight"].codes.numpy().tobytes()
+    data[data.index(table)] ^= 1
+    (tmp_path / "changed.pte").write_bytes(data)
+    with pytest.raises(VerificationFailed, match=r"copy of model\.embed_tokens\.weight differ"):
+        read_back_pte(tmp_path / "changed.pte")
+
+
+@pytest.mark.slow
+def test_size(block32: TinyPte) -> None:
+    report = block32.report
+    assert report.bytes == block32.path.stat().st_size
+    table = block32.weights.integers["model.embed_tokens.weight"]
+    assert report.second_table_bytes == table.ideal_bytes == table.codes.numel() + 2 * len(table.scales)
+
+
+@pytest.mark.slow
+def test_integer_steps_equal_eager_but_for_flipped_roundings(block32: TinyPte, channel: TinyPte) -> None:
+    """From the same cache, one step agrees as float32 does, unless an activation was within float error of a rounding
+    boundary: few steps have one. (Fed freely, both drift apart after the first, as two eager runs do that differ by one
+    unit in the last place: what was rounded the other way stays in the cache and turns further roundings.)"""
+    for tiny in (block32, channel):
+        ids = random_tokens(tiny.config, LENGTH)
+        found = list(steps(tiny.session(), tiny.eager(), plan_of(ids), set(range(LENGTH))))
+        assert sum(difference.max_abs <= TOLERANCE for difference in found) >= 0.8 * LENGTH
+        assert sum(difference.kl for difference in found) <= 1e-5 * LENGTH
+
+
+@pytest.mark.slow
+def test_a_step_from_the_same_cache_shows_another_window(block32: TinyPte) -> None:
+    """What is wrong beyond the window shows at every position there, and at none before."""
+    window = block32.config.sliding_window
+    wrong = replace(block32.config, sliding_window=window + 1)
+    model = with_integer_weights(random_model(wrong), block32.weights.integers, "int8")
+    ids = random_tokens(wrong, LENGTH)
+    kl = [difference.kl for difference in steps(block32.session(), model, plan_of(ids), set(range(LENGTH)))]
+    assert median(kl[:window]) <= 1e-10
+    assert min(kl[window:]) > 1e-5
+
+
+@pytest.mark.slow
+def test_caches_hold_what_eagers_hold(fp32: TinyPte) -> None:
+    """Slot by slot, rings that have wrapped included."""
+    ids = random_tokens(fp32.config, LENGTH)
+    session, expected = fp32.session(), new_cache(fp32.layout)
+    session.prefill(ids)
+    with torch.no_grad():
+        for start in range(0, LENGTH, CHUNK):
+            fp32.eager()(torch.tensor([ids[start : start + CHUNK]]), expected, start)
+    for ours, theirs in zip(file_cache(session, fp32.config.num_layers), expected, strict=True):
+        assert (ours.keys - theirs.keys).abs().max() <= 1e-4
+        assert (ours.values - theirs.values).abs().max() <= 1e-4
+
+
+class OneLinear(nn.Module):
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__()
+        self.linear = Linear(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(x, self.linear)[0]
+
+
+def run_one_linear(weight: IntegerWeight, x: Tensor, path: Path) -> Tensor:
+    """The linear alone, through export, lowering and XNNPACK; in pieces of several lengths."""
+    program = torch.export.export(
+        OneLinear(weight), (x,), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=1, max=len(x))}}
+    )
+    with path.open("wb") as stream:
+        lower(program, {}).write_to_file(stream)
+    method = runtime._load_program(str(path)).load_method("forward")
+    return torch.cat([method.call((piece.contiguous(),))[0] for piece in x.split([1, 2, 7, len(x) - 10])])
+
+
+def spread_rows(count: int, columns: int) -> Tensor:
+    """Rows of many magnitudes and offsets, one of zeros, one all positive, one all negative."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, columns, generator=generator) * torch.logspace(-3, 3, count)[:, None]
+    x += torch.randn(count, 1, generator=generator)
+    x[3], x[4], x[5] = 0.0, x[4].abs(), -x[5].abs()
+    return x
+
+
+@pytest.mark.slow
+def test_activations_round_as_xnnpack_rounds_them_bit_for_bit(tmp_path: Path) -> None:
+    """Through the identity, XNNPACK's linear shows what its rounding left of the input."""
+    size = 512
+    identity = IntegerWeight(torch.eye(size, dtype=torch.int8), torch.ones(size, 1), 8)
+    x = spread_rows(1024, size)
+    assert torch.equal(run_one_linear(identity, x, tmp_path / "identity.pte"), fake_quantize_per_token(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (4, None), (8, None)])
+def test_one_linear_is_exact_to_float_rounding(bits: int, group: int | None, tmp_path: Path) -> None:
+    """Blockwise and per channel alike: no kernel is less exact than another."""
+    weight = round_to_nearest(torch.randn(96, 640, generator=torch.Generator().manual_seed(1)) / 25, bits, group)
+    x = spread_rows(64, 640)
+    found = run_one_linear(weight, x, tmp_path / "linear.pte").double()
+    expected = fake_quantize_per_token(x).double() @ weight.dequantize().double().T
+    # For a row of zeros XNNPACK's step is 1 and its zero point 127, which blockwise sums cancel but for 3e-5.
+    size = torch.where(x.any(1), x.double().norm(dim=1), 1000.0)[:, None]
+    assert ((found - expected).abs() <= 1e-7 * size).all()
+
+
+def test_kinds_of_integers_without_a_kernel_are_refused() -> None:
+    weight = torch.ones(4, 48)
+    with pytest.raises(BadInput, match="8-bit weights in groups of 16"):
+        Linear(round_to_nearest(weight, 8, 16))
+    with pytest.raises(BadInput, match="groups of 16 have no XNNPACK kernel"):
+        Linear(round_to_nearest(weight, 4, 16))
+
+
+def test_a_shorter_last_group_is_refused() -> None:
+    weight = round_to_nearest(torch.ones(4, 48), 4, 32, pad=True)
+    for module in (Linear, Embedding):
+        with pytest.raises(BadInput, match="48 columns in groups of 32 end in a shorter one"):
+            module(weight)
+
+
+@given(seed=st.integers(0, 1000), heads=st.integers(1, 4), half=st.integers(1, 5))
+def test_halves_join_to_the_projection(seed: int, heads: int, half: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = round_to_nearest(torch.randn(heads * 2 * half, 64, generator=generator), 4, 32)
+    first, second = (rows(weight, rope_half(heads, 2 * half, which)) for which in (0, 1))
+    assert isinstance(first, IntegerWeight)
+    assert isinstance(second, IntegerWeight)
+    joined = join_halves(first, second, 2 * half)
+    assert torch.equal(joined.codes, weight.codes)
+    assert torch.equal(joined.scales, weight.scales)
+
+
+def test_embedding_nibbles() -> None:
+    codes = torch.tensor([[-8, 7, 0, -1]], dtype=torch.int8)
+    packed = pack_embedding(codes)
+    assert packed.tolist() == [[0x0F, 0x87]]  # even columns high, 8 added
+    assert torch.equal(unpack_nibbles(packed, first="high"), codes)
+
+
+def test_gelu_without_tanh() -> None:
+    x = torch.linspace(-12, 12, 10_001, dtype=torch.float64)
+    ours = x * torch.sigmoid(x * (GELU_A + GELU_B * x * x))
+    assert (ours - nn.functional.gelu(x, approximate="tanh")).abs().max() < 1e-14
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "model.pte"
+    path.write_bytes(b"short")
+    with pytest.raises(BadInput, match=r"5 bytes are not a \.pte"):
+        PteFile(path)
+    path.write_bytes(b"not a program" * 100)
+    with pytest.raises(BadInput, match=r"does not begin like a \.pte"):
+        PteFile(path)
+
+
+@pytest.mark.slow
+def test_a_truncated_file(fp32: TinyPte, tmp_path: Path) -> None:
+    data = fp32.path.read_bytes()
+    (tmp_path / "cut.pte").write_bytes(data[:-100])
+    with pytest.raises(BadInput, match=f"{len(data) - 100} bytes, its header says {len(data)}"):
+        PteFile(tmp_path / "cut.pte")

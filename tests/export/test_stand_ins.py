@@ -1,0 +1,89 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from export.manifest import FORMATS, Format
+from export.onnx.file import load_graph, read_initializer
+from export.onnx.text import export_onnx
+from export.stand_ins import reexpressed, stand_in
+from gemma3.cache import cache_layout
+from quant.recipe import QuantizedWeights, preset, quantize
+from quant.sfp8 import Sfp8Weight, encode_weight
+from runtime_py.sessions.eager import quantized_model
+from runtime_py.sessions.onnx import OnnxSession
+from tests.shapes import random_model, random_tokens, tiny_config
+
+
+@given(
+    values=arrays(np.float32, (3, 40), elements=st.floats(-4, 4, width=32)),
+    per_channel=st.booleans(),
+    format=st.sampled_from(FORMATS),
+)
+def test_noise_is_that_of_the_integers(values: np.ndarray, per_channel: bool, format: Format) -> None:
+    weight = encode_weight(torch.from_numpy(values), per_channel=per_channel)
+    integers, decibels = stand_in(weight, format)
+    assert (integers.bits, integers.group_size) == (8, 32 if format == "onnx" else 40)
+    exact, found = weight.dequantize().double(), integers.dequantize().double()
+    noise = float((exact - found).square().sum())
+    if noise == 0:
+        assert decibels == math.inf
+    else:
+        assert noise == pytest.approx(float(exact.square().sum()) * 10 ** (-decibels / 10), rel=1e-6)
+
+
+@pytest.mark.parametrize(("format", "least"), [("onnx", 43.0), ("pte", 40.0)])
+def test_gaussian_weights(format: Format, least: float) -> None:
+    """SFP8 itself is about 31 dB from the weights it encodes: its stand-ins add little."""
+    values = torch.randn(64, 640, generator=torch.Generator().manual_seed(0)) / 25
+    weight = encode_weight(values, per_channel=False)
+    _, decibels = stand_in(weight, format)
+    assert least < decibels < least + 4
+
+
+def test_only_sfp8_is_reexpressed_and_the_verdict_says_so() -> None:
+    weights = quantize(random_model(tiny_config()).named_parameters(), preset("sfp8", "int8"))
+    ready, decibels = reexpressed(weights, "onnx")
+    assert ready.tensors.keys() == weights.tensors.keys()
+    assert not any(isinstance(weight, Sfp8Weight) for weight in ready.tensors.values())
+    assert decibels.keys() == {name for name, weight in weights.tensors.items() if isinstance(weight, Sfp8Weight)}
+    for name, weight in weights.tensors.items():
+        if name in decibels:
+            assert ready.verdicts[name] == (
+                f"{weights.verdicts[name]}; as int8-block32-padded, {decibels[name]:.1f} dB from its values"
+            )
+        else:
+            assert ready.tensors[name] is weight
+            assert ready.verdicts[name] == weights.verdicts[name]
+
+
+@pytest.mark.parametrize("shape", ["like-4b", "untied"])
+def test_the_exact_onnx_keeps_the_codes_and_equals_eager(shape: str, tmp_path: Path) -> None:
+    config = tiny_config(shape)
+    named = dict(random_model(config).named_parameters())
+    # gemma.cpp's scale for the table, one a row for the rest
+    sfp8 = {name: encode_weight(w, per_channel="embed" not in name) for name, w in named.items() if w.dim() == 2}
+    weights = QuantizedWeights(named | sfp8, dict.fromkeys(named, ""))
+    layout = cache_layout(config, "compacting", 128, chunk=8)
+    path = tmp_path / "model.onnx"
+    export_onnx(config, weights.tensors, layout, path)
+
+    initializers = {tensor.name: tensor for tensor in load_graph(path).graph.initializer}
+    for name, weight in sfp8.items():
+        stored = read_initializer(path, initializers[f"{name}.codes"])
+        assert stored.dtype == np.uint8
+        assert np.array_equal(stored, weight.codes.numpy())
+    size = path.with_name("model.onnx.data").stat().st_size
+    assert size < 1.1 * weights.ideal_bytes
+
+    ids = random_tokens(config, 60)
+    with torch.no_grad():
+        expected = quantized_model(config, weights, "float")(torch.tensor([ids]))[0].numpy()
+    session = OnnxSession(path, layout, config, threads=1)
+    for start in range(0, 60, 6):
+        assert np.abs(session.prefill(ids[start : start + 6]) - expected[start + 5]).max() <= 1e-4

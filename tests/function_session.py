@@ -1,0 +1,47 @@
+"""Sessions that need no file, for the tests."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gemma3.config import VisionConfig
+from runtime_py.sessions.protocol import Logits, Pixels, SoftTokens, pieces
+
+
+class FunctionSession:
+    """Logits are a function of the ids fed so far."""
+
+    def __init__(self, function: Callable[[list[int]], Sequence[float]], vocab_size: int, context: int = 64) -> None:
+        self._function = function
+        self.vocab_size = vocab_size
+        self.context = context
+        self.chunk = 4
+        self.vision: VisionConfig | None = None
+        self.fed: list[int] = []
+        self.logits: Logits = np.empty(0, np.float32)
+
+    @property
+    def position(self) -> int:
+        return len(self.fed)
+
+    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
+        for piece in pieces(self, ids, images):
+            self.fed += piece.ids
+        self.logits = np.asarray(self._function(self.fed), np.float32)
+        return self.logits
+
+    def step(self, token: int) -> Logits:
+        return self.prefill([token])
+
+    def reset(self) -> None:
+        self.fed = []
+
+    def encode_image(self, image: Pixels) -> SoftTokens:
+        raise AssertionError("a text-only session")
+
+
+def counting(vocab_size: int, context: int = 64) -> FunctionSession:
+    """Says that the id after n is n + 1, around the end of the vocabulary."""
+    return FunctionSession(
+        lambda fed: [10.0 * (token == (fed[-1] + 1) % vocab_size) for token in range(vocab_size)], vocab_size, context
+    )

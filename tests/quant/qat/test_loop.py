@@ -1,0 +1,383 @@
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import quant.qat.loop as qat
+from quant.qat.loop import Distillation, Settings, TrainingError, head_loss, train
+from quant.recipe import QuantizedWeights, preset, quantize
+from tests.quant.qat.run import CONFIG, SEEING, flat, illustrated, networks, once, rows
+from tests.shapes import random_model, with_images
+
+ROOT = Path(__file__).parent.parent.parent
+SETTINGS = Settings(steps=6, batch=4, warmup=0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny_run(run: Path, settings: Settings = SETTINGS, **options: Any) -> QuantizedWeights:
+    student, teacher, start = networks()
+    return train(student, teacher, start, options.pop("tokens", rows()), settings, run, **options)
+
+
+def assert_equal(left: QuantizedWeights, right: QuantizedWeights | dict[str, Tensor]) -> None:
+    a, b = flat(left), right if isinstance(right, dict) else flat(right)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# The loss
+
+
+def head(tokens: int = 11, vocabulary: int = 50, seed: int = 0) -> list[Tensor]:
+    """hidden, table, and the teacher's, of another width."""
+    torch.manual_seed(seed)
+    hidden, table = torch.randn(tokens, 8), torch.randn(vocabulary, 8)
+    return [hidden.requires_grad_(True), table.requires_grad_(True), torch.randn(tokens, 6), torch.randn(vocabulary, 6)]
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 50, 1 << 24])
+def test_the_loss_and_its_gradient_are_autograds(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(qat, "LOGITS_AT_ONCE", at_once)
+    hidden, table, teacher_hidden, teacher_table = head()
+    sums = head_loss(hidden, table, teacher_hidden, teacher_table, None)
+    (3.0 * sums[0]).backward()
+    ours = hidden.grad, table.grad
+    hidden.grad = table.grad = None
+    teacher, student = F.linear(teacher_hidden, teacher_table).log_softmax(-1), F.linear(hidden, table).log_softmax(-1)
+    loss = -(teacher.exp() * student).sum()
+    (3.0 * loss).backward()
+    torch.testing.assert_close(sums[0], loss)
+    torch.testing.assert_close(sums[1], F.kl_div(student, teacher, reduction="sum", log_target=True))
+    torch.testing.assert_close(ours, (hidden.grad, table.grad))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made in the block has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_the_logits_of_all_tokens_never_exist_together() -> None:
+    tokens, vocabulary = 300, 262_144
+    hidden, table = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
+    with Largest() as largest:
+        head_loss(hidden, table, hidden.detach(), table.detach(), None)[0].backward()
+    assert largest.elements == qat.LOGITS_AT_ONCE == 64 * vocabulary < tokens * vocabulary
+
+
+def test_sampling_is_right_on_average_and_the_top_alone_is_worse_than_nothing() -> None:
+    """Free logits that start near a teacher with a long tail, moved by each target's gradient."""
+    vocabulary, tokens = 4000, 4
+    torch.manual_seed(0)
+    teacher = (torch.arange(1, vocabulary + 1.0).pow(-0.7)).log().expand(tokens, -1).log_softmax(-1)
+    p = teacher.exp()
+    generator = torch.Generator().manual_seed(0)
+    largest = p.topk(qat.SAMPLES)
+    top = torch.zeros_like(p).scatter_(1, largest.indices, largest.values / largest.values.sum(-1, keepdim=True))
+    targets: dict[str, Callable[[], Tensor]] = {
+        "full": lambda: p,
+        "sampled": lambda: qat.sample(p, generator),
+        "top": lambda: top,
+    }
+    start = teacher + 0.5 * torch.randn_like(teacher)
+    kl = {"start": float(F.kl_div(start.log_softmax(-1), teacher, reduction="batchmean", log_target=True))}
+    for name, target in targets.items():
+        logits = start.clone()
+        for step in range(400):
+            logits += 100 * (1 - step / 400) * (target() - logits.softmax(-1))
+        kl[name] = float(F.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True))
+    assert kl["full"] < 0.5 * kl["start"]
+    assert kl["sampled"] < 0.5 * kl["start"]
+    assert kl["top"] > 2 * kl["start"]
+
+
+# Training
+
+
+@pytest.mark.parametrize("scheme", ["int4-block32", "int4-channel", "sfp8"])
+@pytest.mark.parametrize("loss", ["full", "sampled"])
+def test_training_brings_the_student_closer(tmp_path: Path, scheme: str, loss: qat.Loss) -> None:
+    student, teacher = random_model(CONFIG), random_model(CONFIG)
+    start = quantize(student.named_parameters(), preset(scheme))
+    tokens, unseen = rows(64), rows(16, seed=1000)
+
+    def divergence() -> float:
+        with torch.no_grad():
+            return float(Distillation(student, teacher)(unseen)[1]) / unseen.numel()
+
+    weights = train(student, teacher, start, tokens, Settings(steps=1, lr=1e-12, batch=4), tmp_path / "none")
+    before = divergence()
+    assert before > 0
+    student = random_model(CONFIG)
+    settings = Settings(steps=60, batch=8, warmup=0, lr=3e-3 if scheme != "sfp8" else 3e-4, loss=loss)
+    weights = train(student, teacher, start, tokens, settings, tmp_path / "run")
+    assert divergence() < 0.9 * before
+    assert weights.verdicts.keys() == start.verdicts.keys()
+
+
+def test_accumulating_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    whole, parts = tiny_run(tmp_path / "a"), tiny_run(tmp_path / "b", micro_batch=1)
+    for name, tensor in flat(whole).items():
+        if not name.endswith("codes"):
+            torch.testing.assert_close(tensor, flat(parts)[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: qat.Loss
+) -> None:
+    """Ctrl-C in the third step: it is finished, saved, and the rest gives the very same weights."""
+    settings = Settings(steps=6, batch=5, warmup=2, loss=loss)
+    whole = tiny_run(tmp_path / "whole", settings)
+    forward, calls = Distillation.forward, []
+
+    def interrupt(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(*arguments)
+
+    monkeypatch.setattr(Distillation, "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path / "run", settings)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
+    assert len(calls) == 3
+    assert_equal(tiny_run(tmp_path / "run", settings, resume=True), whole)
+    assert len(calls) == 6
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, calls = Distillation.forward, []
+
+    def spoil(*arguments: Any) -> Any:
+        calls.append(1)
+        return forward(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(Distillation, "forward", spoil)
+    with pytest.raises(TrainingError, match=r"step 4: loss nan, .*step 2 is kept in .*run; start again with lr below"):
+        tiny_run(tmp_path / "run", save_every=2)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000002"]
+
+
+def test_sfp8_is_moved_less() -> None:
+    assert qat.default_lr(preset("sfp8")) < qat.default_lr(preset("int4-channel"))
+
+
+def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_run(tmp_path)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("6/6 loss ")
+
+
+# Images
+
+
+ENCODER = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+
+
+def test_with_images_the_encoder_trains_too(tmp_path: Path) -> None:
+    student, teacher = random_model(SEEING), random_model(SEEING)
+    start = quantize(student.named_parameters(), preset("int4-channel"))
+    tokens, images, ignored = illustrated(24)
+    unseen, unseen_images, _ = illustrated(30)
+    pixels = torch.cat(unseen_images[24:]) / 255
+    learned = unseen[24:] != ignored[0]
+
+    def divergence() -> float:
+        with torch.no_grad():
+            return float(Distillation(student, teacher)(unseen[24:], None, learned, pixels)[1] / learned.sum())
+
+    settings = Settings(steps=1, lr=1e-12, batch=3, warmup=0)
+    train(student, teacher, start, tokens, settings, tmp_path / "none", images=images, ignored=ignored)
+    before = divergence()
+    student = random_model(SEEING)
+    settings = Settings(steps=60, batch=6, warmup=0)
+    weights = train(student, teacher, start, tokens, settings, tmp_path / "run", images=images, ignored=ignored)
+    assert divergence() < 0.9 * before
+    assert weights.verdicts[ENCODER] == "int8-channel: trained"
+    assert not torch.equal(weights.integers[ENCODER].codes, start.integers[ENCODER].codes)
+    for name, weight in start.tensors.items():
+        if isinstance(weight, Tensor):
+            assert torch.equal(student.get_parameter(name), random_model(SEEING).get_parameter(name)), name
+
+
+def test_without_images_the_encoder_stays_as_it_was(tmp_path: Path) -> None:
+    student = random_model(SEEING)
+    start = quantize(student.named_parameters(), preset("int4-channel"))
+    tokens = torch.tensor([with_images(SEEING, [16], seed=row) for row in range(4)])
+    settings = Settings(steps=2, batch=2, warmup=0)
+    weights = train(student, random_model(SEEING), start, tokens, settings, tmp_path, save_every=1)
+    assert weights.verdicts[ENCODER] == "int8-channel: round to nearest"
+    assert torch.equal(weights.integers[ENCODER].codes, start.integers[ENCODER].codes)
+
+
+def test_rows_one_by_one_are_the_batch_and_ignored_tokens_do_not_count() -> None:
+    """Each row's images go to it, one without images among them; what is predicted at ignored tokens is left out."""
+    teacher, student = random_model(SEEING), random_model(SEEING, seed=1)
+    tokens, images, ignored = illustrated(3)
+    distillation = Distillation(student, teacher)
+    learned = tokens != ignored[0]
+    parts = [distillation(tokens[row : row + 1], None, learned[row : row + 1], images[row] / 255) for row in range(3)]
+    torch.testing.assert_close(distillation(tokens, None, learned, torch.cat(images) / 255), sum(parts))
+    with torch.no_grad():
+        logits = [
+            model(tokens, soft_tokens=model.encode_images(torch.cat(images) / 255)).log_softmax(-1)[learned]
+            for model in (student, teacher)
+        ]
+    kl = F.kl_div(logits[0], logits[1], reduction="sum", log_target=True)
+    torch.testing.assert_close(sum(parts)[1], kl)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_images_in_some_rows(tmp_path: Path) -> None:
+    one, two = (
+        finish(tmp_path / f"run{count}", tmp_path / f"out{count}", processes=count, images=True) for count in (1, 2)
+    )
+    assert one.keys() == two.keys()
+    for name in one:
+        if not name.endswith("codes"):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"settings": Settings(steps=7, batch=4, warmup=0)}, ("steps 6", "this is 7")),
+        ({"settings": Settings(steps=6, batch=4, warmup=0, loss="sampled")}, ("loss full", "sampled")),
+        ({"tokens": rows(seed=7)}, ("data",)),
+        ({"identity": {"recipe": "int4-channel"}}, ("recipe int4-block32", "this is int4-channel")),
+    ],
+)
+def test_a_resume_with_something_else(tmp_path: Path, change: dict[str, Any], words: tuple[str, ...]) -> None:
+    options: dict[str, Any] = {"identity": {"recipe": "int4-block32"}, "save_every": 4}
+    tiny_run(tmp_path, **options)
+    with pytest.raises(TrainingError) as caught:
+        tiny_run(tmp_path, **(options | {"resume": True} | change))
+    assert len(str(caught.value).splitlines()) == 1
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_resume_with_another_teacher(tmp_path: Path) -> None:
+    tiny_run(tmp_path, save_every=4)
+    student, _, start = networks()
+    with pytest.raises(TrainingError, match="teacher"):
+        train(student, random_model(CONFIG, seed=5), start, rows(), SETTINGS, tmp_path, resume=True)
+
+
+def test_beginning_where_a_run_is_and_resuming_where_none_is(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="leave --resume out"):
+        tiny_run(tmp_path, resume=True)
+    tiny_run(tmp_path, save_every=4)
+    with pytest.raises(TrainingError, match="at step 4; give --resume"):
+        tiny_run(tmp_path)
+
+
+def test_a_teacher_with_another_vocabulary(tmp_path: Path) -> None:
+    from tests.shapes import tiny_config
+
+    student, _, start = networks()
+    other = random_model(tiny_config("all-local", vocab_size=65))
+    with pytest.raises(TrainingError, match="vocabulary of 65, the student of 64"):
+        train(student, other, start, rows(), SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "words"),
+    [
+        (Settings(steps=0), rows(), "steps is 0"),
+        (Settings(steps=1, lr=float("nan")), rows(), "lr is nan"),
+        (SETTINGS, rows() + 1, "token 64, the vocabulary 64"),
+        (SETTINGS, rows() - 64, "has token -"),
+    ],
+)
+def test_settings_and_data_that_do_not_fit(tmp_path: Path, settings: Settings, tokens: Tensor, words: str) -> None:
+    with pytest.raises(TrainingError, match=words):
+        tiny_run(tmp_path, settings, tokens=tokens)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Processes
+
+
+def finish(run: Path, out: Path, *, processes: int, images: bool = False) -> dict[str, Tensor]:
+    """The weights of a run that ends (after resuming, if it had been begun), by torchrun if it has several."""
+    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    arguments = [sys.executable, *launch, "-m", "tests.quant.qat.run", str(run), str(out)]
+    arguments += ["--images"] if images else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(out)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_within_rounding_and_a_run_moves_between_them(tmp_path: Path) -> None:
+    """The state of step 4 stays behind: another number of processes can go on from there to step 6."""
+    expected = finish(tmp_path / "one", tmp_path / "a", processes=1)
+    others = [
+        finish(tmp_path / "two", tmp_path / "b", processes=2),
+        finish(tmp_path / "two", tmp_path / "c", processes=1),
+        finish(tmp_path / "one", tmp_path / "d", processes=2),
+    ]
+    for found in others:
+        assert found.keys() == expected.keys()
+        for name in expected:
+            if not name.endswith("codes"):
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """SIGKILL, 20 times, while steps are computed and saved: always resumable, and the weights are the same."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.quant.qat.run"])
+    steps, rng = 80, random.Random(0)
+
+    def begin(run: str, out: str) -> Any:
+        process = context.Process(target=once, args=(tmp_path / run, tmp_path / out, steps, 1))
+        process.start()
+        return process
+
+    whole = begin("whole", "expected")
+    whole.join()
+    for _ in range(20):
+        process, before = begin("run", "out"), list((tmp_path / "run").glob("step-*"))
+        while process.is_alive() and list((tmp_path / "run").glob("step-*")) == before:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.05))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it came to its end before it could be killed"
+    last = begin("run", "out")
+    last.join()
+    assert (whole.exitcode, last.exitcode) == (0, 0)
+    expected, found = load_file(tmp_path / "expected"), load_file(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
