@@ -60,7 +60,7 @@ class LlamaCpp:
 def open_runner(runtime: str, path: str, context: int, threads: int) -> Runner:
     if runtime == "llama.cpp":
         return LlamaCpp(path, context, threads)
-    from runtime_py.sessions.protocol import open_session
+    from runtime_py.backends import open_session
 
     return open_session(Path(path), "onnx" if runtime == ".onnx" else "pte", threads)
 
@@ -109,7 +109,7 @@ def write_gguf(bundle: Path, path: Path) -> int:
 
     from export.manifest import read_manifest
     from export.onnx.file import load_graph, read_initializer
-    from export.onnx.text import read_back_onnx
+    from export.onnx.read_back import read_back_onnx
     from quant.integers import IntegerWeight
 
     config = read_manifest(bundle).model
@@ -191,9 +191,9 @@ def eager_logits(bundle: Path, prompt: list[int]) -> np.ndarray:
 
     from export.manifest import read_manifest
     from export.onnx.file import load_graph, read_initializer
-    from export.onnx.text import read_back_onnx
+    from export.onnx.read_back import read_back_onnx
     from gemma3.model import Gemma3
-    from quant.activations import with_integer_weights
+    from quant.eager import with_integer_weights
 
     graph_path = bundle / "model.onnx"
     model = Gemma3(read_manifest(bundle).model).eval().requires_grad_(False)

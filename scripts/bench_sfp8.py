@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.executorch.layers import Linear, project
 from export.executorch.lower import lower
-from export.executorch.text import Linear, project
 from export.onnx.layers import IR_VERSION, OPSETS, GraphBuilder, WeightFile
 from export.stand_ins import stand_in
 from quant.integers import round_to_nearest
-from quant.recipe import Weight
 from quant.sfp8 import DECODE, Sfp8Weight, encode_weight
+from quant.weights import Weight
 from runtime_py.report import table
 from runtime_py.sessions.pte import runtime
 

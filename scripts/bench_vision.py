@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from export.onnx.layers import write_graph
 from export.onnx.vision import vision_model
 from gemma3.config import ModelConfig, parse_config
-from quant.recipe import ENCODER, KEPT, Recipe, Weight, quantize
+from quant.methods import quantize_weights
+from quant.recipe import ENCODER, KEPT, Recipe
+from quant.weights import Weight
 from runtime_py.proof.golden import relative_rms
 from runtime_py.report import table
 from runtime_py.sessions.onnx import open_encoder
@@ -50,7 +52,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 import sys
 from pathlib import Path
 from runtime_py.sessions.pte import open_program, runtime, torch
-from export.manifest import VISION_ENCODER
+from export.target import VISION_ENCODER
 runtime._unsafe_reset_threadpool(int(sys.argv[2]))
 encoder = open_program(Path(sys.argv[1])).load_method(VISION_ENCODER)
 shape = encoder.method_meta().input_tensor_meta(0).sizes()
@@ -92,7 +94,7 @@ def read(format: str, path: Path, threads: int) -> Encode:
 
 
 def read_pte(path: Path, threads: int) -> Encode:
-    from export.manifest import VISION_ENCODER
+    from export.target import VISION_ENCODER
     from runtime_py.sessions.pte import open_program, runtime
 
     runtime._unsafe_reset_threadpool(threads)
@@ -171,7 +173,10 @@ def main() -> None:
     described["vision_config"]["num_hidden_layers"] = arguments.layers
     config = parse_config(described)
     weights = {name: weight.float() for name, weight in random_weights(described, 0, PARTS).items()}
-    stored: dict[str, dict[str, Weight]] = {"fp32": dict(weights), "int8": quantize(weights.items(), INT8).tensors}
+    stored: dict[str, dict[str, Weight]] = {
+        "fp32": dict(weights),
+        "int8": quantize_weights(weights.items(), INT8).tensors,
+    }
 
     name = f"transformers ({arguments.attention})"
     encoders = {name: transformers_encoder(described, weights, arguments.attention)}

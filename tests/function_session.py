@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gemma3.config import VisionConfig
-from runtime_py.sessions.protocol import Logits, Pixels, SoftTokens, pieces
+from gemma3.images import Pixels
+from runtime_py.sessions.protocol import Logits, SoftTokens, calls
 
 
 class FunctionSession:
@@ -25,8 +26,8 @@ class FunctionSession:
         return len(self.fed)
 
     def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
-        for piece in pieces(self, ids, images):
-            self.fed += piece.ids
+        for call in calls(self, ids, images):
+            self.fed += call.ids
         self.logits = np.asarray(self._function(self.fed), np.float32)
         return self.logits
 

@@ -6,14 +6,21 @@ from pathlib import Path
 
 import torch
 
-from export.onnx.text import OnnxReport, export_onnx, read_back_onnx
+from export.integers import IntegerCounts, compare_integers
+from export.onnx.read_back import read_back_onnx
+from export.onnx.target import ONNX
+from export.onnx.write import export_onnx
+from export.target import ExportReport
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
+from gemma3.images import Pixels
 from gemma3.model import Gemma3
-from quant.activations import with_integer_weights
-from quant.recipe import QuantizedWeights, preset, quantize
+from quant.eager import with_integer_weights
+from quant.integers import IntegerWeight
+from quant.methods import quantize_weights
+from quant.recipe import preset
+from quant.weights import QuantizedWeights
 from runtime_py.sessions.onnx import OnnxSession
-from runtime_py.sessions.protocol import Pixels
 from tests.seeing import eager_logits
 from tests.shapes import random_model
 
@@ -24,7 +31,11 @@ class TinyOnnx:
     config: ModelConfig
     layout: CacheLayout
     weights: QuantizedWeights
-    report: OnnxReport
+    report: ExportReport
+
+    def counts(self) -> IntegerCounts:
+        """How many of the quantizer's integers are in the file."""
+        return compare_integers(self.weights.tensors, ONNX, self.path)
 
     def session(self, threads: int = 1) -> OnnxSession:
         return OnnxSession(self.path, self.layout, self.config, threads)
@@ -38,21 +49,24 @@ class TinyOnnx:
         return eager_logits(self.eager(), ids, images)
 
     def assert_integers_are_the_quantizers(self) -> None:
-        expected, stored = self.weights.integers, read_back_onnx(self.path)
+        expected, stored = self.weights.integers, dict(read_back_onnx(self.path))
         assert stored.keys() == expected.keys()
         for name, weight in expected.items():
-            assert stored[name].bits == weight.bits
-            assert torch.equal(stored[name].codes, weight.codes), name
-            assert torch.equal(stored[name].scales, weight.scales), name
-        assert self.report.integers_equal == sum(weight.codes.numel() for weight in expected.values())
-        assert self.report.integers_unequal == 0
+            found = stored[name]
+            assert isinstance(found, IntegerWeight)
+            assert found.bits == weight.bits
+            assert torch.equal(found.codes, weight.codes), name
+            assert torch.equal(found.scales, weight.scales), name
+        counts = self.counts()
+        assert counts.total_equal == sum(weight.codes.numel() for weight in expected.values())
+        assert counts.total_unequal == 0
 
 
 def quantized_weights(config: ModelConfig, scheme: str, embedding: str | None) -> QuantizedWeights:
     state = random_model(config).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    return quantize(state.items(), preset(scheme, embedding))
+    return quantize_weights(state.items(), preset(scheme, embedding))
 
 
 def tiny_onnx(

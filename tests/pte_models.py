@@ -6,13 +6,20 @@ from pathlib import Path
 
 import torch
 
-from export.executorch.lower import PteReport, export_pte
+from export.executorch.lower import export_pte
+from export.executorch.read_back import read_back_pte
+from export.executorch.target import PTE
+from export.integers import IntegerCounts, compare_integers
+from export.target import ExportReport
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
+from gemma3.images import Pixels
 from gemma3.model import Gemma3
-from quant.activations import with_integer_weights
-from quant.recipe import QuantizedWeights, preset, quantize
-from runtime_py.sessions.protocol import Pixels
+from quant.eager import with_integer_weights
+from quant.integers import IntegerWeight
+from quant.methods import quantize_weights
+from quant.recipe import preset
+from quant.weights import QuantizedWeights, Weights
 from runtime_py.sessions.pte import PteSession
 from tests.seeing import eager_logits
 from tests.shapes import random_model
@@ -26,7 +33,14 @@ class TinyPte:
     config: ModelConfig
     layout: CacheLayout
     weights: QuantizedWeights
-    report: PteReport
+    report: ExportReport
+
+    def counts(self, weights: Weights | None = None) -> IntegerCounts:
+        """How many of the integers of ``weights`` (its own if None) are in the file."""
+        return compare_integers(weights or self.weights.tensors, PTE, self.path)
+
+    def stored(self) -> dict[str, IntegerWeight]:
+        return dict(read_back_pte(self.path))
 
     def session(self, threads: int | None = None) -> PteSession:
         return PteSession(self.path, self.layout, self.config, threads)
@@ -46,9 +60,9 @@ def tiny_pte(
     state = random_model(config).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    weights = quantize(state.items(), preset(scheme, embedding))
+    weights = quantize_weights(state.items(), preset(scheme, embedding))
     chunk = CHUNK if config.vision is None else max(CHUNK, config.vision.tokens_per_image)
     layout = cache_layout(config, "ring", context, chunk)
     path = directory / "model.pte"
-    report = export_pte(config, weights.tensors, layout, path, eos_ids=[1, 106])
+    report = export_pte(config, weights.tensors, layout, [1, 106], path)
     return TinyPte(path, config, layout, weights, report)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from gemma3.config import ModelConfig
-from gemma3.images import network_input
+from gemma3.images import Pixels, network_input
 from gemma3.model import Gemma3
-from runtime_py.sessions.protocol import Pixels, Session
+from runtime_py.sessions.protocol import Session
 from tests.shapes import random_pixels
 
 TOLERANCE = 1e-4
@@ -39,7 +39,7 @@ def assert_steps_equal(
     assert vision is not None
     assert expected.std() > 0.1
     wanted, shown = expected.numpy(), iter(images)
-    # Split here and not by ``runtime_py.sessions.protocol.pieces``, which is part of what is tested.
+    # Split here and not by ``runtime_py.sessions.protocol.calls``, which is part of what is tested.
     while (start := session.position) < len(ids):
         if ids[start] == vision.image_token_id:
             logits = session.prefill(ids[start : start + vision.tokens_per_image], [next(shown)])

@@ -11,7 +11,8 @@ import pytest
 
 import cli
 from gemma3.checkpoint import open_checkpoint
-from quant.recipe import preset, quantize
+from quant.methods import quantize_weights
+from quant.recipe import preset
 from quant.stored import save_quantized
 from tests.bundles import EXPORT, Cli, Run, copy_bundle, rewrite_tensors, run, write_checkpoint
 
@@ -33,7 +34,9 @@ def text(checkpoint: Path) -> Path:
 def quantized(checkpoint: Path) -> Path:
     recipe = preset("int4-block32", "int4")
     source = open_checkpoint(checkpoint)
-    save_quantized(checkpoint.parent / "rtn", quantize(source.items(), recipe), recipe, "rtn", source=checkpoint)
+    save_quantized(
+        checkpoint.parent / "rtn", quantize_weights(source.items(), recipe), recipe, "rtn", source=checkpoint
+    )
     return checkpoint.parent / "rtn"
 
 

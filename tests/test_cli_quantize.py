@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from export.manifest import read_manifest
-from export.onnx.text import read_back_onnx
+from export.onnx.read_back import read_back_onnx
 from gemma3.checkpoint import open_checkpoint
 from quant.recipe import preset
 from quant.stored import load_quantized

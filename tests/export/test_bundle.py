@@ -1,42 +1,59 @@
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from export import bundle as module
-from export.bundle import Draft, export_bundle
-from export.manifest import MANIFEST, Check, read_manifest
+from export.bundle import Draft, draft_bundle
+from export.checks import Check
+from export.manifest import MANIFEST, read_manifest
+from export.onnx.target import ONNX
 from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
-from gemma3.host.atomic import TargetError
+from quant.quantize import in_recipe
 from quant.recipe import preset
+from quant.source import open_source
+from runtime_py import api
 from tests.bundles import write_checkpoint
 
 CONTEXT, CHUNK = 96, 8
+CHECK = Check("onnx", "id", "b", "a", 0.5, 1.0, True)
 
 
-def export(checkpoint: Path, out: Path, prove: module.Prove = lambda _: (), context: int = CONTEXT) -> None:
-    recipe = preset("int4-block32")
-    export_bundle(checkpoint, recipe, out, formats=["onnx"], context=context, chunk=CHUNK, prove=prove)
+Prove = Callable[[Draft], Sequence[Check]]
+
+
+def export(checkpoint: Path, out: Path, prove: Prove = lambda _: (), context: int = CONTEXT) -> None:
+    """As ``runtime_py.api.export_bundle`` does it, with another proof."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "prove", prove)
+        api.export_bundle(
+            checkpoint, out, recipe=preset("int4-block32"), formats=["onnx"], context=context, chunk=CHUNK
+        )
 
 
 def test_the_bundle_appears_with_everything_it_lists(checkpoint: Path, tmp_path: Path) -> None:
-    export(checkpoint, tmp_path / "out", lambda _: [Check("onnx", "a", "b", 0.5, 1.0, True)])
+    export(checkpoint, tmp_path / "out", lambda _: [CHECK])
     manifest = read_manifest(tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {MANIFEST, *manifest.files}
+    assert {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == {MANIFEST, *manifest.files}
     assert manifest.artifacts["onnx"].methods[0].inputs[0].name == "input_ids"
     assert manifest.artifacts["onnx"].opsets[""] >= 23
-    assert manifest.weights["model.embed_tokens.weight"].startswith("int8-channel")
+    assert manifest.weights["model.embed_tokens.weight"].scheme == "int8-channel"
     assert manifest.tokenizer.eos_ids == (1, 106)
-    assert manifest.validation == (Check("onnx", "a", "b", 0.5, 1.0, True),)
+    assert manifest.validation == (CHECK,)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_same_inputs_give_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         export(checkpoint, tmp_path / name)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(names) >= 5
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
 def test_what_is_proven_is_a_readable_bundle(checkpoint: Path, tmp_path: Path) -> None:
@@ -63,7 +80,7 @@ def test_nothing_is_left_when_proving_raises(checkpoint: Path, tmp_path: Path, e
 
 
 def test_nothing_is_left_when_a_check_fails(checkpoint: Path, tmp_path: Path) -> None:
-    failing = Check("onnx", "one by one", "kl_mean", 0.25, 0.001, False)
+    failing = Check("onnx", "walk/one-by-one", "kl_mean", "one by one", 0.25, 0.001, False)
     with pytest.raises(VerificationFailed, match=r"\.onnx, one by one: kl_mean is 0\.25, the limit is 0\.001"):
         export(checkpoint, tmp_path / "out", lambda _: [failing])
     assert list(tmp_path.iterdir()) == []
@@ -84,8 +101,18 @@ def test_nothing_is_left_when_a_step_fails(
 
 def test_an_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(TargetError, match="exists; remove it"):
+    with pytest.raises(BadInput, match="exists; remove it"):
         export(tmp_path / "no checkpoint is even looked for", tmp_path / "out")
+
+
+def test_a_draft_that_is_not_sealed_does_not_appear(checkpoint: Path, tmp_path: Path) -> None:
+    quantized = in_recipe(open_source(checkpoint))
+    with (
+        pytest.raises(RuntimeError, match="was not sealed"),
+        draft_bundle(quantized, tmp_path / "out", targets=[ONNX], context=CONTEXT, chunk=CHUNK),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_noticed_before_exporting(

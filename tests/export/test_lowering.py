@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export.executorch.file import PteFile, _embedding
+from export.executorch.file import PteFile
+from export.executorch.layers import Embedding, Linear, project
 from export.executorch.lower import lower
-from export.executorch.text import Embedding, Linear, project
+from export.executorch.read_back import embedding_integers
 from export.onnx.layers import IR_VERSION, OPSETS, GraphBuilder, WeightFile
-from export.onnx.text import embed, read_back_onnx
+from export.onnx.read_back import read_back_onnx
+from export.onnx.text import embed
 from quant.activations import fake_quantize_per_token
 from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid
 from runtime_py.sessions.pte import runtime
@@ -83,7 +85,7 @@ ONNX_FORMS: list[tuple[int, int | None]] = [(4, 32), (4, 128), (4, None), (8, 32
 def test_onnx(weight: IntegerWeight, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     write_onnx(weight, path)
-    assert_equal(read_back_onnx(path)[NAME], weight)
+    assert_equal(dict(read_back_onnx(path))[NAME], weight)
 
     rows, columns = weight.codes.shape
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
@@ -133,7 +135,7 @@ def test_pte(
 
     file = PteFile(path)
     stored = [linear.weight for linear in file.linears()]
-    looked_up = [_embedding(file, *call) for call in file.kernels() if "embedding" in call[0]]
+    looked_up = [embedding_integers(file, *call) for call in file.kernels() if "embedding" in call[0]]
     for one, weight in zip([*stored, *looked_up], [*linears, *tables], strict=True):
         assert one is not None
         assert_equal(one, weight)

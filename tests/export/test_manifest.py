@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.manifest import MANIFEST, Check, FileEntry, Manifest, Method, TensorSpec, read_manifest, sha256_of
+from export.checks import Check
+from export.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256_of
+from export.target import Method, TensorSpec
 from gemma3.errors import BadInput, VerificationFailed
-from tests.runtime_py.proof.test_walks import manifest_of
+from tests.manifests import manifest_of
 from tests.shapes import tiny_config, tiny_vision_config
 
 
@@ -20,9 +22,12 @@ def small() -> Manifest:
         file="model.onnx",
         methods=(Method("forward", (TensorSpec("input_ids", (1, "sequence_length")),), ()),),
         opsets={"": 23},
-        report={"anything": [1, {"goes": None}]},
+        details={"anything": [1, {"goes": None}]},
     )
-    checks = (Check("onnx", "walk", "kl_mean", 1e-7, 1e-3, True), Check("onnx", "walk", "max_abs", 1, None, True))
+    checks = (
+        Check("onnx", "walk/chunks", "kl_mean", "chunks", 1e-7, 1e-3, True),
+        Check("onnx", "walk/chunks", "max_abs", "chunks", 1, None, True),
+    )
     files = {"model.onnx": FileEntry(3, "ab"), "tokenizer.model": FileEntry(2, "cd")}
     return replace(manifest, artifacts={"onnx": onnx}, files=files, validation=checks)
 
@@ -66,7 +71,9 @@ def edited(*path: str | int, to: Any) -> str:
         ("{", "not JSON"),
         ("[]", "schema_version is None"),
         ("null", "schema_version is None"),
-        (edited("schema_version", to=1), "schema_version is 1, this program reads 2"),
+        (edited("schema_version", to=2), r"schema_version is 2, this program reads 3\.x; .*gemma-edge export"),
+        (edited("schema_version", to="4.0"), r"schema_version is '4\.0'"),
+        (edited("schema_version", to="3.x"), r"schema_version is '3\.x'"),
         (edited("surprise", to=1), r"unknown key manifest\.surprise"),
         (edited("model", "surprise", to=1), r"unknown key manifest\.model\.surprise"),
         (edited("artifacts", "onnx", "cache", "layers", 0, "surprise", to=1), r"cache\.layers\[0\]\.surprise"),
@@ -75,7 +82,7 @@ def edited(*path: str | int, to: Any) -> str:
         (edited("context", to=1.5), r"manifest\.context is '1.5', expected"),
         (edited("files", to=[]), r"manifest\.files is '\[\]', expected an object"),
         (edited("validation", to={}), r"manifest\.validation is '{}', expected a list"),
-        (edited("artifacts", "tflite", to={}), "'tflite', expected one of"),
+        (edited("artifacts", "tflite", to={}), r"missing key manifest\.artifacts\.tflite\.bytes"),
         (edited("artifacts", "onnx", "reference_activations", to="int4"), "'int4', expected one of"),
         (edited("model", "layer_types", 0, to="none"), r"layer_types\[0\] is 'none'"),
     ],

@@ -8,14 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from export.manifest import FORMATS, Format
+from export.executorch.target import PTE
 from export.onnx.file import load_graph, read_initializer
-from export.onnx.text import export_onnx
-from export.stand_ins import reexpressed, stand_in
+from export.onnx.target import ONNX
+from export.onnx.write import export_onnx
+from export.stand_ins import for_target, stand_in
+from export.target import Target
 from gemma3.cache import cache_layout
-from quant.recipe import QuantizedWeights, preset, quantize
+from quant.eager import quantized_model
+from quant.methods import quantize_weights
+from quant.recipe import Verdict, preset
 from quant.sfp8 import Sfp8Weight, encode_weight
-from runtime_py.sessions.eager import quantized_model
+from quant.weights import QuantizedWeights
 from runtime_py.sessions.onnx import OnnxSession
 from tests.shapes import random_model, random_tokens, tiny_config
 
@@ -23,12 +27,12 @@ from tests.shapes import random_model, random_tokens, tiny_config
 @given(
     values=arrays(np.float32, (3, 40), elements=st.floats(-4, 4, width=32)),
     per_channel=st.booleans(),
-    format=st.sampled_from(FORMATS),
+    target=st.sampled_from([PTE, ONNX]),
 )
-def test_noise_is_that_of_the_integers(values: np.ndarray, per_channel: bool, format: Format) -> None:
+def test_noise_is_that_of_the_integers(values: np.ndarray, per_channel: bool, target: Target) -> None:
     weight = encode_weight(torch.from_numpy(values), per_channel=per_channel)
-    integers, decibels = stand_in(weight, format)
-    assert (integers.bits, integers.group_size) == (8, 32 if format == "onnx" else 40)
+    integers, decibels = stand_in(weight, target.stand_ins["sfp8"])
+    assert (integers.bits, integers.group_size) == (8, 32 if target is ONNX else 40)
     exact, found = weight.dequantize().double(), integers.dequantize().double()
     noise = float((exact - found).square().sum())
     if noise == 0:
@@ -37,24 +41,24 @@ def test_noise_is_that_of_the_integers(values: np.ndarray, per_channel: bool, fo
         assert noise == pytest.approx(float(exact.square().sum()) * 10 ** (-decibels / 10), rel=1e-6)
 
 
-@pytest.mark.parametrize(("format", "least"), [("onnx", 43.0), ("pte", 40.0)])
-def test_gaussian_weights(format: Format, least: float) -> None:
+@pytest.mark.parametrize(("target", "least"), [(ONNX, 43.0), (PTE, 40.0)])
+def test_gaussian_weights(target: Target, least: float) -> None:
     """SFP8 itself is about 31 dB from the weights it encodes: its stand-ins add little."""
     values = torch.randn(64, 640, generator=torch.Generator().manual_seed(0)) / 25
     weight = encode_weight(values, per_channel=False)
-    _, decibels = stand_in(weight, format)
+    _, decibels = stand_in(weight, target.stand_ins["sfp8"])
     assert least < decibels < least + 4
 
 
-def test_only_sfp8_is_reexpressed_and_the_verdict_says_so() -> None:
-    weights = quantize(random_model(tiny_config()).named_parameters(), preset("sfp8", "int8"))
-    ready, decibels = reexpressed(weights, "onnx")
+def test_only_sfp8_is_replaced_and_the_verdict_says_so() -> None:
+    weights = quantize_weights(random_model(tiny_config()).named_parameters(), preset("sfp8", "int8"))
+    ready, decibels = for_target(weights, ONNX)
     assert ready.tensors.keys() == weights.tensors.keys()
     assert not any(isinstance(weight, Sfp8Weight) for weight in ready.tensors.values())
     assert decibels.keys() == {name for name, weight in weights.tensors.items() if isinstance(weight, Sfp8Weight)}
     for name, weight in weights.tensors.items():
         if name in decibels:
-            assert ready.verdicts[name] == (
+            assert str(ready.verdicts[name]) == (
                 f"{weights.verdicts[name]}; as int8-block32-padded, {decibels[name]:.1f} dB from its values"
             )
         else:
@@ -68,7 +72,7 @@ def test_the_exact_onnx_keeps_the_codes_and_equals_eager(shape: str, tmp_path: P
     named = dict(random_model(config).named_parameters())
     # gemma.cpp's scale for the table, one a row for the rest
     sfp8 = {name: encode_weight(w, per_channel="embed" not in name) for name, w in named.items() if w.dim() == 2}
-    weights = QuantizedWeights(named | sfp8, dict.fromkeys(named, ""))
+    weights = QuantizedWeights(named | sfp8, dict.fromkeys(named, Verdict("float32", "")))
     layout = cache_layout(config, "compacting", 128, chunk=8)
     path = tmp_path / "model.onnx"
     export_onnx(config, weights.tensors, layout, path)

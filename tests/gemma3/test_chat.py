@@ -15,7 +15,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
 import gemma3
-from gemma3.chat import Image, Message, Part, encode_chat, encode_prompt, place_images, render_chat
+from gemma3.chat import CHAT_TEMPLATE, Image, Message, Part, encode_chat, encode_prompt, place_images, render_chat
 from gemma3.errors import BadInput
 from gemma3.images import pan_and_scan_boxes
 from gemma3.tokenizer import SPECIAL_PIECES, Tokenizer
@@ -107,6 +107,32 @@ CONVERSATIONS = [
     conversation("def f():\n\n\n    return 1\n", "```python\nf()\n```", "漢字 🦊 <b>é</b>"),
     conversation("user\nmodel\n", "model", "42 1234"),
 ]
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_our_template_is_the_released_one(messages: list[Message], prompt: bool) -> None:
+    def rendered(template: str) -> str:
+        return ORACLE.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+
+    assert rendered(CHAT_TEMPLATE) == rendered(RELEASED_TEMPLATE) == render_chat(messages, prompt)
+
+
+def test_our_template_shows_images_and_refuses_wrong_turns_as_the_released_one_does() -> None:
+    content = [{"type": "text", "text": " see "}, {"type": "image"}, {"type": "text", "text": "this "}]
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief. "}]}
+    messages = [system, {"role": "user", "content": content}]
+    shown = [
+        ORACLE.apply_chat_template(messages, chat_template=template, tokenize=False)
+        for template in (CHAT_TEMPLATE, RELEASED_TEMPLATE)
+    ]
+    assert shown[0] == shown[1]
+    assert "<start_of_image>" in shown[0]
+    for template in (CHAT_TEMPLATE, RELEASED_TEMPLATE):
+        with pytest.raises(jinja2.exceptions.TemplateError, match="alternate"):
+            ORACLE.apply_chat_template([{"role": "user", "content": "a"}] * 2, chat_template=template, tokenize=False)
 
 
 @pytest.mark.parametrize("prompt", [True, False])
@@ -285,5 +311,5 @@ def test_images_go_where_the_text_says() -> None:
     assert place_images("a b", [ONE, TWO]) == [ONE, TWO, "a b"]
     assert place_images("an <image> tag", []) == ["an <image> tag"]
     for images in ([ONE], [ONE, ONE, ONE]):
-        with pytest.raises(BadInput, match=f"says <image> 2 times for {len(images)} images"):
+        with pytest.raises(BadInput, match=f"says <image> 2 times for {len(images)} image"):
             place_images("<image> and <image>", images)

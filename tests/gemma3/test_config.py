@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from transformers import Gemma3TextConfig, SiglipVisionConfig
 
+from gemma3 import typed_json
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import DEFAULTS, FULL, SLIDING, VISION_DEFAULTS, ModelConfig, Rope, parse_config, read_config
 from gemma3.errors import BadInput, DoesNotFit
@@ -80,7 +81,7 @@ def test_defaults_are_transformers() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dict_round_trip(shape: str) -> None:
     config = tiny_config(shape)
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert typed_json.decode(ModelConfig, json.loads(typed_json.encode(config)), "config") == config
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_layout_is_bounded_on_local_layers_only() -> None:
     assert [layer.slots for layer in short.layers] == [16, 16, 16, 16, 16, 64, 16]
     assert [layer.slots for layer in long.layers] == [16, 16, 16, 16, 16, 4096, 16]
     assert long.total_bytes == 2 * 32 * 4 * (6 * 16 + 4096)
-    assert CacheLayout.from_dict(json.loads(json.dumps(long.to_dict()))) == long
+    assert typed_json.decode(CacheLayout, json.loads(typed_json.encode(long)), "cache") == long
 
 
 @pytest.mark.parametrize(

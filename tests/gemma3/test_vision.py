@@ -1,11 +1,14 @@
 """Encoder, projector and the attention of images against transformers, on random weights of several shapes."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from gemma3 import typed_json
 from gemma3.cache import cache_layout
 from gemma3.config import parse_config
 from gemma3.errors import BadInput
@@ -135,4 +138,4 @@ def test_bad_configurations(change: dict[str, object], message: str) -> None:
 
 def test_the_configuration_is_json() -> None:
     config = tiny_vision_config()
-    assert type(config).from_dict(config.to_dict()) == config
+    assert typed_json.decode(type(config), json.loads(typed_json.encode(config)), "config") == config

@@ -5,9 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from quant.activations import IntegerLinear, fake_quantize_per_token, with_integer_weights
+from quant.activations import fake_quantize_per_token
+from quant.eager import IntegerLinear, with_integer_weights
 from quant.integers import round_to_nearest
-from quant.recipe import preset, quantize
+from quant.methods import quantize_weights
+from quant.recipe import preset
 from tests.shapes import random_model, random_tokens, tiny_config
 
 
@@ -37,7 +39,7 @@ def test_executorch_operators_differ_by_a_step_at_most(x: np.ndarray) -> None:
 
 def test_weights_go_in_and_the_shared_table_once() -> None:
     config = tiny_config()
-    quantized = quantize(random_model(config).named_parameters(), preset("int4-block32"))
+    quantized = quantize_weights(random_model(config).named_parameters(), preset("int4-block32"))
     tokens = torch.tensor([random_tokens(config, 24)])
     plain = random_model(config)(tokens)
     exact = with_integer_weights(random_model(config), quantized.integers, "float")

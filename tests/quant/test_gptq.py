@@ -7,7 +7,8 @@ from hypothesis.extra.numpy import arrays
 
 from quant.gptq import gptq, gptq_weight, hessian, least_costly_scales
 from quant.integers import IntegerWeight, absmax_scales, bf16_grid, in_groups, nearest_codes, round_to_nearest
-from quant.recipe import Integers, preset, quantize
+from quant.methods import quantize_weights
+from quant.recipe import Integers, preset
 from tests.shapes import random_model, random_tokens, tiny_config
 
 SCHEMES = st.builds(Integers, st.sampled_from([4, 8]), st.sampled_from([32, 128, None]), pad=st.just(True))
@@ -124,11 +125,11 @@ def test_a_network(shape: str) -> None:
     layers = [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
     method = gptq(layers, model.hidden, batches, recipe)
     named = dict(original.named_parameters())
-    quantized = quantize(named.items(), recipe, method)
+    quantized = quantize_weights(named.items(), recipe, method)
     assert quantized.tensors.keys() == named.keys()
     for name, integers in quantized.integers.items():
         in_a_layer = name.startswith("model.layers.")
-        assert ("gptq" in quantized.verdicts[name]) == in_a_layer
+        assert ("gptq" in quantized.verdicts[name].reason) == in_a_layer
         if in_a_layer:
             assert torch.equal(model.get_parameter(name), integers.dequantize())
             assert not torch.equal(integers.codes, round_to_nearest(named[name], 4, 32).codes)
@@ -150,7 +151,7 @@ def test_other_schemes_are_left_to_the_recipe() -> None:
     model = random_model(config)
     layers = [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
     method = gptq(layers, model.hidden, [torch.tensor([random_tokens(config, 8)])], recipe)
-    assert not quantize(model.named_parameters(), recipe, method).integers
+    assert not quantize_weights(model.named_parameters(), recipe, method).integers
     unchanged = random_model(config)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), unchanged.parameters(), strict=True))
 

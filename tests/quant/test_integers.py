@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid, equal_codes, in_groups, round_to_nearest
+from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid, in_groups, round_to_nearest
 
 weights = st.tuples(st.integers(1, 4), st.integers(1, 3)).flatmap(
     lambda shape: arrays(
@@ -94,11 +94,11 @@ def test_shapes() -> None:
 @pytest.mark.parametrize("group_size", [32, None])
 def test_equal_codes_are_counted(group_size: int | None) -> None:
     weight = round_to_nearest(torch.randn(3, 64), 4, group_size)
-    assert equal_codes(weight, weight) == 3 * 64
+    assert weight.equal_codes(weight) == 3 * 64
     changed = weight.codes.clone()
     changed[1, 5] ^= 1
-    assert equal_codes(replace(weight, codes=changed), weight) == 3 * 64 - 1
+    assert weight.equal_codes(replace(weight, codes=changed)) == 3 * 64 - 1
     scales = weight.scales.clone()
     scales[2, 0] *= 2
-    assert equal_codes(replace(weight, scales=scales), weight) == 3 * 64 - weight.group_size
-    assert equal_codes(round_to_nearest(torch.randn(3, 32), 4, group_size), weight) == 0
+    assert weight.equal_codes(replace(weight, scales=scales)) == 3 * 64 - weight.group_size
+    assert weight.equal_codes(round_to_nearest(torch.randn(3, 32), 4, group_size)) == 0

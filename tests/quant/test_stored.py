@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gemma3.host.atomic import TargetError
+from gemma3.errors import BadInput
 from quant.integers import IntegerWeight, round_to_nearest
-from quant.recipe import QuantizedWeights, Recipe, Rule
+from quant.recipe import Recipe, Rule, Verdict
 from quant.sfp8 import Sfp8Weight, encode_weight
-from quant.stored import FILE, METADATA_KEY, StoredError, StoredWeights, is_quantized, load_quantized, save_quantized
+from quant.stored import FILE, METADATA_KEY, StoredWeights, is_quantized, load_quantized, save_quantized
+from quant.weights import QuantizedWeights
 
 RECIPE = Recipe("mine", (Rule("*_proj.weight", "int4-block32"), Rule("*", "float32")))
 
@@ -58,7 +59,7 @@ def weights_of(values: np.ndarray) -> QuantizedWeights:
         "sfp8.weight": encode_weight(weight, per_channel=False),
         "rows.weight": encode_weight(weight, per_channel=True),
     }
-    return QuantizedWeights(tensors, {name: f"why {name}" for name in tensors})
+    return QuantizedWeights(tensors, {name: Verdict("a scheme", f"why {name}") for name in tensors})
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +102,22 @@ def test_the_same_weights_give_the_same_bytes(saved: Path, tmp_path: Path) -> No
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
+def test_version_1_is_still_read(saved: Path, tmp_path: Path) -> None:
+    """It had each verdict as one text."""
+
+    def older(_: dict[str, Tensor], header: dict[str, Any]) -> None:
+        header["schema_version"] = 1
+        header["verdicts"] = {name: f"{one['scheme']}: {one['reason']}" for name, one in header["verdicts"].items()}
+
+    stored = load_quantized(changed(saved, tmp_path / "older", older))
+    assert stored.weights.verdicts == load_quantized(saved).weights.verdicts
+
+
 def test_an_existing_target_is_left_alone(saved: Path, tmp_path: Path) -> None:
     stored = load_quantized(saved)
-    with pytest.raises(TargetError, match="exists; remove it"):
+    with pytest.raises(BadInput, match="exists; remove it"):
         save_quantized(saved, stored.weights, stored.recipe, "rtn", source=saved)
-    with pytest.raises(TargetError, match="no such directory"):
+    with pytest.raises(BadInput, match="no such directory"):
         save_quantized(tmp_path / "a" / "b", stored.weights, stored.recipe, "rtn", source=saved)
 
 
@@ -163,7 +175,7 @@ DAMAGE = {
     "makes: from nan": put("sfp8.weight.scales", torch.full((1, 1), torch.nan)),
     "makes: from -1.0": put("sfp8.weight.scales", torch.full((1, 1), -1.0)),
     "holds the code 0x80": put("sfp8.weight.codes", torch.full((3, 64), 0x80, dtype=torch.uint8)),
-    "schema_version is 2": head("schema_version", value=2),
+    "schema_version is 3": head("schema_version", value=3),
     "schema_version is '1'": head("schema_version", value="1"),
     "method in its header is no text": head("method", value=None),
     r"rule in its header has the keys \[\]": head("recipe", "rules", value=[{"pattern": 1}]),
@@ -173,14 +185,15 @@ DAMAGE = {
     "stored as 'int8/0'": head("forms", "table.weight", value="int8/0"),
     "stored as 'int8'": head("forms", "table.weight", value="int8"),
     "forms in its header does not map": head("forms", value=["a"]),
-    "8 forms and 9 verdicts": head("verdicts", "more", value="why"),
+    "8 forms and 9 verdicts": head("verdicts", "more", value={"scheme": "float32", "reason": "why"}),
+    "verdicts in its header does not map": head("verdicts", "more", value="why"),
     "header in its header has the keys": head("more", value="why"),
 }
 
 
 @pytest.mark.parametrize("message", DAMAGE)
 def test_damage_is_one_clear_line(saved: Path, tmp_path: Path, message: str) -> None:
-    with pytest.raises(StoredError, match=message) as error:
+    with pytest.raises(BadInput, match=message) as error:
         load_quantized(changed(saved, tmp_path / "bad", DAMAGE[message]))
     assert error.value.exit_code == 3
     assert "\n" not in str(error.value)
@@ -190,12 +203,12 @@ def test_damage_is_one_clear_line(saved: Path, tmp_path: Path, message: str) -> 
 @pytest.mark.parametrize("header", [None, {}, {METADATA_KEY: "not json"}, {METADATA_KEY: "[" * 9999}])
 def test_no_header(tmp_path: Path, header: dict[str, str] | None) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / FILE, header)
-    with pytest.raises(StoredError, match="header"):
+    with pytest.raises(BadInput, match="header"):
         load_quantized(tmp_path)
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(StoredError, match="not readable as safetensors"):
+    with pytest.raises(BadInput, match="not readable as safetensors"):
         load_quantized(tmp_path)
 
 
@@ -203,7 +216,7 @@ def test_no_file(tmp_path: Path) -> None:
 def test_a_fuzzed_header_is_refused_or_read(
     saved: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Any bytes in the header's place and any cut: a StoredError or weights, nothing else."""
+    """Any bytes in the header's place and any cut: a BadInput or weights, nothing else."""
     content = bytearray((saved / FILE).read_bytes())
     length = 8 + struct.unpack("<Q", content[:8])[0]
     for _ in range(data.draw(st.integers(1, 4))):
@@ -237,5 +250,5 @@ def test_any_json_in_the_header_is_refused_or_read(
 
 
 def refused_or_read(directory: Path) -> None:
-    with contextlib.suppress(StoredError):
+    with contextlib.suppress(BadInput):
         assert isinstance(load_quantized(directory), StoredWeights)

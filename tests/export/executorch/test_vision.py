@@ -8,8 +8,8 @@ import pytest
 import torch
 from executorch.exir.schema import DelegateCall
 
-from export.executorch.file import PteFile, read_back_pte
-from export.executorch.lower import compare_integers, export_pte
+from export.executorch.file import PteFile
+from export.executorch.lower import export_pte
 from export.executorch.vision import VisionEncoder
 from gemma3.cache import cache_layout
 from gemma3.config import FULL, SLIDING, ModelConfig
@@ -145,22 +145,22 @@ def test_many_patches_go_through_one_delegate(linears: str, tmp_path: Path) -> N
     assert len(plan.delegates) == 3 * 3 + 1
     assert len(calls) == len(plan.delegates) + 3 * 2
     if linears == "int8":
-        assert sum(tiny.report.integers_unequal.values()) == 0
+        assert tiny.counts().total_unequal == 0
 
 
 @pytest.mark.slow
 def test_integers_in_the_file_are_the_quantizers(integers: TinyPte) -> None:
-    stored, expected = read_back_pte(integers.path), integers.weights.integers
+    stored, expected, counts = integers.stored(), integers.weights.integers, integers.counts()
     assert sum(name.startswith("vision_tower.") for name in stored) == 2 * 6
     assert stored.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.equal(stored[name].codes, weight.codes), name
         assert torch.equal(stored[name].scales, weight.scales), name
-        assert integers.report.integers_equal[name] == weight.codes.numel()
+        assert counts.equal[name] == weight.codes.numel()
     name = "vision_tower.vision_model.encoder.layers.1.mlp.fc2.weight"
     changed = replace(expected[name], codes=expected[name].codes.clone())
     changed.codes[3, 4] ^= 1
-    _, unequal = compare_integers({**expected, name: changed}, PteFile(integers.path))
+    unequal = integers.counts({**expected, name: changed}).unequal
     assert {name: count for name, count in unequal.items() if count} == {name: 1}
 
 
@@ -194,7 +194,7 @@ def test_a_file_that_does_not_see(tiny: TinyPte, tmp_path: Path) -> None:
 def test_a_chunk_shorter_than_an_image_is_refused(tmp_path: Path) -> None:
     config = tiny_vision_config("image-over-window")
     with pytest.raises(BadInput, match=r"chunk 15 is smaller than an image's 16 tokens"):
-        export_pte(config, {}, cache_layout(config, "ring", 64, 15), tmp_path / "model.pte", eos_ids=[1])
+        export_pte(config, {}, cache_layout(config, "ring", 64, 15), [1], tmp_path / "model.pte")
 
 
 def test_what_only_floats_can_be(tmp_path: Path) -> None:

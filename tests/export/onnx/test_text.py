@@ -1,7 +1,7 @@
 """The .onnx file against the eager network, at every kind of shape, and against what its bytes should be."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +10,20 @@ import onnxruntime_genai
 import pytest
 import torch
 
-from export.onnx.file import load_graph
-from export.onnx.layers import block_size, pack, unpack
-from export.onnx.text import cache_shapes_onnx, compare_integers, export_onnx, genai_config
+from export.integers import compare_integers
+from export.onnx.file import cache_shapes_onnx, load_graph
+from export.onnx.layers import block_size, pack
+from export.onnx.read_back import unpack
+from export.onnx.target import ONNX
+from export.onnx.write import export_onnx, genai_config
+from export.target import TensorSpec
 from gemma3.cache import COMPACTING_SLACK, cache_layout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
 from quant.integers import IntegerWeight, round_to_nearest
+from runtime_py.api import export_bundle
 from runtime_py.sessions.onnx import OnnxSession
+from tests.bundles import write_checkpoint
 from tests.onnx_models import TinyOnnx, quantized_weights, tiny_onnx
 from tests.shapes import SHAPES, random_model, random_tokens, tiny_config, tiny_vision_config
 
@@ -105,17 +111,18 @@ def test_a_changed_integer_is_found(tmp_path: Path) -> None:
     tiny = tiny_onnx(tiny_config(), tmp_path, "int4-block32", "int8")
     data = tiny.path.with_name("model.onnx.data")
     content = bytearray(data.read_bytes())
+    before = tiny.counts().total_equal
     content[1000] ^= 1  # inside the table, which is written first
     data.write_bytes(content)
-    equal, unequal = compare_integers(tiny.weights.tensors, tiny.path)
-    assert unequal == 1
-    assert equal == tiny.report.integers_equal - 1
+    assert tiny.counts().total_unequal == 1
+    assert tiny.counts().total_equal == before - 1
 
 
 def test_a_weight_that_no_node_uses_is_unequal(tmp_path: Path) -> None:
     tiny = tiny_onnx(tiny_config(), tmp_path)
     weight = round_to_nearest(torch.ones(4, 32), 4, 32)
-    assert compare_integers({"unused.weight": weight}, tiny.path) == (0, weight.codes.numel())
+    counts = compare_integers({"unused.weight": weight}, ONNX, tiny.path)
+    assert (counts.equal, counts.unequal) == ({"unused.weight": 0}, {"unused.weight": weight.codes.numel()})
 
 
 def test_export_fails_when_the_file_does_not_hold_the_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +132,10 @@ def test_export_fails_when_the_file_does_not_hold_the_integers(tmp_path: Path, m
         return packed
 
     monkeypatch.setattr("export.onnx.layers.pack", one_off)
-    with pytest.raises(VerificationFailed, match="integers are not the quantizer's"):
-        tiny_onnx(tiny_config(), tmp_path, "int4-block32", "int8")
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(VerificationFailed, match="integers in the file are the quantizer's"):
+        export_bundle(checkpoint, tmp_path / "out", formats=["onnx"], context=96, chunk=8)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -146,7 +155,7 @@ def test_the_file_is_the_bare_weights(tmp_path: Path) -> None:
     for scheme, embedding in (("fp32", None), *SCHEMES):
         tiny = tiny_onnx(tiny_config(), tmp_path, scheme, embedding)
         external = [tensor for tensor in load_graph(tiny.path).graph.initializer if tensor.external_data]
-        assert 0 <= tiny.report.files["model.onnx.data"] - tiny.report.ideal_bytes <= 64 * len(external)
+        assert 0 <= tiny.report.details["files"]["model.onnx.data"] - tiny.weights.ideal_bytes <= 64 * len(external)
 
 
 def test_local_caches_do_not_grow_with_the_context(tmp_path: Path) -> None:
@@ -155,7 +164,7 @@ def test_local_caches_do_not_grow_with_the_context(tmp_path: Path) -> None:
     assert len(shapes[128]) == 2 * config.num_layers
     for name, shape in shapes[128].items():
         layer = int(name.split(".")[1])
-        if config.layer_types[layer] == "sliding_attention":
+        if config.layers[layer].window is not None:
             assert shape == shapes[256][name] == (1, 1, config.sliding_window + COMPACTING_SLACK, config.head_dim)
         else:
             assert (shape[2], shapes[256][name][2]) == (128, 256)
@@ -174,13 +183,17 @@ def test_report_states_the_file(tmp_path: Path) -> None:
     tiny = tiny_onnx(tiny_config(), tmp_path, "int4-block32", "int8", accuracy_level=4)
     model = onnx.load(tiny.path, load_external_data=False)
     assert {entry.domain: entry.version for entry in model.opset_import} == tiny.report.opsets
-    assert model.ir_version == tiny.report.ir_version
-    assert tiny.report.methods["forward"]["outputs"]["logits"] == [1, 1, tiny.config.vocab_size]
+    assert model.ir_version == tiny.report.details["ir_version"]
+    (method,) = tiny.report.methods
+    assert method.name == "forward"
+    assert method.outputs[0] == TensorSpec("logits", (1, 1, tiny.config.vocab_size))
     levels = {
         attribute.i for node in model.graph.node for attribute in node.attribute if attribute.name == "accuracy_level"
     }
-    assert levels == {tiny.report.accuracy_level}
-    assert json.loads(json.dumps(tiny.report.to_dict()))["files"] == tiny.report.files
+    assert levels == {tiny.report.details["accuracy_level"]}
+    assert json.loads(json.dumps(asdict(tiny.report)))["details"]["files"] == {
+        name: (tmp_path / name).stat().st_size for name in ("model.onnx", "model.onnx.data")
+    }
 
 
 def test_refuses_what_the_runtime_cannot_run(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 import torch
 
-from export.onnx.file import load_graph
-from export.onnx.text import compare_integers, graphs_of, read_back_onnx
+from export.onnx.file import graphs_of, load_graph
+from export.onnx.read_back import read_back_onnx
 from gemma3.cache import COMPACTING_SLACK
 from gemma3.errors import BadInput
 from tests.onnx_models import TinyOnnx, tiny_onnx
@@ -70,7 +70,7 @@ def test_soft_tokens_equal_eager(tiny: TinyOnnx) -> None:
 def test_integers_equal_eager_and_read_back(scheme: str, tmp_path: Path) -> None:
     tiny = tiny_onnx(tiny_vision_config(), tmp_path, scheme, "int8")
     assert_equals_eager(tiny, [3, None, 2, None, 40], 8)
-    assert sum(name.startswith("vision_tower.") for name in read_back_onnx(tiny.path)) == 2 * 6
+    assert sum(name.startswith("vision_tower.") for name, _ in read_back_onnx(tiny.path)) == 2 * 6
     tiny.assert_integers_are_the_quantizers()
 
 
@@ -83,13 +83,13 @@ def test_a_changed_integer_of_the_encoder_is_found(tmp_path: Path) -> None:
     content = bytearray(data.read_bytes())
     content[offset] ^= 1
     data.write_bytes(content)
-    assert compare_integers(tiny.weights.tensors, tiny.path)[1] == 1
+    assert tiny.counts().total_unequal == 1
 
 
 def test_the_files_are_the_bare_weights(tmp_path: Path) -> None:
     for scheme, embedding in (("fp32", None), ("int4-block32", "int8")):
         tiny = tiny_onnx(tiny_vision_config(), tmp_path, scheme, embedding)
-        files = tiny.report.files
+        files = tiny.report.details["files"]
         assert set(files) == {"model.onnx", "model.onnx.data", "vision.onnx", "vision.onnx.data"}
         external = [
             tensor
@@ -97,7 +97,7 @@ def test_the_files_are_the_bare_weights(tmp_path: Path) -> None:
             for tensor in load_graph(path).graph.initializer
             if tensor.external_data
         ]
-        spare = files["model.onnx.data"] + files["vision.onnx.data"] - tiny.report.ideal_bytes
+        spare = files["model.onnx.data"] + files["vision.onnx.data"] - tiny.weights.ideal_bytes
         assert 0 <= spare <= 64 * len(external)
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma3.host.atomic import TargetError, refuse_target, staging
+from gemma3.errors import BadInput
+from gemma3.host.atomic import refuse_target, staging
 
 
 def test_it_appears_whole(tmp_path: Path) -> None:
@@ -36,12 +37,12 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", fail)
-    with pytest.raises(TargetError, match=r"cannot write there \(Read-only file system\)"), staging(tmp_path / "out"):
+    with pytest.raises(BadInput, match=r"cannot write there \(Read-only file system\)"), staging(tmp_path / "out"):
         pass
 
 
 def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="exists"), staging(tmp_path / "out"):
+    with pytest.raises(BadInput, match="exists"), staging(tmp_path / "out"):
         (tmp_path / "out").mkdir()
     assert list((tmp_path / "out").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -49,17 +50,17 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
 
 def test_a_dangling_link_counts_as_existing(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(TargetError, match="exists"):
+    with pytest.raises(BadInput, match="exists"):
         refuse_target(tmp_path / "out")
 
 
 def test_a_parent_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="no such directory"):
+    with pytest.raises(BadInput, match="no such directory"):
         refuse_target(tmp_path / "missing" / "out")
 
 
 def test_a_parent_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Permissions do not stop root, which tests may run as.
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(TargetError, match="not writable"):
+    with pytest.raises(BadInput, match="not writable"):
         refuse_target(tmp_path / "out")

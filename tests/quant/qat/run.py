@@ -9,8 +9,11 @@ from torch import Tensor
 
 from gemma3.config import ModelConfig
 from gemma3.model import Gemma3
-from quant.qat.loop import Settings, processes, train
-from quant.recipe import QuantizedWeights, preset, quantize
+from quant.methods import quantize_weights
+from quant.qat.loop import Settings, train
+from quant.qat.processes import processes
+from quant.recipe import preset
+from quant.weights import QuantizedWeights
 from tests.shapes import random_model, random_pixels, random_tokens, tiny_config, tiny_vision_config, with_images
 
 CONFIG = tiny_config("all-local", vocab_size=64, hidden_size=32, intermediate_size=32, head_dim=16, num_hidden_layers=2)
@@ -21,7 +24,7 @@ SEEING = tiny_vision_config()
 def networks(config: ModelConfig = CONFIG, scheme: str = "int4-block32") -> tuple[Gemma3, Gemma3, QuantizedWeights]:
     """(student, teacher, the student's weights rounded to nearest)."""
     student = random_model(config)
-    start = quantize(student.named_parameters(), preset(scheme))
+    start = quantize_weights(student.named_parameters(), preset(scheme))
     return student, random_model(config), start
 
 

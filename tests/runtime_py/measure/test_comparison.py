@@ -14,9 +14,9 @@ from gemma3.cache import cache_layout
 from gemma3.data import Document
 from gemma3.errors import BadInput, VerificationFailed
 from gemma3.images import network_input
-from runtime_py.measure.comparison import Comparison, Estimate, compare, comparison_table, every_position, stretches
+from runtime_py.measure.comparison import Comparison, Estimate, compare, comparison_table, stretches
 from runtime_py.sessions.eager import EagerSession
-from runtime_py.sessions.protocol import Logits
+from runtime_py.sessions.protocol import Logits, every_position
 from tests.function_session import FunctionSession
 from tests.shapes import random_model, random_pixels, random_tokens, tiny_config, tiny_vision_config, with_images
 

@@ -7,8 +7,9 @@ import torch
 
 from gemma3.cache import cache_layout
 from gemma3.errors import BadInput, DoesNotFit
+from gemma3.images import Pixels
 from runtime_py.sessions.eager import EagerSession, open_eager
-from runtime_py.sessions.protocol import Pixels, check_ids, chunks, pieces
+from runtime_py.sessions.protocol import check_ids, chunks, pieces
 from tests.bundles import SEEING_CONFIG, write_checkpoint
 from tests.function_session import counting
 from tests.shapes import VISION_SHAPES, random_model, random_tokens, tiny_config, tiny_vision_config, with_images
