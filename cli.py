@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import click
 import typer
 
 from gemma3.errors import BadInput, DoesNotFit
@@ -110,16 +109,9 @@ def main() -> None:
         for noisy in ("torchao", "torch.utils._pytree"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        code = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as interruption:
-        print(": ".join(("interrupted", *map(str, interruption.args))), file=sys.stderr)
-        sys.exit(130)
+        app()
     except Exception as error:
         sys.exit(report_error(error))
-    sys.exit(code if isinstance(code, int) else 0)
 
 
 def report_error(error: Exception) -> int:
@@ -195,7 +187,7 @@ def export(
             exact_sfp8=exact_sfp8,
         )
     print(validation_table(manifest.validation))
-    log.info(bundle_line(out, manifest))
+    print(bundle_line(out, manifest), file=sys.stderr)
 
 
 @app.command()
@@ -505,11 +497,15 @@ def inspect(
     ] = None,
 ) -> None:
     """Draw the attention masks of a local and a global layer, here and as a PNG."""
-    from runtime_py.api import open_checkpoint
+    from gemma3.checkpoint import CONFIG, resolve_checkpoint
+    from gemma3.config import read_config
+    from gemma3.tokenizer import Tokenizer
     from runtime_py.mask_picture import masks_of, save, show
 
-    source = open_checkpoint(model)
-    masks = masks_of(mask, source.tokenizer, source.config, window=window, tokens_per_image=tokens_per_image)
+    path = resolve_checkpoint(model)  # not opened: its weights are not needed
+    masks = masks_of(
+        mask, Tokenizer(path), read_config(path / CONFIG), window=window, tokens_per_image=tokens_per_image
+    )
     terminal = sys.stdout.isatty()
     print(show(masks, colour=terminal, columns=shutil.get_terminal_size().columns if terminal else None))
     save(masks, out)
@@ -549,7 +545,8 @@ def whole(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{out} was not written") from None
+        print(f"interrupted: {out} was not written", file=sys.stderr)
+        raise
 
 
 def lines(prompt: str) -> Iterator[str]:

@@ -28,7 +28,7 @@ from export.manifest import (
     describe_files,
 )
 from export.stand_ins import for_target
-from export.target import Target
+from export.target import StandIn, Target
 from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheLayout, cache_layout
 from gemma3.chat import CHAT_TEMPLATE
 from gemma3.config import ModelConfig, VisionConfig
@@ -80,7 +80,7 @@ def draft_bundle(
         tokenizer = tokenizer_info(checkpoint)
         copy_tokenizer(checkpoint.path, directory)
         weights: dict[str, QuantizedWeights] = {}
-        stand_ins: dict[str, dict[str, float]] = {}
+        stand_ins: dict[str, dict[str, StandIn]] = {}
         for target in targets:
             weights[target.name], stand_ins[target.name] = for_target(checkpoint.weights, target, exact_sfp8)
         check_disk(directory, config, [(target, weights[target.name]) for target in targets])
@@ -208,8 +208,10 @@ def stand_in_checks(manifest: Manifest) -> list[Check]:
     checks = []
     for format, artifact in manifest.artifacts.items():
         if artifact.stand_ins:
-            name = f"{len(artifact.stand_ins)} weights held in another scheme: the farthest from its values"
-            checks.append(Check(format, "stand-ins", "decibels", name, min(artifact.stand_ins.values()), None, True))
+            worst = min(artifact.stand_ins.values(), key=lambda one: one.decibels)
+            count = len(artifact.stand_ins)
+            name = f"{count} {worst.kind.upper()} weights as {worst.scheme}: the farthest from its values"
+            checks.append(Check(format, "stand-ins", "decibels", name, worst.decibels, None, True))
     return checks
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from export.checks import Check
-from export.target import Activations, Method
+from export.target import Activations, Method, StandIn
 from gemma3 import typed_json
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
@@ -44,9 +44,8 @@ class Artifact:
     ``reference_activations`` says what the eager model does to the inputs of quantized linear layers when it is this
     file's reference. ``bytes`` counts the graph and its external data; ``ideal_bytes`` counts the weights at their
     bits plus two bytes a scale, each stored once. ``peak_memory_estimate`` is in bytes: the weights as stored, the
-    caches, and what encoding an image takes. ``stand_ins`` gives, for each weight that the file holds in another kind
-    than the checkpoint (SFP8 as 8-bit integers), its distance from the checkpoint's values in decibels. ``details``
-    is what only this kind of artifact has.
+    caches, and what encoding an image takes. ``stand_ins`` lists the weights that the file holds in another scheme than
+    the checkpoint (SFP8 as 8-bit integers). ``details`` is what only this kind of artifact has.
     """
 
     file: str
@@ -58,7 +57,7 @@ class Artifact:
     bytes: int
     ideal_bytes: int
     peak_memory_estimate: int
-    stand_ins: dict[str, float]
+    stand_ins: dict[str, StandIn]
     details: dict[str, Any]
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from export.target import Target
+from export.target import StandIn, Target
 from gemma3.errors import BadInput
 from quant.integers import IntegerWeight, round_to_nearest
 from quant.recipe import SCHEMES, Integers
@@ -19,29 +19,29 @@ from quant.weights import QuantizedWeight, QuantizedWeights, Weight
 
 def for_target(
     weights: QuantizedWeights, target: Target, exact: bool = False
-) -> tuple[QuantizedWeights, dict[str, float]]:
-    """``weights`` as the target's file holds them, and the distance of each stand-in from its weight in decibels:
-    10 · log₁₀(Σ value² / Σ (value − stand-in)²). Larger is closer.
+) -> tuple[QuantizedWeights, dict[str, StandIn]]:
+    """``weights`` as the target's file holds them, and the stand-ins among them by name.
 
     With ``exact`` nothing is replaced. Raises BadInput for a weight that the file cannot hold.
     """
     tensors: dict[str, Weight] = {}
-    verdicts, decibels = dict(weights.verdicts), {}
+    verdicts, stand_ins = dict(weights.verdicts), dict[str, StandIn]()
     for name, weight in weights.tensors.items():
         tensors[name] = weight
         if isinstance(weight, Tensor):
             continue
         scheme = None if exact else target.stand_ins.get(weight.kind)
         if scheme is not None:
-            tensors[name], decibels[name] = stand_in(weight, scheme)
-            reason = f"{verdicts[name].reason}; as {scheme}, {decibels[name]:.1f} dB from its values"
+            tensors[name], decibels = stand_in(weight, scheme)
+            stand_ins[name] = StandIn(weight.kind, scheme, decibels)
+            reason = f"{verdicts[name].reason}; as {scheme}, {decibels:.1f} dB from its values"
             verdicts[name] = replace(verdicts[name], reason=reason)
         elif weight.kind not in target.kinds:
             raise BadInput(
-                f"{name}: a .{target.name} cannot hold {weight.kind} weights as they are; leave out --exact-sfp8, "
-                "or choose another --format"
+                f"{name}: a .{target.name} cannot hold {weight.kind.upper()} weights as they are; "
+                "leave out --exact-sfp8, or choose another --format"
             )
-    return QuantizedWeights(tensors, verdicts), decibels
+    return QuantizedWeights(tensors, verdicts), stand_ins
 
 
 def stand_in(weight: QuantizedWeight, scheme: str) -> tuple[IntegerWeight, float]:

@@ -45,6 +45,18 @@ class Method:
 
 
 @dataclass(frozen=True)
+class StandIn:
+    """How a file holds a weight of a kind that its runtime has no kernel for: in another scheme, at a distance.
+
+    ``decibels`` is 10 · log₁₀(Σ value² / Σ (value − stand-in)²); larger is closer.
+    """
+
+    kind: str
+    scheme: str
+    decibels: float
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What an exporter says about the files it wrote. Equal files have equal reports."""
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import cli
-from export.manifest import GOLDEN, MANIFEST, FileEntry, sha256_of
+from export.manifest import GOLDEN, MANIFEST, PLAN, FileEntry, sha256_of
+from runtime_py import api, text
 from tests.bundles import CONFIG, EXPORT, Cli, Run, copy_bundle, rewrite_tensors, write_checkpoint
 
 
@@ -149,7 +150,7 @@ def test_an_internal_error_is_one_line_unless_asked_for(
     def fail(*_: object) -> None:
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(cli, "open_bundle", fail)
+    monkeypatch.setattr(text, "open_bundle", fail)
     result = gemma_edge("generate", bundle, "a")
     assert result.code == 1
     assert result.err == "internal error: RuntimeError: first second; set GEMMA_EDGE_DEBUG=1 to see where\n"
@@ -161,8 +162,21 @@ def test_interrupted(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPa
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "open_bundle", interrupt)
+    monkeypatch.setattr(text, "open_bundle", interrupt)
     assert gemma_edge("generate", bundle, "a").code == 130
+
+
+def test_an_interrupted_export_says_that_nothing_was_written(
+    gemma_edge: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "prove", interrupt)
+    result = gemma_edge("export", checkpoint, "-o", tmp_path / "out", "--format", "onnx", *EXPORT)
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == f"interrupted: {tmp_path / 'out'} was not written"
+    assert list(tmp_path.iterdir()) == []
 
 
 # Validate
@@ -175,7 +189,7 @@ def test_golden_vectors_replay(gemma_edge: Cli, bundle: Path) -> None:
     assert set(report) == {"passed", "checks"}
     assert report["passed"] is True
     assert {frozenset(check) for check in report["checks"]} == {
-        frozenset({"artifact", "name", "metric", "value", "limit", "passed"})
+        frozenset({"artifact", "id", "metric", "name", "value", "limit", "passed"})
     }
     metrics = {check["metric"] for check in report["checks"]}
     assert metrics >= {"equal", "max_abs", "mean_abs", "relative_rms", "kl_mean", "kl_max", "top1_agreement"}
@@ -203,7 +217,9 @@ def test_configuration_of_another_checkpoint(gemma_edge: Cli, bundle: Path, tmp_
     assert_refused(gemma_edge("validate", bundle, "--checkpoint", other), 3, "not the checkpoint of this bundle")
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", GOLDEN, "tokenizer.model", "genai_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.onnx.data", GOLDEN, PLAN, "tokenizer.model", "genai_config.json"]
+)
 def test_one_changed_byte_anywhere(gemma_edge: Cli, bundle: Path, tmp_path: Path, name: str) -> None:
     damaged = copy_bundle(bundle, tmp_path / "damaged")
     data = bytearray((damaged / name).read_bytes())
@@ -355,7 +371,7 @@ def test_both_formats_are_proven_and_agree(gemma_edge: Cli, checkpoint: Path, tm
     result = gemma_edge("export", checkpoint, "-o", both, "--scheme", scheme, *EXPORT)
     assert result.code == 0, result.err
     assert "every check passed" in result.err
-    report = json.loads((both / MANIFEST).read_text())["artifacts"]["pte"]["report"]
+    report = json.loads((both / MANIFEST).read_text())["artifacts"]["pte"]["details"]
     assert report["delegates"] >= 1
     assert gemma_edge("validate", both).code == 0
     answers = {

@@ -178,7 +178,7 @@ def test_a_checkpoint_that_the_bundle_was_not_made_of(
 
 def test_checkpoint_is_for_bundles(accuracy: Cli, checkpoint: Path, text: Path) -> None:
     result = accuracy(checkpoint, "--reference", checkpoint, "--data", text, "--checkpoint", checkpoint)
-    assert_refused(result, 3, "is no bundle")
+    assert_refused(result, 3, "is not a bundle")
 
 
 def test_a_reference_with_another_vocabulary(

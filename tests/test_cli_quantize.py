@@ -35,11 +35,10 @@ def test_quantized_integers_reach_the_file(
 
     result = gemma_edge("export", tmp_path / "made", "-o", tmp_path / "bundle", "--format", "onnx", *EXPORT)
     assert result.code == 0, result.err
-    found = read_back_onnx(tmp_path / "bundle" / "model.onnx")
+    found = dict(read_back_onnx(tmp_path / "bundle" / "model.onnx"))
     assert found.keys() == stored.weights.integers.keys()
     for name, weight in stored.weights.integers.items():
-        assert torch.equal(found[name].codes, weight.codes)
-        assert torch.equal(found[name].scales, weight.scales)
+        assert all(torch.equal(*pair) for pair in zip(found[name].tensors(), weight.tensors(), strict=True))
     manifest = read_manifest(tmp_path / "bundle")
     assert (manifest.method, manifest.weights) == (method, stored.weights.verdicts)
 
@@ -48,7 +47,7 @@ def test_quantized_integers_reach_the_file(
     assert json.loads(result.out)["passed"]
     if method != "rtn":
         result = gemma_edge("validate", tmp_path / "bundle", "--checkpoint", checkpoint)
-        assert_refused(result, f"give the checkpoint that the bundle's {method} integers are of")
+        assert_refused(result, f"give the checkpoint with the {method} integers that the bundle was exported from")
 
 
 def test_a_quantized_checkpoint_keeps_its_scheme(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
@@ -70,9 +69,9 @@ def test_a_recipe_file(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> Non
     assert result.code == 0, result.err
     manifest = read_manifest(tmp_path / "out")
     assert manifest.recipe == "mine"
-    assert manifest.weights["model.layers.0.mlp.up_proj.weight"] == "int8-channel: round to nearest"
+    assert str(manifest.weights["model.layers.0.mlp.up_proj.weight"]) == "int8-channel: round to nearest"
     result = gemma_edge("export", checkpoint, "-o", tmp_path / "no", "--scheme", "fp32", *options)
-    assert_refused(result, "a recipe says it all; leave out --scheme and --embedding")
+    assert_refused(result, "a recipe says everything; leave out --scheme and --embedding")
     recipe.write_text(recipe.read_text() + '[[rule]]\npattern = "*.vision.*"\nscheme = "float32"\n')
     result = gemma_edge("export", checkpoint, "-o", tmp_path / "no", *options)
     assert_refused(result, "rule *.vision.* matches no weight")
@@ -84,9 +83,9 @@ def test_sfp8_as_integers_and_exact(gemma_edge: Cli, checkpoint: Path, tmp_path:
     assert result.code == 0, result.err
     assert "SFP8 weights as int8-block32" in result.out
     manifest = read_manifest(tmp_path / "integers")
-    linears = [name for name, verdict in manifest.weights.items() if verdict.startswith("sfp8")]
+    linears = [name for name, verdict in manifest.weights.items() if verdict.scheme.startswith("sfp8")]
     assert manifest.artifacts["onnx"].stand_ins.keys() == set(linears)
-    assert all(40 < decibels < 60 for decibels in manifest.artifacts["onnx"].stand_ins.values())
+    assert all(40 < one.decibels < 60 for one in manifest.artifacts["onnx"].stand_ins.values())
     result = gemma_edge("validate", tmp_path / "integers", "--checkpoint", checkpoint, "--json")
     assert result.code == 0, result.err
 
@@ -109,7 +108,7 @@ def test_sfp8_as_integers_and_exact(gemma_edge: Cli, checkpoint: Path, tmp_path:
 
     options = ("--scheme", "sfp8", "--format", "pte", "--exact-sfp8", *EXPORT)
     result = gemma_edge("export", checkpoint, "-o", tmp_path / "pte", *options)
-    assert_refused(result, "only .onnx can hold SFP8's own codes")
+    assert_refused(result, "a .pte cannot hold SFP8 weights as they are; leave out --exact-sfp8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exact", "integers", "other"]
 
 

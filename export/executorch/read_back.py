@@ -21,7 +21,7 @@ from quant.integers import IntegerWeight
 
 # In the order of the calls. The query and the key projection are two linear layers each: the first and the second half
 # of the rows of every head.
-LAYER_LINEARS = (
+LAYER_LINEARS: tuple[str, ...] = (
     "self_attn.q_proj",
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -32,7 +32,7 @@ LAYER_LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-VISION_LINEARS = (
+VISION_LINEARS: tuple[str, ...] = (
     "self_attn.q_proj",
     "self_attn.k_proj",
     "self_attn.v_proj",

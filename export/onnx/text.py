@@ -32,6 +32,7 @@ from gemma3 import names
 from gemma3.cache import CacheLayout
 from gemma3.config import LayerSpec, ModelConfig
 from gemma3.model import inverse_frequencies
+from quant.integers import IntegerWeight
 from quant.sfp8 import Sfp8Weight
 
 
@@ -103,6 +104,7 @@ def embed(graph: GraphBuilder, config: ModelConfig, ids: ir.Value) -> ir.Value:
         return graph.op.Gather(graph.float_matrix([name], [weight]), ids)
     if isinstance(weight, Sfp8Weight):
         return graph.op.Gather(graph.sfp8_matrix(name, weight), ids)
+    assert isinstance(weight, IntegerWeight)
     rows, columns = weight.codes.shape
     block = block_size(name, weight)
     codes, scales = graph.integer_matrix([name], [weight], block)

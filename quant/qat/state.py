@@ -106,7 +106,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """The first twelve hexadecimal digits of the SHA-256 of the tensors' bytes."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()[:12]
 
 

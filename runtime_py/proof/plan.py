@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from export.manifest import Manifest
 from gemma3.cache import CacheLayout
 from gemma3.config import SLIDING, VisionConfig
-from runtime_py.sessions.protocol import Image, Pixels, SoftTokens
+from gemma3.images import Pixels
+from runtime_py.sessions.protocol import Image, SoftTokens
 
 # How far the sequence goes: this many windows past the first wrap of the larger bounded cache, and this many turns of
 # that cache; never past the context.

@@ -41,7 +41,7 @@ def check_session(
     first = next(iter(plan.walks))
 
     def to_feed(walk: str) -> list[Image]:
-        return plan.images_to_feed(soft_tokens, reference.images if walk == first and given is None else ())
+        return plan.images_to_feed(soft_tokens, list(reference.images) if walk == first and given is None else ())
 
     fresh: dict[int, Logits] = {}
     for walk, lengths in plan.walks.items():

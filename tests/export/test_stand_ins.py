@@ -52,7 +52,9 @@ def test_gaussian_weights(target: Target, least: float) -> None:
 
 def test_only_sfp8_is_replaced_and_the_verdict_says_so() -> None:
     weights = quantize_weights(random_model(tiny_config()).named_parameters(), preset("sfp8", "int8"))
-    ready, decibels = for_target(weights, ONNX)
+    ready, stand_ins = for_target(weights, ONNX)
+    decibels = {name: one.decibels for name, one in stand_ins.items()}
+    assert {(one.kind, one.scheme) for one in stand_ins.values()} == {("sfp8", "int8-block32-padded")}
     assert ready.tensors.keys() == weights.tensors.keys()
     assert not any(isinstance(weight, Sfp8Weight) for weight in ready.tensors.values())
     assert decibels.keys() == {name for name, weight in weights.tensors.items() if isinstance(weight, Sfp8Weight)}

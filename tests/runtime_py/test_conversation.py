@@ -121,7 +121,7 @@ def test_pictures_are_part_of_their_turn(tmp_path: Path) -> None:
     session = reciting(tokenizer, ["fine", "good"])
     session.vision = parse_config(SEEING_CONFIG).vision
     picture = Picture((np.zeros((28, 28, 3), np.uint8),))
-    scanned = Picture(picture.views * 3)
+    scanned = Picture(picture.pixels * 3)
     chat = conversation(session, tokenizer)
     assert "".join(chat.say("what is it", [picture])) == "fine"
     assert "".join(chat.say("and <image>?", [scanned])) == "good"
@@ -136,7 +136,7 @@ def test_pictures_are_part_of_their_turn(tmp_path: Path) -> None:
     )
     assert session.fed[: len(whole)] == whole
     before = session.position
-    for pictures, word in (([picture], "2 times for 1 images"), ([], "2 times for 0 images")):
+    for pictures, word in (([picture], "2 times for 1 image"), ([], "2 times for 0 images")):
         with pytest.raises(BadInput, match=word):
             list(chat.say("<image> <image>", pictures))
     assert session.position == before

@@ -23,7 +23,7 @@ from quant.weights import QuantizedWeights
 from tests.quant.qat.run import CONFIG, SEEING, flat, illustrated, networks, once, rows
 from tests.shapes import random_model, with_images
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 SETTINGS = Settings(steps=6, batch=4, warmup=0)
 
 

@@ -35,7 +35,7 @@ def copy(tiny: TinyOnnx, tmp_path: Path) -> TinyOnnx:
 
 def test_does_not_load_torch() -> None:
     code = "import sys, runtime_py.sessions.onnx; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
 
 
 def test_position_and_logits_follow_what_is_fed(tiny: TinyOnnx) -> None:

@@ -8,8 +8,9 @@ import torch
 from gemma3.cache import cache_layout
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.images import Pixels
+from quant.source import open_source
 from runtime_py.sessions.eager import EagerSession, open_eager
-from runtime_py.sessions.protocol import check_ids, chunks, pieces
+from runtime_py.sessions.protocol import calls, check_ids, chunks
 from tests.bundles import SEEING_CONFIG, write_checkpoint
 from tests.function_session import counting
 from tests.shapes import VISION_SHAPES, random_model, random_tokens, tiny_config, tiny_vision_config, with_images
@@ -73,14 +74,14 @@ def random_images(size: int, count: int) -> list[Pixels]:
     return list(np.random.default_rng(3).integers(256, size=(count, size, size, 3)).astype(np.uint8))
 
 
-def test_pieces_are_text_within_the_chunk_and_whole_images() -> None:
+def test_calls_are_text_within_the_chunk_and_whole_images() -> None:
     session = seeing_session()
     images = random_images(28, 2)
     ids = with_images(session.model.config, [6, None, 2, None])
-    split = pieces(session, ids, images, text_chunk=4)
-    assert [len(piece.ids) for piece in split] == [4, 3, 4, 4, 4, 1]
-    assert [token for piece in split for token in piece.ids] == ids
-    assert [piece.image is not None for piece in split] == [False, False, True, False, True, False]
+    split = calls(session, ids, images, text_chunk=4)
+    assert [len(call.ids) for call in split] == [4, 3, 4, 4, 4, 1]
+    assert [token for call in split for token in call.ids] == ids
+    assert [call.image is not None for call in split] == [False, False, True, False, True, False]
     assert split[2].image is images[0]
     assert split[4].image is images[1]
 
@@ -89,7 +90,7 @@ def test_pieces_are_text_within_the_chunk_and_whole_images() -> None:
 def test_places_and_images_must_be_as_many(places: int) -> None:
     session = seeing_session()
     ids = [5, *with_images(session.model.config, [None] * places)]
-    with pytest.raises(BadInput, match=f"places for {places} images, 2 are given"):
+    with pytest.raises(BadInput, match=f"image tokens for {places} images?, but 2 given"):
         session.prefill(ids, random_images(28, 2))
     assert session.position == 0
 
@@ -97,7 +98,7 @@ def test_places_and_images_must_be_as_many(places: int) -> None:
 @pytest.mark.parametrize("length", [3, 5])
 def test_a_run_that_is_not_an_image_is_refused(length: int) -> None:
     session = seeing_session()
-    with pytest.raises(BadInput, match=f"{length} image tokens in a row, an image has 4"):
+    with pytest.raises(BadInput, match=f"{length} image tokens in a row, but an image has 4"):
         session.prefill([5, *[153] * length, 6], random_images(28, 1))
 
 
@@ -111,7 +112,7 @@ def test_an_image_of_another_shape_or_kind_is_refused(image: Pixels) -> None:
 
 
 def test_an_image_for_a_text_only_model_is_refused() -> None:
-    with pytest.raises(BadInput, match="1 images for a text-only model"):
+    with pytest.raises(BadInput, match="1 image for a text-only model"):
         counting(8).prefill([1, 2], random_images(28, 1))
 
 
@@ -119,7 +120,7 @@ def test_an_image_that_does_not_fit_is_refused_with_the_counts_before_anything_i
     session = seeing_session(context=16)
     session.prefill([5, 6, 7])
     ids = with_images(session.model.config, [8, None])
-    with pytest.raises(DoesNotFit, match=r"14 tokens \(1 images among them\) after position 3 are over .* of 16"):
+    with pytest.raises(DoesNotFit, match=r"14 tokens \(1 image among them\) after position 3 are over .* of 16"):
         session.prefill(ids, random_images(28, 1))
     assert session.position == 3
 
@@ -137,8 +138,8 @@ def test_eager_session_with_images_is_the_network_however_it_is_fed(shape: str) 
     def feed(text_chunk: int) -> Sequence[float]:
         session.reset()
         errors = []
-        for piece in pieces(session, ids, images, text_chunk):
-            logits = session.forced(piece)
+        for call in calls(session, ids, images, text_chunk):
+            logits = session.call(call)
             errors.append(abs(logits - full[session.position - len(logits) : session.position]).max())
         return errors
 
@@ -148,5 +149,5 @@ def test_eager_session_with_images_is_the_network_however_it_is_fed(shape: str) 
 
 def test_an_opened_checkpoint_has_room_for_an_image_in_its_ring(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "tiny", SEEING_CONFIG)
-    session = open_eager(checkpoint, context=96, chunk=2)
+    session = open_eager(open_source(checkpoint), context=96, chunk=2)
     assert session.chunk == 4

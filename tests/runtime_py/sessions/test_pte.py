@@ -13,7 +13,7 @@ from runtime_py.sessions.pte import PteSession
 from tests.pte_models import CHUNK, TinyPte, tiny_pte
 from tests.shapes import random_tokens, tiny_config
 
-DEMO = Path(__file__).parents[2] / "gemma3" / "demo"
+DEMO = Path(__file__).parents[3] / "gemma3" / "demo"
 
 pytestmark = pytest.mark.slow  # all of them need an exported file
 
