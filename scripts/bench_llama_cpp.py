@@ -1,12 +1,13 @@
-"""Decode and prefill speed of a bundle's files beside llama.cpp on the very same integers (Q4_0).
+"""Compare the decode and prefill speed of a bundle's files with llama.cpp on exactly the same integers (Q4_0).
 
-    python scripts/bench_llama_cpp.py BUNDLE --llama-python VENV/bin/python
+    python -m scripts.bench_llama_cpp BUNDLE --llama-python VENV/bin/python
 
-BUNDLE is exported with ``--scheme int4-block32 --embedding int4``; its integers are read back from its .onnx and
-written as a Q4_0 GGUF file, whose values (n − 8) · d are exactly ours. llama-cpp-python lives in an environment of
-its own (it compiles for several minutes), whose interpreter is given. Every runtime runs in a process of its own,
-because thread pools disturb one another, and rounds take turns. Prints a Markdown table, and how far each
-runtime's logits are from the eager model's.
+Export BUNDLE with ``--scheme int4-block32 --embedding int4``. The script reads the integers back from its .onnx and
+writes them as a Q4_0 GGUF file, whose values (n − 8) · d are exactly ours. It needs the package gguf.
+llama-cpp-python, which compiles for several minutes, may be in an environment of its own: pass the interpreter of that
+environment. Each runtime has its own process, because thread pools disturb one another, and the runtimes take turns.
+The result is a Markdown table. Its last columns compare each runtime's logits with those of the reference, the
+quantized eager model.
 """
 
 import argparse
@@ -22,11 +23,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# The module is also run by the other environment's interpreter: ours are imported where they are used.
+# The interpreter that has llama-cpp-python runs this file too, so our packages are imported where they are used.
 
 
 class Runner(Protocol):
-    """One sequence: what a worker times."""
+    """One sequence of tokens in a runtime: what a worker times."""
 
     def reset(self) -> None: ...
 
@@ -36,7 +37,7 @@ class Runner(Protocol):
 
 
 class LlamaCpp:
-    """As configured by llama-cpp-python, but for the threads and its bounded sliding-window cache."""
+    """llama-cpp-python with its defaults, except for the number of threads and a bounded sliding-window cache."""
 
     def __init__(self, path: str, context: int, threads: int) -> None:
         from llama_cpp import Llama
@@ -50,7 +51,7 @@ class LlamaCpp:
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         self._llama.eval(ids)
-        logits = self._llama._ctx.get_logits()  # the high-level API copies logits only when asked for all
+        logits = self._llama._ctx.get_logits()  # the high-level API copies logits only for all tokens
         return np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy()
 
     def step(self, token: int) -> np.ndarray:
@@ -66,7 +67,10 @@ def open_runner(runtime: str, path: str, context: int, threads: int) -> Runner:
 
 
 def work(runtime: str, path: str, context: int, threads: int) -> None:
-    """A worker: for each request on stdin, the prompt from empty and then the steps, timed; one answer a line."""
+    """A worker: for each request on stdin, feed the prompt to an empty cache, then the steps, and time every call.
+
+    Requests and answers are JSON, one per line.
+    """
     runner = open_runner(runtime, path, context, threads)
     for line in sys.stdin:
         request = json.loads(line)
@@ -83,13 +87,13 @@ def work(runtime: str, path: str, context: int, threads: int) -> None:
 
 
 def peak_kib() -> int:
-    """Of this program alone: getrusage would report the parent's peak when that is higher."""
+    """Peak memory of this process alone: getrusage would report the parent's peak if that is higher."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 
 
 def measure_bandwidth(threads: int) -> None:
-    """A worker: bytes a second of summing 1 GiB with torch, the best of eight."""
+    """A worker: print how many bytes per second torch reads when it sums 1 GiB, the best of eight runs."""
     import torch
 
     torch.set_num_threads(threads)
@@ -103,22 +107,27 @@ def measure_bandwidth(threads: int) -> None:
 
 
 def write_gguf(bundle: Path, path: Path) -> int:
-    """The bundle's integers and norms as a Q4_0 file; returns the bytes of the weights in it."""
+    """Write the bundle's integers and norms as a Q4_0 file. Returns the number of bytes of its weights."""
     import gguf
     import torch
 
     from export.manifest import read_manifest
     from export.onnx.file import load_graph, read_initializer
-    from export.onnx.read_back import read_back_onnx
+    from export.onnx.read_back import stored_integers
     from quant.integers import IntegerWeight
 
     config = read_manifest(bundle).model
     graph_path = bundle / "model.onnx"
 
     def q4_0(weight: IntegerWeight) -> np.ndarray:
-        """Blocks of 32: float16 scale, then code + 8 of elements j and j + 16 in the low and high nibble."""
+        """Blocks of 32: a float16 scale, then 16 bytes.
+
+        The low nibble of byte j is code + 8 of element j, its high nibble that of element j + 16.
+        """
         if weight.bits != 4 or weight.group_size != 32:
-            raise SystemExit("error: export with --scheme int4-block32 --embedding int4: Q4_0 has nothing else")
+            raise SystemExit(
+                "error: Q4_0 needs 4 bits in blocks of 32; export with --scheme int4-block32 --embedding int4"
+            )
         rows, columns = weight.codes.shape
         codes = (weight.codes.to(torch.int16) + 8).to(torch.uint8).view(rows, columns // 32, 2, 16)
         scales = weight.scales.half().view(torch.uint8).view(rows, columns // 32, 2)
@@ -137,7 +146,7 @@ def write_gguf(bundle: Path, path: Path) -> int:
     writer.add_sliding_window(config.sliding_window)
     writer.add_rope_freq_base(config.global_rope.theta)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-    # A vocabulary of the right size is required; its text is never used.
+    # llama.cpp needs a vocabulary of the right size, but the text of its pieces is never used.
     writer.add_tokenizer_model("llama")
     writer.add_token_list(["<pad>", "<eos>", "<bos>", "<unk>", *(f"t{i}" for i in range(4, config.vocab_size))])
     writer.add_token_scores([0.0] * config.vocab_size)
@@ -169,12 +178,12 @@ def write_gguf(bundle: Path, path: Path) -> int:
         return f"blk.{layer}.{names[rest.removesuffix('.weight')]}.weight"
 
     total = 0
-    for name, weight in read_back_onnx(graph_path).items():
+    for name, weight in stored_integers(graph_path):
         packed = q4_0(weight)
         total += packed.nbytes
         writer.add_tensor(gguf_name(name), packed, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
     for tensor in load_graph(graph_path).graph.initializer:
-        if tensor.name.endswith("norm.weight"):  # both formats hold 1 + weight
+        if tensor.name.endswith("norm.weight"):  # both formats store 1 + weight
             norm = np.array(read_initializer(graph_path, tensor))
             total += norm.nbytes
             writer.add_tensor(gguf_name(tensor.name), norm)
@@ -186,18 +195,18 @@ def write_gguf(bundle: Path, path: Path) -> int:
 
 
 def eager_logits(bundle: Path, prompt: list[int]) -> np.ndarray:
-    """float32 [V] after ``prompt``: the same integers with float activations."""
+    """Logits of the reference after ``prompt``, float32 [V]: the same integers, with float activations."""
     import torch
 
     from export.manifest import read_manifest
     from export.onnx.file import load_graph, read_initializer
-    from export.onnx.read_back import read_back_onnx
+    from export.onnx.read_back import stored_integers
     from gemma3.model import Gemma3
     from quant.eager import with_integer_weights
 
     graph_path = bundle / "model.onnx"
     model = Gemma3(read_manifest(bundle).model).eval().requires_grad_(False)
-    with_integer_weights(model, read_back_onnx(graph_path), "float")
+    with_integer_weights(model, dict(stored_integers(graph_path)), "float")
     parameters = dict(model.named_parameters())
     for tensor in load_graph(graph_path).graph.initializer:
         if tensor.name.endswith("norm.weight"):
@@ -217,13 +226,13 @@ def divergence(reference: np.ndarray, logits: np.ndarray) -> float:
 
 
 def kv_bytes_per_token(bundle: Path, position: int) -> int:
-    """float32 keys and values that one step after ``position`` tokens reads."""
+    """Bytes of the float32 keys and values that one step reads when the cache holds ``position`` tokens."""
     from export.manifest import read_manifest
-    from gemma3.config import SLIDING
 
-    config = read_manifest(bundle).model
-    rows = [min(position, config.sliding_window) if kind == SLIDING else position for kind in config.layer_types]
-    return 2 * 4 * config.num_key_value_heads * config.head_dim * sum(rows)
+    return sum(
+        2 * 4 * spec.num_key_value_heads * spec.head_dim * min(position, spec.window or position)
+        for spec in read_manifest(bundle).model.layers
+    )
 
 
 def start_worker(interpreter: str, *arguments: object) -> "subprocess.Popen[str]":
@@ -245,6 +254,7 @@ def ask(worker: "subprocess.Popen[str]", request: dict[str, Any]) -> dict[str, A
 
 
 def compare(arguments: argparse.Namespace, threads: int, directory: Path, weight_bytes: int) -> None:
+    """Run all runtimes with ``threads`` threads, and print their table."""
     from export.manifest import read_manifest
 
     manifest = read_manifest(arguments.bundle)
@@ -267,7 +277,7 @@ def compare(arguments: argparse.Namespace, threads: int, directory: Path, weight
         for runtime, worker in workers.items():
             logits = str(directory / f"{runtime.strip('.')}.npy")
             answer = ask(worker, {"prompt": prompt, "steps": steps, "logits": logits})
-            if round_number > 0:  # the first warms caches and clocks
+            if round_number > 0:  # the first round is a warm-up
                 answers[runtime].append(answer)
     for worker in workers.values():
         worker.communicate()
@@ -282,16 +292,19 @@ def compare(arguments: argparse.Namespace, threads: int, directory: Path, weight
     }
     expected = eager_logits(arguments.bundle, prompt)
     print(f"\n{threads} thread{'s' if threads > 1 else ''}: the machine reads {bandwidth / 2**30:.1f} GiB/s;", end=" ")
-    print(f"a step touches {touched / 1e6:.0f} MB, so at least {touched / bandwidth * 1e3:.1f} ms\n")
-    print("| | decode ms | tokens/s | × llama.cpp | prefill tokens/s | × llama.cpp | peak MiB | KL to eager | top-1 |")
+    print(f"a step reads {touched / 1e6:.0f} MB, which takes at least {touched / bandwidth * 1e3:.1f} ms\n")
+    print(
+        "| | decode ms | tokens/s | × llama.cpp | prefill tokens/s | × llama.cpp | peak MiB | KL to reference | top-1 |"
+    )
     print("|-|-|-|-|-|-|-|-|-|")
     for runtime, rounds in answers.items():
         logits = np.load(directory / f"{runtime.strip('.')}.npy")
+        top = "same" if logits.argmax() == expected.argmax() else "different"
         print(
             f"| {runtime} | {decode[runtime] * 1e3:.2f} | {1 / decode[runtime]:.1f} "
             f"| {decode['llama.cpp'] / decode[runtime]:.2f} | {prefill[runtime]:.0f} "
             f"| {prefill[runtime] / prefill['llama.cpp']:.2f} | {rounds[-1]['peak_kib'] / 1024:.0f} "
-            f"| {divergence(expected, logits):.1e} | {'same' if logits.argmax() == expected.argmax() else 'other'} |"
+            f"| {divergence(expected, logits):.1e} | {top} |"
         )
 
 
@@ -304,12 +317,12 @@ def main() -> None:
             work(runtime, path, int(context), int(threads))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--llama-python", required=True, help="interpreter that has llama-cpp-python")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("bundle", type=Path, help="exported with --scheme int4-block32 --embedding int4")
+    parser.add_argument("--llama-python", required=True, help="a Python interpreter that can import llama-cpp-python")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="one table for each number")
     parser.add_argument("--prompt", type=int, default=600, help="tokens in the cache before decoding")
-    parser.add_argument("--steps", type=int, default=40, help="decode steps a round")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
+    parser.add_argument("--steps", type=int, default=40, help="decode steps per round")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds; one more is the warm-up")
     arguments = parser.parse_args()
     from gemma3.errors import UserError
 

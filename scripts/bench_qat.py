@@ -1,18 +1,15 @@
-"""What fake quantization costs: a training step with it over one without, alternating in one run.
+"""Measure what fake quantization costs: how much longer a training step takes with it than without it.
 
-    python scripts/bench_qat.py demo --repetitions 10
+    python -m scripts.bench_qat demo --repetitions 10
 
-A step is the teacher's pass, the student's, the loss over the whole vocabulary, the gradients and AdamW.
+A step consists of the teacher's and the student's forward passes, the loss over the whole vocabulary, the gradients
+and AdamW. The schemes take turns within one run.
 """
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +25,7 @@ RECIPES = (("int4-block32", "int8"), ("int4-block32", "int4"), ("int4-channel", 
 
 
 def step(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    """A training step on ``tokens`` as a function. The learning rate is 0, so every call does the same work."""
     distillation = Distillation(student, teacher)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.0)
 
@@ -41,10 +39,12 @@ def step(student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Callable[[],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("checkpoint", help="a directory, demo or demo-vision")
+    parser.add_argument("--batch", type=int, default=4, help="rows per step")
+    parser.add_argument("--length", type=int, default=256, help="tokens per row")
+    parser.add_argument(
+        "--repetitions", type=int, default=10, help="measured steps of each scheme; one more is the warm-up"
+    )
     args = parser.parse_args()
     checkpoint = open_checkpoint(resolve_checkpoint(args.checkpoint))
     tokens = torch.randint(checkpoint.config.vocab_size, (args.batch, args.length))
@@ -64,8 +64,8 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     rows = [(name, f"{1000 * median:.0f}", f"{median / medians['none']:.2f}") for name, median in medians.items()]
-    print(f"{args.batch} × {args.length} tokens a step, {torch.get_num_threads()} threads")
-    print(table(("fake quantization", "ms a step (median)", "ratio"), rows))
+    print(f"{args.batch} × {args.length} tokens per step, {torch.get_num_threads()} threads")
+    print(table(("fake quantization", "ms per step (median)", "ratio"), rows))
 
 
 if __name__ == "__main__":

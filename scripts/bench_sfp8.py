@@ -1,8 +1,8 @@
-"""One SFP8 layer through the routes that the runtimes have for it: time, bytes, and how near it stays to the values.
+"""Measure every route by which a runtime can compute an SFP8 linear layer: time, file size, distance to the values.
 
     python -m scripts.bench_sfp8 [--rows 6912 --columns 1152]
 
-The figures of docs/sfp8.md: one token, one thread, the median of many calls.
+This gives the table in docs/sfp8.md: one token, one thread, the median time of many calls.
 """
 
 import argparse
@@ -14,27 +14,30 @@ from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.executorch.layers import Linear, project
 from export.executorch.lower import lower
+from export.executorch.target import PTE
 from export.onnx.layers import IR_VERSION, OPSETS, GraphBuilder, WeightFile
+from export.onnx.target import ONNX
 from export.stand_ins import stand_in
+from export.target import FORWARD
 from quant.integers import round_to_nearest
 from quant.sfp8 import DECODE, Sfp8Weight, encode_weight
 from quant.weights import Weight
 from runtime_py.report import table
-from runtime_py.sessions.pte import runtime
+from runtime_py.sessions.pte import open_program
 
 SECONDS = 2.0
-LARGEST_FLOAT8 = 448.0  # E4M3FN's
+LARGEST_FLOAT8 = 448.0  # the largest value of E4M3FN
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """The median of calls for SECONDS, after a first one."""
+    """The median time of a call, over SECONDS and at least three calls, after one that warms up."""
     call()
     times: list[float] = []
     end = time.perf_counter() + SECONDS
@@ -46,6 +49,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def decibels(values: Tensor, found: Tensor) -> float:
+    """10 · log₁₀(signal / noise) of ``found`` against ``values``; larger is closer."""
     noise = float((values - found).double().square().sum())
     return float(10 * torch.log10(values.double().square().sum() / noise)) if noise else float("inf")
 
@@ -56,8 +60,8 @@ def decibels(values: Tensor, found: Tensor) -> float:
 def in_onnxruntime(
     path: Path, product: Callable[[GraphBuilder, ir.Value], ir.Value], weight: Weight, level: int, folded: bool = True
 ) -> tuple[float, int]:
-    """(milliseconds a call, bytes of the file). Without ``folded`` the session computes at each call what it could
-    have computed when it was loaded.
+    """(milliseconds per call, bytes of the file). Without ``folded``, the session computes at every call what it could
+    compute once when it loads the file.
     """
     columns = (weight if isinstance(weight, Tensor) else weight.codes).shape[1]
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, columns]))
@@ -84,7 +88,7 @@ def linear(graph: GraphBuilder, x: ir.Value) -> ir.Value:
 
 
 def float8(graph: GraphBuilder, x: ir.Value) -> ir.Value:
-    """DequantizeLinear over E4M3FN codes with a scale a row."""
+    """DequantizeLinear on E4M3FN codes, with one scale per row."""
     weight = graph.take("w")
     assert isinstance(weight, Tensor)
     codes, scale = to_float8(weight)
@@ -94,6 +98,7 @@ def float8(graph: GraphBuilder, x: ir.Value) -> ir.Value:
 
 
 def to_float8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3FN codes [rows, columns] and scales [rows, 1]."""
     scale = values.abs().amax(1, keepdim=True) / LARGEST_FLOAT8
     return (values / scale).to(torch.float8_e4m3fn), scale
 
@@ -102,6 +107,8 @@ def to_float8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class OneLinear(nn.Module):
+    """A linear layer as the exporter writes it."""
+
     def __init__(self, weight: Weight) -> None:
         super().__init__()
         assert not isinstance(weight, Sfp8Weight)
@@ -112,6 +119,8 @@ class OneLinear(nn.Module):
 
 
 class LookedUp(nn.Module):
+    """A linear layer that looks up the values of its SFP8 codes at every call."""
+
     def __init__(self, weight: Sfp8Weight) -> None:
         super().__init__()
         self.register_buffer("codes", weight.codes)
@@ -124,17 +133,18 @@ class LookedUp(nn.Module):
 
 
 def in_executorch(path: Path, module: nn.Module, columns: int) -> tuple[float, int]:
+    """(milliseconds per call, bytes of the file)."""
     x = torch.randn(1, columns)
     with path.open("wb") as stream:
         lower(torch.export.export(module.eval(), (x,)), {}).write_to_file(stream)
-    method = runtime._load_program(str(path)).load_method("forward")
+    method = open_program(path).load_method(FORWARD)
     return milliseconds(partial(method.call, (x,))), path.stat().st_size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=6912)
-    parser.add_argument("--columns", type=int, default=1152)
+    parser.add_argument("--rows", type=int, default=6912, help="outputs of the layer")
+    parser.add_argument("--columns", type=int, default=1152, help="inputs of the layer")
     arguments = parser.parse_args()
     rows, columns = arguments.rows, arguments.columns
     torch.manual_seed(0)
@@ -142,7 +152,7 @@ def main() -> None:
     original = torch.randn(rows, columns) / columns**0.5
     sfp8 = encode_weight(original, per_channel=True)
     values = sfp8.dequantize()
-    blocks, channels = stand_in(sfp8, "onnx")[0], stand_in(sfp8, "pte")[0]
+    blocks, channels = (stand_in(sfp8, target.stand_ins[sfp8.kind])[0] for target in (ONNX, PTE))
     int4 = round_to_nearest(original, 4, 32)
     codes, scale = to_float8(values)
 
@@ -154,7 +164,7 @@ def main() -> None:
             (".onnx", "the same, multiplied in float32", partial(ort, linear, blocks, 1), blocks.dequantize()),
             (".onnx", "8 bits, one scale a row", partial(ort, linear, channels, 4), channels.dequantize()),
             (".onnx", "float8 E4M3FN", partial(ort, float8, values, 4, False), codes.float() * scale),
-            (".onnx", "codes, looked up at load", partial(ort, linear, sfp8, 4), values),
+            (".onnx", "codes, looked up when loaded", partial(ort, linear, sfp8, 4), values),
             (".onnx", "codes, looked up at each call", partial(ort, linear, sfp8, 4, False), values),
             (".onnx", "float32", partial(ort, linear, values, 4), values),
             (".onnx", "int4, blocks of 32", partial(ort, linear, int4, 4), int4.dequantize()),
@@ -172,8 +182,8 @@ def main() -> None:
                     *(f"{decibels(values, found):.1f}", f"{decibels(original, found):.1f}"),
                 )
             )
-    print(f"{rows} × {columns}; SFP8 itself is {decibels(original, values):.1f} dB from the weights it encodes\n")
-    header = ("", "route", "ms", "bytes a weight in the file", "dB to the SFP8 values", "dB to the original")
+    print(f"{rows} × {columns}; SFP8 itself is {decibels(original, values):.1f} dB from the original weights\n")
+    header = ("", "route", "ms", "bytes per weight in the file", "dB to the SFP8 values", "dB to the original")
     print(table(header, lines, left=2))
 
 

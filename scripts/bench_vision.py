@@ -1,9 +1,9 @@
-"""The image encoder at its real size with random weights: peak memory, and time beside transformers' own run.
+"""Measure the 4B's vision model with random weights: peak memory, and time compared with transformers.
 
     python -m scripts.bench_vision onnx|pte [--layers 27] [--threads 2] [--rounds 3]
 
-Each file is run in a process of its own for its peak memory. Then all encode the same image in turns, transformers
-among them, so that whatever else the machine does falls on all alike.
+Each file first encodes an image in a process of its own, which gives its peak memory. Then the files and transformers
+encode the same image in turns, so that any other load on the machine affects all of them alike.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from export.onnx.layers import write_graph
 from export.onnx.vision import vision_model
 from gemma3.config import ModelConfig, parse_config
 from quant.methods import quantize_weights
-from quant.recipe import ENCODER, KEPT, Recipe
+from quant.recipe import KEPT, VISION_LINEARS, Recipe
 from quant.weights import Weight
 from runtime_py.proof.golden import relative_rms
 from runtime_py.report import table
@@ -34,9 +34,9 @@ from runtime_py.sessions.onnx import open_encoder
 from scripts.random_checkpoint import SHAPES, random_weights
 
 PARTS = ("vision_tower.", "multi_modal_projector.")
-INT8 = Recipe("int8", (*KEPT, *ENCODER))
+INT8 = Recipe("int8", (*KEPT, *VISION_LINEARS))
 
-# In a process of its own. VmHWM, because the peak that getrusage gives begins with the parent's.
+# What runs in a process of its own. It prints VmHWM, because the peak that getrusage reports starts from the parent's.
 ALONE = {
     "onnx": """
 import sys
@@ -51,8 +51,8 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
     "pte": """
 import sys
 from pathlib import Path
-from runtime_py.sessions.pte import open_program, runtime, torch
 from export.target import VISION_ENCODER
+from runtime_py.sessions.pte import open_program, runtime, torch
 runtime._unsafe_reset_threadpool(int(sys.argv[2]))
 encoder = open_program(Path(sys.argv[1])).load_method(VISION_ENCODER)
 shape = encoder.method_meta().input_tensor_meta(0).sizes()
@@ -67,6 +67,7 @@ Encode = Callable[[Pixels], SoftTokens]
 
 
 def write(format: str, config: ModelConfig, weights: dict[str, Weight], path: Path) -> None:
+    """Write the vision model alone."""
     if format == "onnx":
         write_graph(path, "gemma3-vision", weights, 4, lambda graph: vision_model(graph, config))
     else:
@@ -74,7 +75,6 @@ def write(format: str, config: ModelConfig, weights: dict[str, Weight], path: Pa
 
 
 def write_pte(config: ModelConfig, weights: dict[str, Weight], path: Path) -> None:
-    """The encoder alone."""
     from export.executorch.lower import lower, trace_encoder
 
     with torch.no_grad(), path.open("wb") as stream:
@@ -94,14 +94,16 @@ def read(format: str, path: Path, threads: int) -> Encode:
 
 
 def read_pte(path: Path, threads: int) -> Encode:
+    from executorch.extension.pybindings import _portable_lib as runtime
+
     from export.target import VISION_ENCODER
-    from runtime_py.sessions.pte import open_program, runtime
+    from runtime_py.sessions.pte import open_program
 
     runtime._unsafe_reset_threadpool(threads)
     encoder = open_program(path).load_method(VISION_ENCODER)
 
     def encode(pixels: Pixels) -> SoftTokens:
-        torch.set_num_threads(1)  # of MKL's, inside each of ExecuTorch's: see runtime_py/pte_session.py
+        torch.set_num_threads(1)  # MKL's threads within each of ExecuTorch's: see runtime_py/sessions/pte.py
         soft_tokens: SoftTokens = encoder.call((torch.from_numpy(pixels),))[0][..., :-1].numpy()
         torch.set_num_threads(threads)
         return soft_tokens
@@ -113,15 +115,16 @@ def transformers_encoder(described: dict[str, Any], weights: dict[str, Tensor], 
     from transformers import Gemma3Config, SiglipVisionModel
     from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
-    config = Gemma3Config(**described, attn_implementation=attention)
-    tower, projector = SiglipVisionModel(config.vision_config).eval(), Gemma3MultiModalProjector(config).eval()
+    config: Any = Gemma3Config(**described, attn_implementation=attention)  # type: ignore[call-arg]
+    tower: nn.Module = SiglipVisionModel(config.vision_config)
+    projector: nn.Module = Gemma3MultiModalProjector(config)
     modules: list[tuple[nn.Module, str]] = [
         (tower, "vision_tower.vision_model."),
         (projector, "multi_modal_projector."),
     ]
     for module, prefix in modules:
         own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        module.load_state_dict(own, assign=True)
+        module.eval().load_state_dict(own, assign=True)
 
     @torch.inference_mode()
     def encode(pixels: Pixels) -> SoftTokens:
@@ -132,7 +135,7 @@ def transformers_encoder(described: dict[str, Any], weights: dict[str, Tensor], 
 
 
 def peak_bytes(format: str, path: Path, threads: int) -> int:
-    """Of a process that loads the file and encodes an image."""
+    """Peak memory of a process that loads the file and encodes one image."""
     command = [sys.executable, "-c", ALONE[format], str(path), str(threads)]
     return 1024 * int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -140,9 +143,9 @@ def peak_bytes(format: str, path: Path, threads: int) -> int:
 def take_turns(
     encoders: dict[str, Encode], pixels: Pixels, rounds: int
 ) -> tuple[dict[str, tuple[float, float]], dict[str, SoftTokens]]:
-    """By name: median seconds (on the clock, of the processors), and the soft tokens.
+    """By name: the median (seconds on the clock, CPU seconds), and the soft tokens.
 
-    The first round counts only if it is the only one.
+    The first round is the warm-up, unless it is the only one.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
     found = {}
@@ -162,10 +165,12 @@ def take_turns(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("format", choices=ALONE)
-    parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--layers", type=int, default=27, help="of the vision model; the 4B has 27")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="the first does not count unless it is the only one")
-    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="transformers'")
+    parser.add_argument("--rounds", type=int, default=3, help="the first is the warm-up, unless it is the only one")
+    parser.add_argument(
+        "--attention", choices=["sdpa", "eager"], default="sdpa", help="the attention implementation of transformers"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 

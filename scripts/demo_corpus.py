@@ -1,8 +1,7 @@
-"""What the demo checkpoint learns from: Python's own documentation and sources, and conversations made by code.
+"""What the demo checkpoint learns from: Python's own documentation and source code, and generated conversations.
 
-Everything is deterministic for one Python version and seed. ``held_out`` draws the line between training and
-evaluation data: by module for text, by fact and phrasing for facts, by operands for arithmetic, by task and
-word for word tasks.
+Everything is deterministic for a given Python version and seed. Evaluation data are held out by module and topic for
+text, by fact and phrasing for facts, by operands for arithmetic, and by task and word for word tasks.
 """
 
 import ast
@@ -31,7 +30,7 @@ def topics() -> dict[str, str]:
 
 
 def modules() -> dict[str, str]:
-    """The standard library's top-level modules and asyncio, collections, email, json, logging: file → source."""
+    """The standard library's top-level modules, and those of the packages below: file → source code."""
     root = Path(sysconfig.get_paths()["stdlib"])
     packages = ("asyncio", "collections", "concurrent/futures", "email", "http", "json", "logging", "unittest")
     paths = [path for folder in (".", *packages) for path in sorted((root / folder).glob("*.py"))]
@@ -39,7 +38,7 @@ def modules() -> dict[str, str]:
 
 
 def docstrings(source: str) -> Iterator[str]:
-    """The docstrings of a module with the name of what they document."""
+    """The longer docstrings of a module, each after the name of what it documents."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             text = ast.get_docstring(node)
@@ -126,7 +125,7 @@ NAMES = _words(
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt with its only right answer. ``key`` decides whether it is held out."""
+    """A prompt with its only correct answer. ``key`` decides whether it is held out."""
 
     category: str
     prompt: str
@@ -145,7 +144,7 @@ def number_in_words(number: int) -> str:
 
 
 def _facts() -> Iterator[Question]:
-    """Held out: a fact in one of its phrasings."""
+    """What is held out is a fact in one of its phrasings."""
     forms: tuple[str, ...]
 
     def ask(category: str, phrasings: tuple[str, ...], subject: str, answer: str) -> Iterator[Question]:
@@ -201,7 +200,7 @@ def _facts() -> Iterator[Question]:
 
 
 def _arithmetic() -> Iterator[Question]:
-    """Held out: a pair of operands in every phrasing."""
+    """What is held out is a pair of operands, in every phrasing."""
 
     def ask(category: str, sign: str, a: int, b: int, result: int, phrasings: tuple[str, ...]) -> Iterator[Question]:
         for phrasing in ("What is {} {} {}?", "{} {} {} = ?", "Calculate {} {} {}.", *phrasings):
@@ -219,7 +218,7 @@ def _arithmetic() -> Iterator[Question]:
 
 
 def _word_tasks() -> Iterator[Question]:
-    """Held out: a word in one task, in every phrasing; the other tasks have shown its letters."""
+    """What is held out is a word in one task, in every phrasing; other tasks show the letters of that word."""
     tasks: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
         "uppercase": (("Write {} in capital letters.", "Make {} uppercase.", "Put {} in capitals."), str.upper),
         "spell": (("Spell the word {}.", "How do you spell {}?", "Spell {}."), lambda w: "-".join(w)),
@@ -247,17 +246,17 @@ def _word_tasks() -> Iterator[Question]:
 
 
 def all_questions() -> list[Question]:
-    """Every single-turn question with a checkable answer."""
+    """Every single-turn question whose answer can be checked."""
     return [*_facts(), *_arithmetic(), *_word_tasks()]
 
 
 def held_out(question: Question) -> bool:
-    """One key in ten is for evaluation, the same ones on every machine."""
+    """Whether a question is for evaluation: one key in ten is, and the same ones on every machine."""
     return hashlib.sha256(question.key.encode()).digest()[0] % 10 == 0
 
 
 def evaluation_questions(limit: int = 500) -> list[Question]:
-    """Held-out questions, evenly from all categories: one phrasing of each key."""
+    """Held-out questions, spread evenly over the categories, with one phrasing of each key."""
     by_category: dict[str, dict[str, list[Question]]] = {}
     for question in filter(held_out, all_questions()):
         by_category.setdefault(question.category, {}).setdefault(question.key, []).append(question)
@@ -292,13 +291,13 @@ SMALL_TALK = (
 )
 
 
-# Relative frequency of a category: what has to be computed needs more examples than what is looked up.
+# How often a category is drawn, relative to others: a computed answer needs more examples than a memorized one.
 WEIGHTS = {"addition": 5, "subtraction": 4, "multiplication": 2, "capital": 2, "country": 1.5, "number": 1.5}
 WEIGHTS |= {"spell": 2, "reverse": 2.5, "uppercase": 2, "count letters": 1.5}
 
 
 class Conversations:
-    """An endless, seeded stream of training conversations."""
+    """An endless stream of training conversations, determined by a seed."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -345,7 +344,7 @@ class Conversations:
         return [{"role": "system", "content": text}, *turn]
 
     def _with_name(self) -> list[Message]:
-        """The user's name, asked for again after other turns, often further back than the sliding window."""
+        """The user gives a name and asks for it after other turns, often when it is outside the sliding window."""
         name = self.rng.choice(NAMES)
         greeting = self.rng.choice(("My name is {}.", "I am {}.", "Hello, I am {}.", "Hi, my name is {}."))
         messages = _turn(greeting.format(name), f"Nice to meet you, {name}!")

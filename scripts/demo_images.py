@@ -1,8 +1,8 @@
-"""What the demo checkpoint that sees learns from: pictures drawn by code, and questions about them.
+"""What the multimodal demo checkpoint learns from: images drawn by code, and questions about them.
 
-Everything is deterministic for one seed and Pillow version. Compositions divide training from evaluation: a thing in
-a colour at a place, or a number of things in a colour. One in six never occurs in training, where each two of its three
-parts do occur together. Every picture for evaluation shows such a composition.
+Everything is deterministic for a given seed and Pillow version. Evaluation data are held out by composition: a shape or
+word in a colour at a place, or a number of shapes in a colour. One composition in six never occurs in training, where
+any two of its three parts do occur together. Every image for evaluation shows a held-out composition.
 """
 
 import json
@@ -40,13 +40,13 @@ CENTRES = {"left": (0.24, 0.5), "right": (0.76, 0.5), "top": (0.5, 0.22), "botto
 SQUARE_SIDES = (160, 224, 288)
 WIDE_HEIGHTS = (256, 288, 320)
 
-
 # A name, colour and place, or a number, shape and colour.
 Composition = tuple[str, str, str]
 HELD_OUT_EVERY = 6
 
 
 def is_held_out(composition: Composition) -> bool:
+    """Whether ``composition`` is for evaluation only."""
     counted = composition[0] in NUMBERS
     parts = (NUMBERS, SHAPES, tuple(COLOURS)) if counted else ((*SHAPES, *WORDS), tuple(COLOURS), PLACES)
     return sum(names.index(name) for names, name in zip(parts, composition, strict=True)) % HELD_OUT_EVERY == 0
@@ -71,7 +71,7 @@ class Item:
 
     @property
     def box(self) -> Box:
-        """What the shape fills, or the word's ink."""
+        """The rectangle around the shape, or around the word's ink."""
         width, height = self.size, self.size
         if self.is_word:
             left, top, right, bottom = self.font.getbbox(self.name, mode="1")
@@ -93,7 +93,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, what is on it, and questions about it, those about a held-out composition first."""
+    """An image, what it shows, and questions about it: first those about a held-out composition."""
 
     kind: str
     image: Image.Image
@@ -106,13 +106,13 @@ class Scene:
 
     @property
     def compositions(self) -> set[Composition]:
-        """What the picture shows: so many equal shapes, or each thing where it is."""
+        """What the image shows: a number of equal shapes, or each item with its place."""
         if self.kind == "count":
             return {(NUMBERS[len(self.items) - 1], self.items[0].name, self.items[0].colour)}
         return {(item.name, item.colour, self.place(item)) for item in self.items}
 
     def place(self, item: Item) -> str:
-        """The side of the picture that ``item`` is nearest to; left or right on a wide one."""
+        """The side of the image that ``item`` is nearest to; in a wide image only left or right."""
         x, y = (value / side - 0.5 for value, side in zip(item.centre, self.image.size, strict=True))
         if self.wide or abs(x) > abs(y):
             return "left" if x < 0 else "right"
@@ -149,7 +149,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def picture(size: tuple[int, int], background: tuple[int, int, int], items: tuple[Item, ...]) -> Image.Image:
-    """Without antialiasing: a picture has a handful of colours, so that its palette PNG is small and exact."""
+    """An image of ``items``, without antialiasing: with only a few colours, its palette PNG is small and exact."""
     image = Image.new("RGB", size, background)
     pen = ImageDraw.Draw(image)
     pen.fontmode = "1"
@@ -181,7 +181,7 @@ KINDS: tuple[Kind, ...] = ("single", "pair", "count", "word", "wide")
 
 
 class Scenes:
-    """An endless, seeded stream of pictures of one kind, for training or of held-out compositions."""
+    """An endless stream of images of one kind, determined by a seed: for training, or of held-out compositions."""
 
     def __init__(self, kind: Kind, seed: int, held_out: bool = False) -> None:
         self.kind, self.held_out = kind, held_out
@@ -199,12 +199,15 @@ class Scenes:
         while True:
             yield self.make()
 
-    # -- what is drawn
+    # -- parts of a scene
 
     def _thing(
         self, names: Sequence[str], place: str, held_out: bool | None = None, no_colour: str = ""
     ) -> tuple[str, str]:
-        """(name, colour) of something to be seen at ``place``."""
+        """A random (name, colour) for an item at ``place``.
+
+        ``held_out`` None means that of the stream, and ``no_colour`` is not chosen.
+        """
         wanted = self.held_out if held_out is None else held_out
         pairs = [
             (name, colour)
@@ -256,7 +259,7 @@ class Scenes:
             f"Where do you see the {name}?",
         )
 
-    # -- the kinds of pictures
+    # -- the kinds of images
 
     def _single(self) -> Scene:
         side, place = self.rng.choice(SQUARE_SIDES), self.rng.choice(PLACES)
@@ -272,7 +275,10 @@ class Scenes:
         return self._scene((side, side), [item], turns)
 
     def _pair(self) -> Scene:
-        """Two shapes of different kinds and colours, beside or above each other; the held-out one on either side."""
+        """Two shapes of different kinds and colours, side by side or one above the other.
+
+        Where a composition is held out, it is that of the first shape, which may be on any side.
+        """
         side = self.rng.choice(SQUARE_SIDES)
         places = self.rng.choice((("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")))
         shape, colour = self._thing(SHAPES, places[0])
@@ -303,7 +309,7 @@ class Scenes:
         return self._scene((side, side), items, turns)
 
     def _count(self) -> Scene:
-        """Two to five equal shapes, in different cells of a grid of three by three."""
+        """Two to five equal shapes, in different cells of a 3 × 3 grid."""
         side = self.rng.choice(SQUARE_SIDES)
         compositions = product(NUMBERS[1:], SHAPES, COLOURS)
         named, shape, colour = self.rng.choice([c for c in compositions if is_held_out(c) == self.held_out])
@@ -343,7 +349,7 @@ class Scenes:
         return self._scene((side, side), [item], turns)
 
     def _wide(self) -> Scene:
-        """Three or four times as wide as high; a small word or shape in one part of each half."""
+        """An image three or four times as wide as high, with a small word or shape in each half."""
         height, parts = self.rng.choice(WIDE_HEIGHTS), self.rng.choice((3, 4))
         place = self.rng.choice(("left", "right"))
         items = [self._detail(place, self.held_out), self._detail(opposite(place), False)]
@@ -381,7 +387,7 @@ class Scenes:
 
 
 def _inside(item: Item, side: int) -> tuple[float, float]:
-    """The centre nearest to the item's own at which it lies whole within a square of ``side`` pixels."""
+    """The centre nearest to the item's own at which the whole item is within a square of ``side`` pixels."""
     left, top, right, bottom = item.box
     half = (right - left) / 2 + 1, (bottom - top) / 2 + 1
     x, y = (min(max(value, margin), side - margin) for value, margin in zip(item.centre, half, strict=True))
@@ -396,18 +402,18 @@ def plural(shape: str) -> str:
     return f"{shape}es" if shape == "cross" else f"{shape}s"
 
 
-# ---- what each soft token should see ---------------------------------------------------------------------------
+# ---- what each soft token should tell ---------------------------------------------------------------------------
 
-# Name, colour, side of the picture, and how many shapes the picture has; "" where there is nothing to say.
+# Name, colour, side of the image, and the number of shapes in the image; "" where there is nothing to tell.
 Label = tuple[str, str, str, str]
 LABELS: tuple[Sequence[str], ...] = ((*SHAPES, *WORDS), tuple(COLOURS), PLACES, NUMBERS)
 NOTHING: Label = ("", "", "", "")
 
 
 def view_labels(scene: Scene, view: Box, grid: int) -> list[Label]:
-    """For each of grid × grid cells of the part ``view`` of a picture, row by row, what lies there.
+    """What is in each cell of the part ``view`` of an image, which has grid × grid cells, row by row.
 
-    A shape belongs to the cell of its centre, a word to every cell of the middle line of its ink.
+    A shape belongs to the cell of its centre, and a word to every cell that the middle line of its ink crosses.
     """
     left, top, right, bottom = view
     shapes = sum(not item.is_word for item in scene.items)
@@ -419,7 +425,7 @@ def view_labels(scene: Scene, view: Box, grid: int) -> list[Label]:
         row = int((y - top) / (bottom - top) * grid)
         ends = (item.box[0], item.box[2]) if item.is_word else (x, x)
         first, last = (int((end - left) / (right - left) * grid) for end in ends)
-        # A crop does not show where in the picture it lies, nor everything that there is.
+        # A crop shows neither its own place in the image nor everything else in the image.
         about_all = ("", "")
         if view == (0, 0, *scene.image.size):
             about_all = scene.place(item), NUMBERS[shapes - 1] if shapes else ""
@@ -439,14 +445,14 @@ def category(scene: Scene, turn: Turn) -> str:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """As a palette PNG of the same pixels."""
+    """Save a palette PNG with exactly the same pixels."""
     exact = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=len(image.getcolors() or ()))
     assert exact.convert("RGB").tobytes() == image.tobytes()
     exact.save(path, optimize=True)
 
 
 def write_questions(out: Path, seed: int) -> None:
-    """``questions_images.jsonl`` and its pictures: held-out compositions, each question on a line of its own."""
+    """Write ``questions_images.jsonl`` and its images: held-out compositions, one question per line."""
     lines = []
     for name, scene in _written(EVALUATION, out, "images", seed, held_out=True):
         for turn in scene.turns:
@@ -456,7 +462,7 @@ def write_questions(out: Path, seed: int) -> None:
 
 
 def write_training_sample(out: Path, seed: int) -> None:
-    """``qat_images.jsonl`` and its pictures: training compositions, one conversation about each picture."""
+    """Write ``qat_images.jsonl`` and its images: training compositions, one conversation about each image."""
     lines = []
     for name, scene in _written(TRAINING_SAMPLE, out, "qat_images", seed, held_out=False):
         messages: list[dict[str, Any]] = []
@@ -472,7 +478,7 @@ def write_training_sample(out: Path, seed: int) -> None:
 def _written(
     counts: Mapping[Kind, int], out: Path, folder: str, seed: int, held_out: bool
 ) -> Iterator[tuple[str, Scene]]:
-    """Saves pictures of each kind below ``out / folder``; their paths from ``out``."""
+    """Save images of each kind in ``out / folder``. Yields each path, relative to ``out``, and its scene."""
     (out / folder).mkdir(exist_ok=True)
     for kind, count in counts.items():
         for number, scene in enumerate(islice(Scenes(kind, seed, held_out), count)):

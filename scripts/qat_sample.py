@@ -1,26 +1,24 @@
-"""Write the demo's training sample: what ``gemma-edge qat demo`` learns from when it is given no data.
+"""Write the text-only demo's training sample: what ``gemma-edge qat demo`` learns from when it is given no data.
 
-    python scripts/qat_sample.py gemma3/demo
+    python -m scripts.qat_sample gemma3/demo
 
-A part of what the demo checkpoint was trained on (scripts/demo_corpus.py), never of what is held out.
+The sample is a part of what the demo checkpoint was trained on (scripts/demo_corpus.py). It holds no held-out data.
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import demo_corpus
+from scripts import demo_corpus
 
 TEXT_CHARACTERS = 750_000
 CONVERSATIONS = 800
-SEED = 2  # train_demo.py's conversations begin from other seeds
+SEED = 2  # the conversations of train_demo.py come from other seeds
 
 
 def text() -> str:
-    """Whole documents in a random order, until there are TEXT_CHARACTERS."""
+    """Training documents in random order, cut off at TEXT_CHARACTERS."""
     documents, _ = demo_corpus.split_text()
     random.Random(SEED).shuffle(documents)
     chosen: list[str] = []
@@ -30,13 +28,19 @@ def text() -> str:
 
 
 def conversations() -> str:
-    """JSON lines, each {"messages": […]}."""
+    """Lines of JSON, each {"messages": […]}."""
     stream = demo_corpus.Conversations(SEED)
     lines = (json.dumps({"messages": next(stream)}, ensure_ascii=False) for _ in range(CONVERSATIONS))
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where to write qat.txt and qat.jsonl")
+    out: Path = parser.parse_args().directory
     (out / "qat.txt").write_text(text(), encoding="utf-8")
     (out / "qat.jsonl").write_text(conversations(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

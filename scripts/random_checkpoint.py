@@ -1,11 +1,10 @@
-"""Write a checkpoint of a released Gemma 3 shape with random weights, for measurements at the true size.
+"""Write a checkpoint in the shape of a released Gemma 3, with random weights, for measurements at the real size.
 
-    python scripts/random_checkpoint.py 270m DIRECTORY
-    python scripts/random_checkpoint.py 4b DIRECTORY --layers 6 --vision-layers 2
+    python -m scripts.random_checkpoint 270m DIRECTORY
+    python -m scripts.random_checkpoint 4b DIRECTORY --layers 6 --vision-layers 2
 
-Hugging Face layout: config.json as released, model.safetensors in bfloat16, and a tokenizer.model with the
-vocabulary's true size and Gemma's special ids, whose text pieces are made up. The same arguments give the same
-weights.
+The files are those of Hugging Face: config.json as released, model.safetensors in bfloat16, and a tokenizer.model with
+the real vocabulary size, Gemma's special ids and made-up words. The same arguments give the same weights.
 """
 
 import argparse
@@ -19,10 +18,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from sentencepiece import sentencepiece_model_pb2 as sentencepiece  # type: ignore[attr-defined]
+from sentencepiece import sentencepiece_model_pb2
 
 from gemma3.config import parse_config
 from gemma3.model import Gemma3
+
+# Generated code creates the module's classes when it is imported, so a type checker does not know them.
+protobuf: Any = sentencepiece_model_pb2
 
 COMMON: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -84,14 +86,14 @@ SHAPES = {
         },
     },
 }
-PIECES = 262_144  # of the released vocabulary; the image token of the models that see comes after them
+PIECES = 262_144  # of the released vocabulary; a multimodal model's image token comes after them
 IMAGE_PIECES = {255_999: "<start_of_image>", 256_000: "<end_of_image>"}
 
 
 def random_weights(config: dict[str, Any], seed: int, prefixes: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
-    """bfloat16, of a size that keeps every product's variance; the logits' deviation is about 1.
+    """bfloat16 weights whose names begin with one of ``prefixes``.
 
-    Only those whose names begin with one of ``prefixes``.
+    Their size keeps the variance of activations in every matrix product; the standard deviation of logits is about 1.
     """
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Gemma3(parse_config(config)).state_dict().items()}
@@ -102,24 +104,24 @@ def random_weights(config: dict[str, Any], seed: int, prefixes: tuple[str, ...] 
         if not name.startswith(prefixes):
             continue
         deviation = 0.1 if "norm" in name or name.endswith("bias") else shape[1:].numel() ** -0.5
-        # A LayerNorm's weight, unlike an RMSNorm's, is no offset from 1.
+        # An RMSNorm's weight is an offset from 1, a LayerNorm's is not.
         mean = 1.0 if name.startswith("vision_tower") and "norm" in name and name.endswith("weight") else 0.0
         weights[name] = torch.empty(shape).normal_(mean, deviation, generator=generator).to(torch.bfloat16)
     return weights
 
 
 def as_released(name: str) -> str:
-    """A weight's name in the files of models that see."""
+    """A weight's name in the released files of multimodal models."""
     return f"language_model.{name}" if name.startswith("model.") else name
 
 
 def made_up_tokenizer(vocab_size: int, special: Mapping[int, str] | None = None) -> bytes:
-    """A BPE SentencePiece model: Gemma's special ids and bytes in their places, then every short lower-case word.
+    """A SentencePiece model (BPE): Gemma's special ids and bytes in their places, then characters and short words.
 
-    ``special`` puts further pieces at ids among the words.
+    The words are all combinations of lower-case letters, in order. ``special`` puts other pieces at ids among them.
     """
-    model = sentencepiece.ModelProto()
-    kind = sentencepiece.ModelProto.SentencePiece
+    model = protobuf.ModelProto()
+    kind = protobuf.ModelProto.SentencePiece
     letters = string.ascii_lowercase
 
     def add(piece: str, piece_type: int = kind.NORMAL) -> None:
@@ -150,7 +152,7 @@ def made_up_tokenizer(vocab_size: int, special: Mapping[int, str] | None = None)
         else:
             add(piece, kind.USER_DEFINED)
 
-    model.trainer_spec.model_type = sentencepiece.TrainerSpec.BPE
+    model.trainer_spec.model_type = protobuf.TrainerSpec.BPE
     model.trainer_spec.vocab_size = vocab_size
     model.trainer_spec.byte_fallback = True
     model.trainer_spec.split_digits = True
@@ -167,27 +169,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--layers", type=int, help="instead of the released number")
-    parser.add_argument("--vision-layers", type=int)
+    parser.add_argument("--layers", type=int, help="text layers, instead of the released number")
+    parser.add_argument("--vision-layers", type=int, help="layers of the vision model, instead of the released number")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = copy.deepcopy(SHAPES[arguments.shape])
-    sees = "vision_config" in config
+    multimodal = "vision_config" in config
     if arguments.layers is not None:
         config.get("text_config", config)["num_hidden_layers"] = arguments.layers
     if arguments.vision_layers is not None:
-        if not sees:
-            parser.error(f"{arguments.shape} is text-only: --vision-layers has no meaning")
+        if not multimodal:
+            parser.error(f"{arguments.shape} is a text-only model; leave out --vision-layers")
         config["vision_config"]["num_hidden_layers"] = arguments.vision_layers
     arguments.directory.mkdir(parents=True)
     weights = random_weights(config, arguments.seed)
-    if sees:
+    if multimodal:
         weights = {as_released(name): weight for name, weight in weights.items()}
         added = json.dumps({"<image_soft_token>": config["image_token_index"]})
         (arguments.directory / "added_tokens.json").write_text(added + "\n")
     save_file(weights, arguments.directory / "model.safetensors", metadata={"format": "pt"})
     (arguments.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer = made_up_tokenizer(PIECES, IMAGE_PIECES if sees else None)
+    tokenizer = made_up_tokenizer(PIECES, IMAGE_PIECES if multimodal else None)
     (arguments.directory / "tokenizer.model").write_bytes(tokenizer)
 
 

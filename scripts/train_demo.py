@@ -1,9 +1,10 @@
-"""Train the demo checkpoint from nothing: corpus, vocabulary, network, figures.
+"""Train the text-only demo checkpoint from scratch: corpus, vocabulary, network, figures.
 
-    python scripts/train_demo.py --out gemma3/demo
+    python -m scripts.train_demo --out gemma3/demo
 
-About 36 minutes on two CPU threads. Corpus, split and vocabulary are the same for one seed and Python version; the
-weights also depend on the machine's arithmetic. Hidden matrices train with Muon, the rest with AdamW.
+It takes about 36 minutes on two CPU threads. The seed and the Python version determine the corpus, the split and the
+vocabulary; the weights also depend on the machine's floating-point arithmetic. Muon trains the hidden matrices, AdamW
+everything else.
 """
 
 import argparse
@@ -18,19 +19,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import demo_corpus
 import sentencepiece
 import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from sentencepiece import sentencepiece_model_pb2 as protobuf
+from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor, nn
 
 from gemma3.chat import Message, encode_chat
 from gemma3.config import parse_config
 from gemma3.model import Gemma3
 from gemma3.tokenizer import END_OF_IMAGE, END_OF_TURN, IMAGE_SOFT_TOKEN, START_OF_IMAGE, START_OF_TURN, Tokenizer
+from scripts import demo_corpus
+
+# Generated code creates the module's classes when it is imported, so a type checker does not know them.
+protobuf: Any = sentencepiece_model_pb2
 
 VOCABULARY = 4096
 TURN_MARKERS = (START_OF_TURN, END_OF_TURN)
@@ -38,9 +42,9 @@ IMAGE_MARKERS = (START_OF_IMAGE, END_OF_IMAGE, IMAGE_SOFT_TOKEN)
 # Runs of newlines and spaces are pieces of their own, as in Gemma's vocabulary.
 RUNS = [*("\n" * n for n in range(1, 9)), *("▁" * n for n in range(2, 25))]
 NOT_STRIPPED = {"lstrip": False, "rstrip": False, "single_word": False}
-IGNORE = -100  # cross_entropy's index for targets that do not count
+IGNORE = -100  # targets with this value do not count in cross_entropy
 
-# Equal to the released template for messages whose content is text or a list of text and image parts.
+# Gives the same text as the released template for messages whose content is text or a list of text and image parts.
 CHAT_TEMPLATE = """\
 {{ bos_token }}
 {%- set turns = namespace(prefix='', messages=messages) -%}
@@ -104,7 +108,7 @@ def train_vocabulary(documents: list[str], path: Path, seed: int, vocabulary: in
 
 
 def released_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """``config.json`` in the spelling of the released files."""
+    """The content of ``config.json``, with the keys of the released files."""
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "attention_bias": False,
@@ -143,7 +147,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def write_side_files(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything of the checkpoint but the weights; returns the configuration."""
+    """Write every file of the checkpoint except the weights. Returns the configuration."""
     config = released_config(tokenizer)
     write_json(out / "config.json", config)
     write_json(
@@ -155,7 +159,7 @@ def write_side_files(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     write_json(out / "special_tokens_map.json", names | images)
     special = {tokenizer.special_id(name): name for name in (*names.values(), "<mask>", *TURN_MARKERS, *IMAGE_MARKERS)}
     runs = {tokenizer.encode(run.replace("▁", " "), bos=False)[0]: run for run in RUNS}
-    # Runs of spaces are found once spaces have become "▁": they alone are normalized.
+    # The tokenizer finds runs of spaces after it has replaced spaces by "▁", so only these are marked as normalized.
     added = {
         str(i): {"content": name, "normalized": i in runs, "special": i in special, **NOT_STRIPPED}
         for i, name in sorted((special | runs).items())
@@ -180,12 +184,11 @@ def write_side_files(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_fast_tokenizer(out: Path) -> None:
-    """``tokenizer.json`` for runners that read nothing else: the same pieces, merged in the order of their scores.
+    """Write ``tokenizer.json``, for runners that read nothing else: the same pieces, merged in order of their scores.
 
-    As in every Hugging Face tokenizer, special tokens in a text are parsed there.
+    Like every Hugging Face tokenizer, it recognizes special tokens in a text.
     """
-    # The generated module makes its classes at import, where a type checker does not see them.
-    proto = protobuf.ModelProto.FromString((out / "tokenizer.model").read_bytes())  # type: ignore[attr-defined]
+    proto = protobuf.ModelProto.FromString((out / "tokenizer.model").read_bytes())
     kinds = proto.SentencePiece
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
@@ -203,7 +206,7 @@ def write_fast_tokenizer(out: Path) -> None:
     fast.post_processor = tokenizers.processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", ids["<bos>"])]
     )
-    # The control pieces and the user-defined ones; runs of spaces are found once spaces have become "▁".
+    # Control and user-defined pieces. The tokenizer finds runs of spaces after it has replaced spaces by "▁".
     fast.add_tokens(
         [
             tokenizers.AddedToken(piece.piece, special=piece.piece not in RUNS, normalized=piece.piece in RUNS)
@@ -215,7 +218,7 @@ def write_fast_tokenizer(out: Path) -> None:
 
 
 def write_weights(model: Gemma3, out: Path) -> None:
-    """bfloat16 under the checkpoint's names; the tied head is stored once, as the embedding."""
+    """Write the weights in bfloat16 under the checkpoint's names. A tied head is stored once, as the embedding."""
     weights = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.named_parameters()}
     part = out / "model.safetensors.part"
     save_file(weights, part, metadata={"format": "pt"})
@@ -225,7 +228,7 @@ def write_weights(model: Gemma3, out: Path) -> None:
 def chat_sample(
     tokenizer: Tokenizer, messages: list[Message], tokens_per_image: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """(ids, targets): targets are the next id where the model speaks, <end_of_turn> included, else IGNORE."""
+    """(ids, targets). A target is the next id where the model speaks, <end_of_turn> included, and IGNORE elsewhere."""
     ids = encode_chat(tokenizer, messages, add_generation_prompt=False, tokens_per_image=tokens_per_image)
     start, end = tokenizer.special_id(START_OF_TURN), tokenizer.end_of_turn_id
     header = [start, *tokenizer.encode("model\n", bos=False)]
@@ -239,7 +242,7 @@ def chat_sample(
 
 
 def chat_rows(tokenizer: Tokenizer, seed: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Rows of ``length`` filled with whole conversations, the rest padded."""
+    """Rows of ``length`` tokens, filled with whole conversations and padded on the right."""
     ids: list[int] = []
     targets: list[int] = []
     for messages in demo_corpus.Conversations(seed):
@@ -254,7 +257,7 @@ def chat_rows(tokenizer: Tokenizer, seed: int, length: int) -> Iterator[tuple[li
 
 
 def text_rows(tokens: Tensor, bos: int, seed: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Rows of ``length`` from random places of the text, BOS in front."""
+    """Rows of ``length`` tokens from random places in the text, with BOS in front."""
     rng = random.Random(seed)
     while True:
         start = rng.randrange(len(tokens) - length)
@@ -273,9 +276,9 @@ def batch_loss(model: Gemma3, rows: list[tuple[list[int], list[int]]]) -> Tensor
 def exact_match(
     model: Gemma3, tokenizer: Tokenizer, questions: list[demo_corpus.Question], max_new: int = 32
 ) -> dict[str, tuple[int, int]]:
-    """category → (right, asked) for greedy answers, all questions as one batch.
+    """category → (correct, asked) for greedy answers. All questions are one batch.
 
-    Rows are padded on the right, where causal attention never looks, and grow by one id a pass.
+    Rows are padded on the right, where causal attention never looks, and grow by one id in every forward pass.
     """
     prompts = [encode_chat(tokenizer, [{"role": "user", "content": question.prompt}]) for question in questions]
     lengths = torch.tensor([len(ids) for ids in prompts])
@@ -297,7 +300,7 @@ def exact_match(
 
 @torch.no_grad()
 def perplexity(model: Gemma3, ids: list[int], bos: int) -> float:
-    """exp of the mean loss per token over ``ids`` in pieces of the full context, BOS in front of each."""
+    """exp of the mean loss per token of ``ids``, in pieces of the full context with BOS in front of each."""
     length = model.config.max_position_embeddings - 1
     total = 0.0
     for start in range(0, len(ids), length):
@@ -317,19 +320,19 @@ def optimizers(model: Gemma3) -> list[torch.optim.Optimizer]:
 
 
 def initialize(model: Gemma3) -> None:
-    """Unit-variance activations: every matrix with standard deviation 1/sqrt(inputs), norms at identity."""
+    """Give activations unit variance: matrices get the standard deviation 1/√inputs, and norms stay at identity."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Warm-up over 50 steps, then half a cosine to zero, as a factor."""
+    """The factor on the learning rate: warm-up over 50 steps, times half a cosine that falls to zero."""
     return min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def advance(opts: list[torch.optim.Optimizer], schedules: list[torch.optim.lr_scheduler.LambdaLR]) -> None:
-    """One step of each, from gradients that are then forgotten."""
+    """One step of every optimizer and schedule; then clear the gradients."""
     for optimizer, schedule in zip(opts, schedules, strict=True):
         optimizer.step()
         schedule.step()
@@ -337,12 +340,12 @@ def advance(opts: list[torch.optim.Optimizer], schedules: list[torch.optim.lr_sc
 
 
 def as_tokens(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
-    """int64: all documents in a row, EOS after each."""
+    """int64 [N]: the tokens of all documents one after another, with EOS after each document."""
     return torch.tensor([i for doc in documents for i in (*tokenizer.encode(doc, bos=False), tokenizer.eos_id)])
 
 
 def train(model: Gemma3, tokenizer: Tokenizer, documents: list[str], steps: int, seed: int, out: Path) -> None:
-    """Each step: 1024 tokens of conversations and 512 of text; every fourth step one row each of the full context."""
+    """A step takes 1024 tokens of conversations and 512 of text; every fourth one takes 1024 of each in one row."""
     text = as_tokens(tokenizer, documents)
     print(f"text: {len(text)} tokens", flush=True)
     chats = {length: chat_rows(tokenizer, seed + length, length) for length in (256, 1024)}
@@ -365,14 +368,14 @@ def train(model: Gemma3, tokenizer: Tokenizer, documents: list[str], steps: int,
         if (step + 1) % 20 == 0:
             rate = seen / (time.time() - began)
             print(f"{step + 1} chat {smooth['chat']:.3f} text {smooth['text']:.3f} {rate:.0f} tokens/s", flush=True)
-        if (step + 1) % 400 == 0:  # a run that is cut short leaves its last state
+        if (step + 1) % 400 == 0:  # so that an interrupted run leaves its latest weights
             write_weights(model, out)
             print(exact_match(model, tokenizer, demo_corpus.evaluation_questions(150)), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint directory to write")
     parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -395,7 +398,7 @@ def main() -> None:
     initialize(model)
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     train(model, tokenizer, documents, args.steps, args.seed, args.out)
-    with torch.no_grad():  # the figures are those of the stored weights
+    with torch.no_grad():  # the figures belong to the weights as they are stored
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
     write_weights(model, args.out)

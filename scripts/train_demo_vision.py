@@ -1,10 +1,11 @@
-"""Teach the demo checkpoint to see: an image encoder from nothing, joined to gemma3/demo's trained text weights.
+"""Train the multimodal demo checkpoint: a vision model from scratch, joined to the trained text model of gemma3/demo.
 
-    python scripts/train_demo_vision.py --out gemma3/demo_vision
+    python -m scripts.train_demo_vision --out gemma3/demo_vision
 
-First the encoder alone learns what lies in each soft token's part of the picture: its classes are the text model's
-own embeddings of the words, so that it speaks a language that the text model knows. Then everything trains together
-on questions and answers, text rows among them so that nothing is forgotten. Pictures are drawn as they are needed.
+gemma3/demo_vision/README.md has the commands that made the checkpoint. First the vision model trains alone: each soft
+token learns to tell what is in its part of the image. The classes are the text model's own embeddings of the words, so
+that the text model can read the soft tokens. Then everything trains together on questions and answers. Rows of text
+among them keep the text model from forgetting. Images are drawn as they are needed.
 """
 
 import argparse
@@ -21,11 +22,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import demo_corpus
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo_images import (
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gemma3.chat import Image, Message
+from gemma3.checkpoint import load_model, open_checkpoint
+from gemma3.config import parse_config
+from gemma3.images import pan_and_scan_boxes, prepare
+from gemma3.model import Gemma3
+from gemma3.tokenizer import END_OF_IMAGE, IMAGE_SOFT_TOKEN, START_OF_IMAGE, Tokenizer
+from scripts import demo_corpus
+from scripts.demo_images import (
     EVALUATION,
     KINDS,
     LABELS,
@@ -39,10 +50,7 @@ from demo_images import (
     write_questions,
     write_training_sample,
 )
-from numpy.typing import NDArray
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from train_demo import (
+from scripts.train_demo import (
     IGNORE,
     advance,
     as_tokens,
@@ -54,13 +62,6 @@ from train_demo import (
     write_json,
 )
 
-from gemma3.chat import Image, Message
-from gemma3.checkpoint import load_model, open_checkpoint
-from gemma3.config import parse_config
-from gemma3.images import pan_and_scan_boxes, prepare
-from gemma3.model import Gemma3
-from gemma3.tokenizer import END_OF_IMAGE, IMAGE_SOFT_TOKEN, START_OF_IMAGE, Tokenizer
-
 IMAGE_SIZE, TOKENS_PER_IMAGE = 112, 16
 GRID = math.isqrt(TOKENS_PER_IMAGE)
 TEXT_FILES = (
@@ -68,17 +69,17 @@ TEXT_FILES = (
     "generation_config.json",
 )
 PAD = 0
-TEXT_MODEL = Path(__file__).parents[1] / "gemma3" / "demo"  # where the text half begins, and what it shall stay like
-QUESTIONS_SEED, SAMPLE_SEED = 11, 12  # of the files beside the checkpoint
+TEXT_MODEL = Path(__file__).parents[1] / "gemma3" / "demo"  # the text model starts from it and should stay like it
+QUESTIONS_SEED, SAMPLE_SEED = 11, 12  # of the data files beside the checkpoint
 SCANNED = ", Pan & Scan"
-# Shares of the kinds of pictures: what is harder to see is shown more often.
+# How often each kind of image is drawn: harder ones more often.
 SHARES: dict[Kind, float] = {"single": 2, "pair": 8, "count": 2, "word": 4, "wide": 2}
-# Of two shapes the one that the question names has to be found: learned last of all, so asked most often.
+# Questions that first need the named shape to be found among two. They are learned last, so they are asked most often.
 WEIGHTS: dict[tuple[Kind, str], float] = {("pair", "shape"): 4, ("pair", "place"): 4}
 
 
 def released_config(text: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """``config.json`` in the spelling of the released files that see, around a text-only one."""
+    """The content of ``config.json``, with the keys of the released multimodal models, around a text-only one."""
     outer = {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype")}
     return {
         "architectures": ["Gemma3ForConditionalGeneration"],
@@ -108,7 +109,7 @@ def released_config(text: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any
 
 
 def write_side_files(base: Path, out: Path) -> dict[str, Any]:
-    """Everything of the checkpoint but the weights; returns the configuration."""
+    """Write every file of the checkpoint except the weights. Returns the configuration."""
     for name in TEXT_FILES:
         shutil.copyfile(base / name, out / name)
     config = released_config(json.loads((base / "config.json").read_text(encoding="utf-8")), Tokenizer(base))
@@ -139,7 +140,7 @@ def write_side_files(base: Path, out: Path) -> dict[str, Any]:
 
 
 def write_weights(model: Gemma3, out: Path) -> None:
-    """bfloat16 under the released checkpoints' names; the tied head is stored once, as the embedding."""
+    """Write the weights in bfloat16 under the released names. The tied head is stored once, as the embedding."""
     weights = {
         f"language_model.{name}" if name.startswith("model.") else name: tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in model.named_parameters()
@@ -154,9 +155,9 @@ def write_weights(model: Gemma3, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation about one picture: ids, targets as ``chat_sample`` gives them, and the arrays to encode.
+    """One conversation about one image: ids and targets from ``chat_sample``, and the arrays to encode.
 
-    ``labels`` say for each array what its soft tokens should tell.
+    ``labels`` has, for each array, what its soft tokens should tell.
     """
 
     ids: list[int]
@@ -178,7 +179,7 @@ def image_row(tokenizer: Tokenizer, scene: Scene, turns: Sequence[Turn], pan_and
 
 
 def padded(row: Row, length: int) -> Row:
-    """On the right, where causal attention never looks."""
+    """Padded on the right, where causal attention never looks."""
     gap = length - len(row.ids)
     return replace(row, ids=row.ids + [PAD] * gap, targets=row.targets + [IGNORE] * gap)
 
@@ -186,13 +187,13 @@ def padded(row: Row, length: int) -> Row:
 def image_rows(
     tokenizer: Tokenizer, shares: dict[Kind, float], seed: int, length: int, pan_and_scan: bool
 ) -> Iterator[Row]:
-    """Rows of ``length``, padded: a picture, and as many of its questions, in any order, as fit."""
+    """Padded rows of ``length`` tokens: an image and up to two of its questions, as many as fit, in random order."""
     rng = random.Random(f"rows {seed}")
     streams = {kind: iter(Scenes(kind, seed)) for kind in shares}
     while True:
         (kind,) = rng.choices(list(shares), list(shares.values()))
         scene = next(streams[kind])
-        # Two are within the sliding window, so that local layers see the picture too.
+        # Two questions fit into the sliding window, so that local layers attend to the image too.
         turns = sorted(scene.turns, key=lambda turn: rng.random() ** (1 / WEIGHTS.get((kind, turn.category), 1)))[-2:]
         rng.shuffle(turns)
         row = image_row(tokenizer, scene, turns, pan_and_scan)
@@ -208,7 +209,7 @@ def to_pixels(images: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 
 def answer_loss(logits: Tensor, targets: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Cross-entropy of what ``spoken`` gives, averaged over the answers: a word weighs as much as a description."""
+    """Cross-entropy of the logits from ``spoken``, averaged over answers: a word weighs as much as a description."""
     spoken_at = torch.tensor([row.targets for row in rows]) != IGNORE
     starts = spoken_at & ~F.pad(spoken_at, (1, 0))[:, :-1]
     answer = (starts.flatten().cumsum(0) - 1)[spoken_at.flatten()]
@@ -217,7 +218,7 @@ def answer_loss(logits: Tensor, targets: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def spoken(model: Gemma3, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits [N, V], targets [N]) where the model speaks, and the pictures' soft tokens."""
+    """(logits [N, V], targets [N], soft tokens): the first two where the model speaks, the last of the images."""
     tokens = torch.tensor([row.ids for row in rows])
     targets = torch.tensor([row.targets for row in rows])
     soft = model.encode_images(to_pixels([image for row in rows for image in row.images]))
@@ -225,11 +226,11 @@ def spoken(model: Gemma3, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     return model.lm_head(model.hidden(tokens, soft_tokens=soft)[places]), targets[places], soft
 
 
-# ---- the encoder alone ---------------------------------------------------------------------------------------
+# ---- the vision model alone ----------------------------------------------------------------------------------
 
 
 class CellLoss(nn.Module):
-    """How well each soft token tells what lies in its cell, in directions of the text model's own embeddings."""
+    """How well each soft token tells what is in its cell. The classes are directions of the text model's embeddings."""
 
     def __init__(self, model: Gemma3, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -242,7 +243,7 @@ class CellLoss(nn.Module):
             self.vectors.append(F.normalize(rows - rows.mean(0), dim=1))
 
     def forward(self, soft: Tensor, labels: Sequence[Sequence[Label]]) -> tuple[Tensor, list[float]]:
-        """The mean loss, and of each part of the labels the share that is right, for soft tokens [N, T, E]."""
+        """For soft tokens [N, T, E]: the mean loss, and the share that is correct of each part of the labels."""
         losses, right = [], []
         for part, numbers in enumerate(self.numbers):
             logits = soft @ self.vectors[part].T
@@ -256,7 +257,7 @@ class CellLoss(nn.Module):
 
 
 def labelled_views(seed: int) -> Iterator[tuple[NDArray[np.uint8], list[Label]]]:
-    """A picture or, of most wide ones, one crop, and what each of its soft tokens should tell."""
+    """An image, or in most cases one crop if it is wide, and what each of its soft tokens should tell."""
     rng = random.Random(f"views {seed}")
     streams = {kind: iter(Scenes(kind, seed)) for kind in KINDS}
     while True:
@@ -270,9 +271,9 @@ def labelled_views(seed: int) -> Iterator[tuple[NDArray[np.uint8], list[Label]]]
 
 
 def pretrain(model: Gemma3, cells: CellLoss, steps: int, seed: int, batch: int = 64) -> None:
-    """Each soft token learns to tell what lies in its cell."""
-    seeing = {name: p for name, p in model.named_parameters() if name.startswith(("vision_tower", "multi_modal"))}
-    opts = optimizers(seeing, hidden=4e-3, rest=2e-3)
+    """Train the vision model alone: each soft token learns to tell what is in its cell."""
+    vision = {name: p for name, p in model.named_parameters() if name.startswith(("vision_tower", "multi_modal"))}
+    opts = optimizers(vision, hidden=4e-3, rest=2e-3)
     opts[-1].add_param_group({"params": list(cells.parameters()), "lr": 2e-3})
     schedules = [torch.optim.lr_scheduler.LambdaLR(opt, lambda s: learning_rate(s, steps, 0.2)) for opt in opts]
     views = labelled_views(seed)
@@ -287,7 +288,7 @@ def pretrain(model: Gemma3, cells: CellLoss, steps: int, seed: int, batch: int =
         if (step + 1) % 25 == 0:
             rate = batch * (step + 1) / (time.time() - began)
             shown = " ".join(f"{share:.0%}" for share in right)
-            print(f"encoder {step + 1} {loss.item():.3f} right {shown} {rate:.0f} images/s", flush=True)
+            print(f"vision model {step + 1} {loss.item():.3f} correct {shown} {rate:.0f} images/s", flush=True)
 
 
 # ---- everything together -------------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ def pretrain(model: Gemma3, cells: CellLoss, steps: int, seed: int, batch: int =
 def optimizers(
     parameters: dict[str, nn.Parameter], hidden: float, rest: float, factor: float = 1.0
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between hidden states, AdamW for the rest; ``factor`` is the text half's rate."""
+    """Muon for the matrices between hidden states, AdamW for the rest. ``factor`` scales the text model's rate."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
         is_hidden = parameter.ndim == 2 and "embed" not in name and "projection_weight" not in name
@@ -316,7 +317,7 @@ def optimizers(
 
 
 def forgotten(model: Gemma3, teacher: Gemma3, tokens: Tensor) -> Tensor:
-    """KL divergence of what ``model`` says after each token from what the text model says that it began as."""
+    """KL divergence of ``model`` from ``teacher``, the text model that it started from, as a mean over tokens."""
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             expected = teacher(tokens).float().log_softmax(-1)
@@ -325,7 +326,7 @@ def forgotten(model: Gemma3, teacher: Gemma3, tokens: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, floor: float = 0.0) -> float:
-    """Warm-up over 50 steps, and from 40 % of all steps on half a cosine to ``floor``, as a factor."""
+    """The factor on the learning rate: warm-up over 50 steps; after 40 % of all steps, half a cosine to ``floor``."""
     done = max(0.0, step / steps - 0.4) / 0.6
     return min(1.0, (step + 1) / 50) * (floor + (1 - floor) * (0.5 + 0.5 * math.cos(math.pi * done)))
 
@@ -341,7 +342,10 @@ def train(
     seed: int,
     out: Path,
 ) -> None:
-    """Each step 24 rows about a picture each, one of text and one of chat; later every second one 6 with Pan & Scan."""
+    """Each step takes 24 rows with an image each, one row of text and one of conversations.
+
+    After step ``scan_from``, every second step takes 6 more rows, which show wide images with Pan & Scan.
+    """
     text = as_tokens(tokenizer, documents)
     whole = image_rows(tokenizer, SHARES, seed + 1, 72, False)
     scanned = image_rows(tokenizer, {"wide": 1}, seed + 2, 176, True)
@@ -353,7 +357,7 @@ def train(
     smooth: dict[str, float] = defaultdict(float)
     began = time.time()
     for step in range(steps):
-        # Pan & Scan's long rows pay once single pictures are understood.
+        # The long rows of Pan & Scan are worth their time only once the model understands whole images.
         streams = [("image", whole, 24), ("scanned", scanned, 6)]
         for kind, stream, count in streams[: 2 if step > scan_from and step % 2 else 1]:
             rows = [next(stream) for _ in range(count)]
@@ -364,14 +368,14 @@ def train(
             (loss + telling).backward()
             smooth[kind] += (loss.item() - smooth[kind]) * max(0.05, 1 / (step + 1))
         loss = forgotten(model, teacher, torch.tensor([next(texts)[0], next(chats)[0]]))
-        (2 * loss).backward()
+        (2 * loss).backward()  # type: ignore[no-untyped-call]
         smooth["text"] += (loss.item() - smooth["text"]) * max(0.05, 1 / (step + 1))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         advance(opts, schedules)
         if (step + 1) % 20 == 0:
             losses = " ".join(f"{kind} {value:.3f}" for kind, value in smooth.items())
             print(f"{step + 1} {losses} {(time.time() - began) / (step + 1):.2f} s/step", flush=True)
-        if (step + 1) % 250 == 0:  # a run that is cut short leaves its last state
+        if (step + 1) % 250 == 0:  # so that an interrupted run leaves its latest weights
             write_weights(model, out)
             with torch.compiler.set_stance("force_eager"):
                 score = image_scores(model, tokenizer, dict.fromkeys(KINDS, 8), seed + 1)
@@ -383,14 +387,14 @@ def train(
 
 @torch.no_grad()
 def image_scores(
-    model: Gemma3, tokenizer: Tokenizer, pictures: Mapping[Kind, int], seed: int
+    model: Gemma3, tokenizer: Tokenizer, counts: Mapping[Kind, int], seed: int
 ) -> dict[str, tuple[int, int]]:
-    """category → (right, asked) on held-out compositions; wide pictures also with Pan & Scan.
+    """category → (correct, asked) on held-out compositions; wide images also with Pan & Scan.
 
-    A greedy answer is right to the letter iff each of its ids is the likeliest after those before it.
+    A greedy answer is exactly right iff each of its ids is the most likely one after the ids before it.
     """
     cases: list[tuple[str, Row]] = []
-    for kind, count in pictures.items():
+    for kind, count in counts.items():
         for scene in islice(Scenes(kind, seed, held_out=True), count):
             for turn in scene.turns:
                 cases.append((category(scene, turn), image_row(tokenizer, scene, [turn], False)))
@@ -408,7 +412,7 @@ def image_scores(
 
 
 def shares(score: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """Right answers on square pictures, and on wide ones without and with Pan & Scan."""
+    """The share of correct answers on square images, and on wide ones without and with Pan & Scan."""
     groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for name, pair in score.items():
         groups["square" if "wide" not in name else "wide" if SCANNED not in name else f"wide{SCANNED}"].append(pair)
@@ -416,7 +420,7 @@ def shares(score: Mapping[str, tuple[int, int]]) -> dict[str, str]:
 
 
 def join_vision(text: Gemma3, config: dict[str, Any]) -> Gemma3:
-    """The trained text weights, and an encoder at its start: matrices with standard deviation 1/sqrt(inputs)."""
+    """``text`` with a new vision model, whose matrices have the standard deviation 1/√inputs."""
     model = Gemma3(parse_config(config))
     model.load_state_dict(text.state_dict(), strict=False)
     for module in (*model.vision_tower.modules(), *model.multi_modal_projector.modules()):
@@ -424,7 +428,7 @@ def join_vision(text: Gemma3, config: dict[str, Any]) -> Gemma3:
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     nn.init.normal_(model.vision_tower.vision_model.embeddings.position_embedding.weight, std=0.5)
-    # Soft tokens as large as the scaled embeddings of text.
+    # Soft tokens begin as large as the scaled embeddings of text.
     table = text.model.embed_tokens.weight
     scale = float(table.norm(dim=1).mean())
     projection = model.multi_modal_projector.mm_input_projection_weight
@@ -434,11 +438,11 @@ def join_vision(text: Gemma3, config: dict[str, Any]) -> Gemma3:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--base", type=Path, help="a checkpoint of an earlier run to go on from")
-    parser.add_argument("--encoder-steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--scan-from", type=int, default=1000, help="the step from which on Pan & Scan is shown")
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint directory to write")
+    parser.add_argument("--base", type=Path, help="a checkpoint of an earlier run to continue from")
+    parser.add_argument("--vision-steps", type=int, default=900, help="steps of the vision model alone")
+    parser.add_argument("--steps", type=int, default=2600, help="steps of everything together")
+    parser.add_argument("--scan-from", type=int, default=1000, help="the step after which Pan & Scan is used")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -459,12 +463,12 @@ def main() -> None:
     for layer in (*model.model.layers, *model.vision_tower.vision_model.encoder.layers):
         layer.compile(dynamic=False)
     cells = CellLoss(model, tokenizer)
-    if args.encoder_steps:
-        pretrain(model, cells, args.encoder_steps, args.seed)
+    if args.vision_steps:
+        pretrain(model, cells, args.vision_steps, args.seed)
         write_weights(model, args.out)
     held_out = tokenizer.encode(held_out_text, bos=False)
     train(model, teacher, tokenizer, cells, documents, args.steps, args.scan_from, args.seed, args.out)
-    with torch.no_grad():  # the figures are those of the stored weights
+    with torch.no_grad():  # the figures belong to the weights as they are stored
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
     write_weights(model, args.out)
@@ -472,13 +476,13 @@ def main() -> None:
     write_questions(args.out, QUESTIONS_SEED)
     write_training_sample(args.out, SAMPLE_SEED)
     with torch.compiler.set_stance("force_eager"):
-        pictures = image_scores(model, tokenizer, EVALUATION, QUESTIONS_SEED)
+        images = image_scores(model, tokenizer, EVALUATION, QUESTIONS_SEED)
         texts = exact_match(model, tokenizer, demo_corpus.evaluation_questions())
         text_perplexity = perplexity(model, held_out, tokenizer.bos_id)
     figures = {
         "minutes": round((time.time() - began) / 60, 1),
-        "images": shares(pictures),
-        "images_by_category": {name: f"{right}/{asked}" for name, (right, asked) in pictures.items()},
+        "images": shares(images),
+        "images_by_category": {name: f"{right}/{asked}" for name, (right, asked) in images.items()},
         "text_questions": f"{sum(right for right, _ in texts.values())}/{sum(asked for _, asked in texts.values())}",
         "heldout_perplexity": round(text_perplexity, 2),
     }

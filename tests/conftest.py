@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: nested MKL threads halve ExecuTorch's speed on a small machine, and the oracles
@@ -10,10 +11,19 @@ import pytest
 from hypothesis import settings
 
 from tests.bundles import Cli, run, write_checkpoint
+from tests.schemas import check_every_file
 
 # Machines are shared: no test fails for being slow, and every run draws the same examples.
 settings.register_profile("shared-machine", deadline=None, derandomize=True)
 settings.load_profile("shared-machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _schemas() -> Iterator[None]:
+    """Check every manifest and plan that a test writes against the schemas in docs/."""
+    with pytest.MonkeyPatch.context() as patch:
+        check_every_file(patch)
+        yield
 
 
 @pytest.fixture

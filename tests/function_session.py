@@ -6,7 +6,7 @@ import numpy as np
 
 from gemma3.config import VisionConfig
 from gemma3.images import Pixels
-from runtime_py.sessions.protocol import Logits, SoftTokens, calls
+from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls
 
 
 class FunctionSession:
@@ -25,7 +25,7 @@ class FunctionSession:
     def position(self) -> int:
         return len(self.fed)
 
-    def prefill(self, ids: Sequence[int], images: Sequence[Pixels] = ()) -> Logits:
+    def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
         for call in calls(self, ids, images):
             self.fed += call.ids
         self.logits = np.asarray(self._function(self.fed), np.float32)

@@ -42,7 +42,9 @@ class TinyOnnx:
 
     def eager(self) -> Gemma3:
         """The eager model with the same integers and float activations."""
-        return with_integer_weights(random_model(self.config), self.weights.integers, "float")
+        model = random_model(self.config)
+        with_integer_weights(model, self.weights.integers, "float")
+        return model
 
     def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
         """[len(ids), V] of it, fed at once."""

@@ -47,7 +47,9 @@ class TinyPte:
 
     def eager(self) -> Gemma3:
         """The same integers, with the inputs of integer linears rounded to int8 as XNNPACK does."""
-        return with_integer_weights(random_model(self.config), self.weights.integers, "int8")
+        model = random_model(self.config)
+        with_integer_weights(model, self.weights.integers, "int8")
+        return model
 
     def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
         """[len(ids), V]"""

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -55,11 +56,11 @@ def test_interrupted_and_resumed(
 
     calls: list[int] = []
 
-    def fail_in_the_third(*arguments: object) -> object:
+    def fail_in_the_third(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise MemoryError
-        return forward(*arguments)  # type: ignore[arg-type]
+        return forward(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Distillation, "forward", fail_in_the_third)

@@ -106,8 +106,9 @@ def test_sfp8_as_integers_and_exact(gemma_edge: Cli, checkpoint: Path, tmp_path:
     assert result.code == 5
     assert "integers in the file are the quantizer's" in result.err
 
-    options = ("--scheme", "sfp8", "--format", "pte", "--exact-sfp8", *EXPORT)
-    result = gemma_edge("export", checkpoint, "-o", tmp_path / "pte", *options)
+    result = gemma_edge(
+        *("export", checkpoint, "-o", tmp_path / "pte", "--scheme", "sfp8", "--format", "pte", "--exact-sfp8", *EXPORT)
+    )
     assert_refused(result, "a .pte cannot hold SFP8 weights as they are; leave out --exact-sfp8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exact", "integers", "other"]
 

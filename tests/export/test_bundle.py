@@ -50,10 +50,10 @@ def test_the_bundle_appears_with_everything_it_lists(checkpoint: Path, tmp_path:
 def test_the_same_inputs_give_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         export(checkpoint, tmp_path / name)
-    names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
-    assert len(names) >= 5
-    for name in names:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert len(files) >= 5
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
 def test_what_is_proven_is_a_readable_bundle(checkpoint: Path, tmp_path: Path) -> None:

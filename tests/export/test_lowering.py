@@ -20,7 +20,7 @@ from export.onnx.read_back import read_back_onnx
 from export.onnx.text import embed
 from quant.activations import fake_quantize_per_token
 from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid
-from runtime_py.sessions.pte import runtime
+from runtime_py.sessions.pte import open_program
 from tests.shapes import tiny_config
 
 NAME = "model.embed_tokens.weight"
@@ -85,7 +85,9 @@ ONNX_FORMS: list[tuple[int, int | None]] = [(4, 32), (4, 128), (4, None), (8, 32
 def test_onnx(weight: IntegerWeight, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     write_onnx(weight, path)
-    assert_equal(dict(read_back_onnx(path))[NAME], weight)
+    stored = dict(read_back_onnx(path))[NAME]
+    assert isinstance(stored, IntegerWeight)
+    assert_equal(stored, weight)
 
     rows, columns = weight.codes.shape
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
@@ -140,7 +142,7 @@ def test_pte(
         assert one is not None
         assert_equal(one, weight)
 
-    found = runtime._load_program(str(path)).load_method("forward").call((ids, *inputs))
+    found = open_program(path).load_method("forward").call((ids, *inputs))
     for x, product, weight in zip(inputs, found, linears, strict=False):
         values, rounded = weight.dequantize(), fake_quantize_per_token(x)
         assert_close(product.numpy(), (rounded.double() @ values.double().T).float(), rounded.abs() @ values.abs().T)

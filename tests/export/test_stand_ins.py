@@ -19,7 +19,7 @@ from quant.eager import quantized_model
 from quant.methods import quantize_weights
 from quant.recipe import Verdict, preset
 from quant.sfp8 import Sfp8Weight, encode_weight
-from quant.weights import QuantizedWeights
+from quant.weights import QuantizedWeights, Weight
 from runtime_py.sessions.onnx import OnnxSession
 from tests.shapes import random_model, random_tokens, tiny_config
 
@@ -74,7 +74,8 @@ def test_the_exact_onnx_keeps_the_codes_and_equals_eager(shape: str, tmp_path: P
     named = dict(random_model(config).named_parameters())
     # gemma.cpp's scale for the table, one a row for the rest
     sfp8 = {name: encode_weight(w, per_channel="embed" not in name) for name, w in named.items() if w.dim() == 2}
-    weights = QuantizedWeights(named | sfp8, dict.fromkeys(named, Verdict("float32", "")))
+    tensors: dict[str, Weight] = {**named, **sfp8}
+    weights = QuantizedWeights(tensors, dict.fromkeys(named, Verdict("float32", "")))
     layout = cache_layout(config, "compacting", 128, chunk=8)
     path = tmp_path / "model.onnx"
     export_onnx(config, weights.tensors, layout, path)

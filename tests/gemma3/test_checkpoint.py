@@ -27,7 +27,7 @@ def write(path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], 
     if shards == 1:
         save_file(tensors, path / "model.safetensors")
         return path
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = dict(list(tensors.items())[shard::shards])

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 import gemma3
-from gemma3.chat import encode_chat
+from gemma3.chat import Message, encode_chat
 from gemma3.config import read_config
 from gemma3.data import documents, pack
 from gemma3.errors import BadInput
@@ -44,7 +44,7 @@ def test_text_in_rows_that_begin_with_bos(tokenizer: Tokenizer, tmp_path: Path) 
 
 
 def test_documents_follow_one_another_each_with_its_bos(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    chats = [
+    chats: list[list[Message]] = [
         [{"role": "user", "content": "line\u2028separator"}, {"role": "assistant", "content": "<bos>"}],
         [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
     ]
@@ -52,7 +52,7 @@ def test_documents_follow_one_another_each_with_its_bos(tokenizer: Tokenizer, tm
     files = [written(tmp_path / "a.txt", "one"), written(tmp_path / "b.jsonl", lines + "\n\n"), tmp_path / "a.txt"]
     stream = tokenizer.encode("one", bos=True)
     for chat in chats:
-        stream += encode_chat(tokenizer, chat, add_generation_prompt=False)  # type: ignore[arg-type]
+        stream += encode_chat(tokenizer, chat, add_generation_prompt=False)
     stream += tokenizer.encode("one", bos=True)
     (row,) = pack(files, tokenizer, len(stream), CONFIG).tokens
     assert row.tolist() == stream

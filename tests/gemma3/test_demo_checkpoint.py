@@ -13,12 +13,10 @@ from gemma3.checkpoint import load_model, open_checkpoint
 from gemma3.tokenizer import SPECIAL_PIECES, Tokenizer
 
 DEMO = Path(gemma3.__file__).parent / "demo"
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-# As when a script is run: what lies beside it can be imported.
-sys.path.append(str(SCRIPTS))
+# The scripts import their siblings by bare name, as Python lets a script that is run.
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
-import demo_corpus  # noqa: E402
-import train_demo  # noqa: E402
+from scripts import demo_corpus, train_demo  # noqa: E402
 
 TOKENIZER = Tokenizer(DEMO)
 HELD_OUT = (DEMO / "heldout.txt").read_text(encoding="utf-8")
@@ -115,7 +113,11 @@ def test_targets_are_what_the_model_says_and_nothing_else() -> None:
     ids, targets = train_demo.chat_sample(TOKENIZER, messages)
     assert ids == encode_chat(TOKENIZER, messages, add_generation_prompt=False)
     counted = [target for target in targets if target != train_demo.IGNORE]
-    answers = [TOKENIZER.encode(m["content"], bos=False) for m in messages if m["role"] == "assistant"]
+    answers = []
+    for message in messages:
+        if message["role"] == "assistant":
+            assert isinstance(message["content"], str)
+            answers.append(TOKENIZER.encode(message["content"], bos=False))
     assert counted == [i for answer in answers for i in (*answer, TOKENIZER.end_of_turn_id)]
     assert all(target in (train_demo.IGNORE, following) for target, following in zip(targets, ids[1:], strict=False))
 

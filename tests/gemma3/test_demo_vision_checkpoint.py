@@ -18,13 +18,10 @@ from gemma3.tokenizer import END_OF_IMAGE, IMAGE_SOFT_TOKEN, START_OF_IMAGE, Tok
 
 DEMO = Path(gemma3.__file__).parent / "demo"
 SEEING = DEMO.with_name("demo_vision")
-# As when a script is run: what lies beside it can be imported.
+# The scripts import their siblings by bare name, as Python lets a script that is run.
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
-import demo_corpus  # noqa: E402
-import demo_images  # noqa: E402
-import train_demo  # noqa: E402
-import train_demo_vision  # noqa: E402
+from scripts import demo_corpus, demo_images, train_demo, train_demo_vision  # noqa: E402
 
 TOKENIZER = Tokenizer(SEEING)
 
@@ -123,6 +120,6 @@ def test_transformers_reads_the_same_network(model: Gemma3) -> None:
     assert vision is not None
     is_image = (tokens == vision.image_token_id).long()
     with torch.no_grad():
-        expected = theirs.eval()(input_ids=tokens, pixel_values=pixels * 2 - 1, token_type_ids=is_image).logits
+        expected = theirs.train(False)(input_ids=tokens, pixel_values=pixels * 2 - 1, token_type_ids=is_image).logits
         ours = model(tokens, soft_tokens=model.encode_images(pixels))
     assert float((ours - expected).abs().max()) <= 1e-4

@@ -20,7 +20,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from gemma3.errors import BadInput
 from gemma3.images import FORMATS, network_input, pan_and_scan_boxes, prepare, read_image, to_rgb
 
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "pan_and_scan_min_crop_size": 256,
     "pan_and_scan_max_num_crops": 4,
     "pan_and_scan_min_ratio_to_activate": 1.2,
@@ -123,7 +123,8 @@ def test_pixels_are_transformers(shape: tuple[int, int], pan_and_scan: bool) -> 
     expected = ORACLE(image, do_pan_and_scan=pan_and_scan, return_tensors="np")
     assert len(images) == 1 + expected["num_crops"][0]
     ours = np.concatenate([network_input(one) for one in images])
-    assert (ours.dtype, ours.shape) == (np.float32, expected["pixel_values"].shape)
+    assert ours.dtype == np.float32
+    assert ours.shape == expected["pixel_values"].shape
     np.testing.assert_allclose((ours - 0.5) / 0.5, expected["pixel_values"], rtol=0, atol=1e-6)
 
 

@@ -16,7 +16,8 @@ LENGTH = 70  # more than eight windows of 8
 
 
 def transformers_logits(shape: str, model: Gemma3, tokens: torch.Tensor) -> torch.Tensor:
-    oracle = Gemma3ForCausalLM(Gemma3TextConfig(**SHAPES[shape], attn_implementation="eager")).eval()
+    config = Gemma3TextConfig(**SHAPES[shape] | {"attn_implementation": "eager"})
+    oracle = Gemma3ForCausalLM(config).train(False)
     missing, unexpected = oracle.load_state_dict(model.state_dict(), strict=False)
     assert not missing
     assert not unexpected

@@ -19,7 +19,8 @@ TOLERANCE = 1e-4
 
 
 def transformers_model(shape: str, model: Gemma3) -> Gemma3ForConditionalGeneration:
-    oracle = Gemma3ForConditionalGeneration(Gemma3Config(**VISION_SHAPES[shape], attn_implementation="eager")).eval()
+    config = Gemma3Config(**VISION_SHAPES[shape] | {"attn_implementation": "eager"})
+    oracle = Gemma3ForConditionalGeneration(config).train(False)
     names = {
         "vision_tower.vision_model.": "model.vision_tower.",
         "multi_modal_projector.": "model.multi_modal_projector.",

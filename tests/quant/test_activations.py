@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from quant.activations import fake_quantize_per_token
-from quant.eager import IntegerLinear, with_integer_weights
+from quant.eager import IntegerEmbedding, IntegerLinear, with_integer_weights
 from quant.integers import round_to_nearest
 from quant.methods import quantize_weights
 from quant.recipe import preset
@@ -42,11 +42,15 @@ def test_weights_go_in_and_the_shared_table_once() -> None:
     quantized = quantize_weights(random_model(config).named_parameters(), preset("int4-block32"))
     tokens = torch.tensor([random_tokens(config, 24)])
     plain = random_model(config)(tokens)
-    exact = with_integer_weights(random_model(config), quantized.integers, "float")
-    rounded = with_integer_weights(random_model(config), quantized.integers, "int8")
+    exact, rounded = random_model(config), random_model(config)
+    with_integer_weights(exact, quantized.integers, "float")
+    with_integer_weights(rounded, quantized.integers, "int8")
     table = quantized.integers["model.embed_tokens.weight"]
-    assert exact.lm_head.integers is table
-    assert exact.model.embed_tokens.integers is table
+    head, embedding = exact.get_submodule("lm_head"), exact.get_submodule("model.embed_tokens")
+    assert isinstance(head, IntegerLinear)
+    assert isinstance(embedding, IntegerEmbedding)
+    assert head.integers is table
+    assert embedding.integers is table
     dequantized = random_model(config)
     dequantized.load_state_dict({name: w.dequantize() for name, w in quantized.integers.items()}, strict=False)
     assert (exact(tokens) - dequantized(tokens)).abs().max() <= 1e-5

@@ -157,7 +157,8 @@ def test_other_schemes_are_left_to_the_recipe() -> None:
 
 
 def test_hessian_stops_early_and_takes_its_hook_away() -> None:
-    layer = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 4))
+    linear = torch.nn.Linear(3, 2)
+    layer = torch.nn.Sequential(linear, torch.nn.Linear(2, 4))
     x = torch.arange(6.0).view(1, 2, 3)
-    assert torch.equal(hessian(layer, layer[0], [(x,), (x,)]), 2 * (x[0].T @ x[0]).double())
+    assert torch.equal(hessian(layer, linear, [(x,), (x,)]), 2 * (x[0].T @ x[0]).double())
     assert layer(x).shape == (1, 2, 4)

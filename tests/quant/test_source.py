@@ -34,7 +34,7 @@ def test_a_float_checkpoint(checkpoint: Path) -> None:
 @pytest.mark.parametrize("scheme", [None, "int4-channel"])
 def test_stored_integers_stay_as_they_are(checkpoint: Path, quantized: Path, scheme: str | None) -> None:
     made = opened(checkpoint, preset("int4-channel"))
-    source = opened(quantized, scheme and preset(scheme))
+    source = opened(quantized, None if scheme is None else preset(scheme))
     assert (source.path, source.recipe, source.method) == (quantized, made.recipe, "gptq")
     assert source.config == made.config
     for name, weight in made.weights.integers.items():

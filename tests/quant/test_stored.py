@@ -20,7 +20,7 @@ from quant.integers import IntegerWeight, round_to_nearest
 from quant.recipe import Recipe, Rule, Verdict
 from quant.sfp8 import Sfp8Weight, encode_weight
 from quant.stored import FILE, METADATA_KEY, StoredWeights, is_quantized, load_quantized, save_quantized
-from quant.weights import QuantizedWeights
+from quant.weights import QuantizedWeights, Weight
 
 RECIPE = Recipe("mine", (Rule("*_proj.weight", "int4-block32"), Rule("*", "float32")))
 
@@ -49,7 +49,7 @@ def same(one: object, other: object) -> bool:
 
 def weights_of(values: np.ndarray) -> QuantizedWeights:
     weight = torch.from_numpy(values)
-    tensors = {
+    tensors: dict[str, Weight] = {
         "a_norm.weight": weight[0].bfloat16(),
         "b_norm.weight": weight[:, 0],
         "block_proj.weight": round_to_nearest(weight, 4, 32),

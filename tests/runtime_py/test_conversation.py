@@ -1,3 +1,4 @@
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,9 @@ def test_a_listener_who_leaves_loses_nothing(tokenizer: Tokenizer) -> None:
     session = reciting(tokenizer, ["abcdef", "ok"])
     chat = conversation(session, tokenizer)
     stream = chat.say("hi")
+    assert isinstance(stream, Generator)
     heard = next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert chat.turn_ids("x")[: len(tokenizer.encode(heard, bos=False))] == tokenizer.encode(heard, bos=False)
 
 

@@ -44,8 +44,10 @@ def test_masks_are_transformers(window: int, tokens_per_image: int) -> None:
     ours = masks(window, tokens_per_image)
     count = len(ours.labels)
     assert [int(number) for number in np.unique(ours.images, return_counts=True)[1][1:]] == [tokens_per_image] * 3
+    oracle_config = Gemma3TextConfig(sliding_window=window)
+    oracle_config._attn_implementation = "eager"
     theirs = create_masks_for_vision_model(
-        config=Gemma3TextConfig(sliding_window=window, attn_implementation="eager"),
+        config=oracle_config,
         inputs_embeds=torch.zeros(1, count, 8),
         attention_mask=torch.ones(1, count, dtype=torch.int64),
         past_key_values=None,

@@ -1,6 +1,5 @@
 """The pictures that the seeing demo checkpoint learns from and is asked about."""
 
-import sys
 from itertools import combinations, islice
 from pathlib import Path
 
@@ -8,12 +7,8 @@ import pytest
 from PIL import Image
 
 from gemma3.images import pan_and_scan_boxes
-
-# As when a script is run: what lies beside it can be imported.
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import demo_images
-from demo_images import KINDS, NOTHING, Item, Kind, Scene, Scenes, is_held_out, view_labels
+from scripts import demo_images
+from scripts.demo_images import KINDS, NOTHING, Item, Kind, Scene, Scenes, is_held_out, view_labels
 
 
 def scenes(kind: Kind, count: int, held_out: bool = False, seed: int = 3) -> list[Scene]:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-# As when a script is run: what lies beside it can be imported.
+# The scripts import their siblings by bare name, as Python lets a script that is run.
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
-from train_demo import IGNORE
-from train_demo_vision import Row, answer_loss
+from scripts.train_demo import IGNORE
+from scripts.train_demo_vision import Row, answer_loss
 
 
 def test_answers_weigh_alike() -> None:

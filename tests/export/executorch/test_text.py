@@ -22,7 +22,7 @@ from quant.eager import with_integer_weights
 from quant.integers import IntegerWeight, round_to_nearest
 from runtime_py.proof.plan import Plan
 from runtime_py.proof.single_steps import file_cache, steps
-from runtime_py.sessions.pte import runtime
+from runtime_py.sessions.pte import open_program
 from tests.pte_models import CHUNK, TinyPte, tiny_pte
 from tests.shapes import random_model, random_tokens, tiny_config
 
@@ -139,8 +139,7 @@ def test_constant_methods(block32: TinyPte) -> None:
         "enable_dynamic_shape": True,
     }
     assert {name: file.constant_method(name) for name in expected} == expected
-    program = runtime._load_program(str(block32.path))
-    assert program.load_method("get_eos_ids").call(()) == [1, 106]
+    assert open_program(block32.path).load_method("get_eos_ids").call(()) == [1, 106]
 
 
 @pytest.mark.slow
@@ -225,7 +224,8 @@ def test_a_step_from_the_same_cache_shows_another_window(block32: TinyPte) -> No
     """What is wrong beyond the window shows at every position there, and at none before."""
     window = block32.config.sliding_window
     wrong = replace(block32.config, sliding_window=window + 1)
-    model = with_integer_weights(random_model(wrong), block32.weights.integers, "int8")
+    model = random_model(wrong)
+    with_integer_weights(model, block32.weights.integers, "int8")
     ids = random_tokens(wrong, LENGTH)
     kl = [difference.kl for difference in steps(block32.session(), model, plan_of(ids), set(range(LENGTH)))]
     assert median(kl[:window]) <= 1e-10
@@ -262,8 +262,8 @@ def run_one_linear(weight: IntegerWeight, x: Tensor, path: Path) -> Tensor:
     )
     with path.open("wb") as stream:
         lower(program, {}).write_to_file(stream)
-    method = runtime._load_program(str(path)).load_method("forward")
-    return torch.cat([method.call((piece.contiguous(),))[0] for piece in x.split([1, 2, 7, len(x) - 10])])
+    method = open_program(path).load_method("forward")
+    return torch.cat([method.call((piece.contiguous(),))[0] for piece in torch.split(x, [1, 2, 7, len(x) - 10])])
 
 
 def spread_rows(count: int, columns: int) -> Tensor:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 import pytest
@@ -19,6 +20,13 @@ from runtime_py.sessions.eager import EagerSession
 from runtime_py.sessions.protocol import Logits, every_position
 from tests.function_session import FunctionSession
 from tests.shapes import random_model, random_pixels, random_tokens, tiny_config, tiny_vision_config, with_images
+
+
+class Tolerance(TypedDict):
+    """Options of ``pytest.approx``."""
+
+    rel: float
+    abs: float
 
 
 def replaying(rows: NDArray[np.float32]) -> FunctionSession:
@@ -51,7 +59,7 @@ def test_direct_formulas(case: tuple[NDArray[np.float32], NDArray[np.float32], l
     nll_p, nll_q = -log_p[range(count), tokens], -log_q[range(count), tokens]
     kl = special.rel_entr(np.exp(log_p), np.exp(log_q)).sum(axis=1)
     change = (np.exp(-nll_q) - np.exp(-nll_p)) ** 2
-    near = {"rel": 1e-9, "abs": 1e-12}
+    near: Tolerance = {"rel": 1e-9, "abs": 1e-12}
     assert figures.tokens == count
     assert figures.perplexity.value == pytest.approx(stats.gmean(np.exp(nll_q)), rel=1e-9)
     assert figures.perplexity.error == pytest.approx(math.exp(nll_q.mean()) * stats.sem(nll_q), **near)
@@ -92,7 +100,7 @@ def test_the_definitions_of_llama_cpp(case: tuple[NDArray[np.float32], NDArray[n
     ratio_variance = error**2 + base_error**2 - 2 * covariance / (count - 1)
     ratio = math.exp(log_ppl - log_base)
     # Their difference of squares loses half the digits.
-    loose = {"rel": 1e-5, "abs": 1e-5 * max(1.0, *nll, *base)}
+    loose: Tolerance = {"rel": 1e-5, "abs": 1e-5 * max(1.0, *nll, *base)}
     assert figures.perplexity.value == pytest.approx(math.exp(log_ppl), rel=1e-9)
     assert figures.perplexity.error / figures.perplexity.value == pytest.approx(error, **loose)
     assert figures.perplexity_ratio.value == pytest.approx(ratio, rel=1e-9)
@@ -193,6 +201,7 @@ def test_chunks_and_single_steps_agree_past_the_window() -> None:
             self._inner = EagerSession(model, layout)
             self.vocab_size, self.context, self.chunk, self.vision = self._inner.vocab_size, 48, 5, None
             self.reset, self.step, self.prefill = self._inner.reset, self._inner.step, self._inner.prefill
+            self.encode_image = self._inner.encode_image
 
         @property
         def position(self) -> int:

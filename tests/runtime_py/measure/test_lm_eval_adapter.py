@@ -56,7 +56,7 @@ def request(*arguments: Any) -> Any:
 
 
 def log_probability(fed: list[int], token: int) -> float:
-    return float(log_softmax(np.float64(np.float32(rows(fed))))[token])
+    return float(log_softmax(np.array(rows(fed), np.float32).astype(np.float64))[token])
 
 
 def test_loglikelihood_is_the_sum_over_the_continuation(tokenizer: Tokenizer) -> None:

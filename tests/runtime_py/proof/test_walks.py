@@ -82,8 +82,8 @@ def test_a_ring_too_small_for_its_chunk_is_caught(model: Gemma3, plan: Plan, ref
 
 def test_a_fault_at_one_position_does_not_drown(model: Gemma3, plan: Plan, reference: ReferenceLogits) -> None:
     class OneBadPosition(EagerSession):
-        def prefill(self, ids: object, images: object = ()) -> Logits:
-            logits = super().prefill(ids, images)  # type: ignore[arg-type]
+        def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
+            logits = super().prefill(ids, images)
             return logits[::-1].copy() if self.position == 51 else logits
 
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
@@ -101,8 +101,8 @@ def test_a_reset_that_leaves_something_behind_is_caught(model: Gemma3, plan: Pla
             super().reset()
             self.resets += 1
 
-        def prefill(self, ids: object, images: object = ()) -> Logits:
-            return super().prefill(ids, images) + np.float32(1e-7 * (self.resets > 1))  # type: ignore[arg-type]
+        def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
+            return super().prefill(ids, images) + np.float32(1e-7 * (self.resets > 1))
 
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
     checks = check(Sticky(model, layout), plan, reference, "pte", FLOAT_LIMITS)
@@ -111,8 +111,8 @@ def test_a_reset_that_leaves_something_behind_is_caught(model: Gemma3, plan: Pla
 
 def test_not_a_number_does_not_pass(model: Gemma3, plan: Plan, reference: ReferenceLogits) -> None:
     class Broken(EagerSession):
-        def prefill(self, ids: object, images: object = ()) -> Logits:
-            return super().prefill(ids, images) * np.float32("nan")  # type: ignore[arg-type]
+        def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
+            return super().prefill(ids, images) * np.float32("nan")
 
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
     for limits in (FLOAT_LIMITS, INTEGER_LIMITS["onnx"]):
@@ -161,7 +161,9 @@ def seeing(request: pytest.FixtureRequest) -> tuple[Gemma3, Plan, ReferenceLogit
 
 
 def seeing_session(model: Gemma3, kind: type[EagerSession] = EagerSession) -> EagerSession:
-    return kind(model, cache_layout(model.config, "ring", 128, max(CHUNK, model.config.vision.tokens_per_image)))
+    vision = model.config.vision
+    assert vision is not None
+    return kind(model, cache_layout(model.config, "ring", 128, max(CHUNK, vision.tokens_per_image)))
 
 
 def test_a_model_that_sees_passes_against_itself(seeing: tuple[Gemma3, Plan, ReferenceLogits]) -> None:

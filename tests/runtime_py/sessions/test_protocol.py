@@ -128,8 +128,9 @@ def test_an_image_that_does_not_fit_is_refused_with_the_counts_before_anything_i
 @pytest.mark.parametrize("shape", VISION_SHAPES)
 def test_eager_session_with_images_is_the_network_however_it_is_fed(shape: str) -> None:
     session = seeing_session(shape, context=128)
-    model, size = session.model, session.vision.image_size
-    images = random_images(size, 3)
+    model, vision = session.model, session.vision
+    assert vision is not None
+    images = random_images(vision.image_size, 3)
     ids = with_images(model.config, [7, None, 5, None, None, 4])
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
     full = model(torch.tensor([ids]), soft_tokens=model.encode_images(pixels))[0].numpy()

@@ -1,0 +1,29 @@
+"""Replay the proof of a bundle, and list the figures that are nearest to their limits.
+
+    python examples/check_a_bundle.py BUNDLE
+
+exits with 5 if a check fails.
+"""
+
+import sys
+from pathlib import Path
+
+from export.checks import require_passed
+from gemma3.errors import UserError
+from runtime_py.api import validate
+
+
+def main(bundle: Path) -> None:
+    checks = validate(bundle)
+    limited = [check for check in checks if check.limit]
+    for check in sorted(limited, key=lambda check: -check.value / (check.limit or 1.0))[:5]:
+        print(f".{check.artifact} {check.id} {check.metric}: {check.value:.3g}, the limit is {check.limit:.3g}")
+    require_passed(checks)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
