@@ -1,1 +1,1 @@
-"""Gemma 3 in plain PyTorch: its configuration, checkpoint, tokenizer and network. Imports nothing else of ours."""
+"""Gemma 3 in plain PyTorch: configuration, checkpoint, tokenizer, network. Imports no other package of this project."""

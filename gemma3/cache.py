@@ -1,7 +1,7 @@
 """The layout of the static KV caches, as data: every backend, the planner and the manifest read it here.
 
-Sliding-window layers keep a bounded number of positions whatever the context; full-attention layers keep the whole
-context. There are two styles, because the runtimes differ:
+Sliding-window layers keep a bounded number of positions, however long the context is. Full-attention layers keep the
+whole context. There are two styles, because the runtimes differ:
 
 * ``ring``: position p is in slot p mod slots. A chunk of C tokens is written before its first query reads, so a
   window of W needs W + C − 1 slots (rounded up to 8); with fewer, the chunk's own writes would evict keys that its
@@ -20,11 +20,11 @@ from gemma3.errors import BadInput, DoesNotFit
 CacheStyle = Literal["ring", "compacting"]
 CacheDtype = Literal["float32"]
 BYTES: dict[CacheDtype, int] = {"float32": 4}
-# What an export uses when nothing else is asked for: positions, and tokens in a prefill call.
+# What an export uses when nothing else is asked for: positions in the caches, and tokens in one prefill call.
 DEFAULT_CONTEXT, DEFAULT_CHUNK = 4096, 128
 # Rows beyond the window in a compacting cache. More rows mean fewer moves of the window to the front, but every
-# step reads half of them on average. Milliseconds a token in 15 layers of W = 512, one KV head of 256 (one thread):
-# 0 rows 1.97, 8 1.84, 16 1.86, 32 1.94, 64 1.93, 128 2.06, 256 2.26.
+# step reads half of them on average. Milliseconds per token in 15 layers (W = 512, one KV head, D = 256, one thread):
+# 0 rows 1.97, 8 rows 1.84, 16 rows 1.86, 32 rows 1.94, 64 rows 1.93, 128 rows 2.06, 256 rows 2.26.
 COMPACTING_SLACK = 16
 
 
@@ -69,7 +69,7 @@ class CacheLayout:
 
 
 def cache_layout(config: ModelConfig, style: CacheStyle, context: int, chunk: int) -> CacheLayout:
-    """The layout for at most ``context`` positions, fed in chunks of at most ``chunk`` tokens.
+    """The layout for at most ``context`` positions, which are fed in chunks of at most ``chunk`` tokens.
 
     Raises DoesNotFit when the context is larger than the model's or smaller than the sliding window, and BadInput
     when the chunk is not within the context.
@@ -92,7 +92,7 @@ def cache_layout(config: ModelConfig, style: CacheStyle, context: int, chunk: in
     def slots(window: int | None) -> int:
         if window is None:
             return context
-        # A buffer as long as the context never wraps.
+        # A buffer as long as the context never wraps, so no layer needs more slots than that.
         return min((window + chunk - 1 + 7) // 8 * 8 if style == "ring" else window + COMPACTING_SLACK, context)
 
     return CacheLayout(

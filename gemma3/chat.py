@@ -1,4 +1,4 @@
-"""Gemma 3's prompts: messages, with or without images, to text and to token ids.
+"""Gemma 3's prompts: turns messages, with or without images, into text and into token ids.
 
 A prompt begins with one BOS. Each turn is ``<start_of_turn>``, the role, a newline, the content, ``<end_of_turn>`` and
 a newline. The assistant's role is written ``model``. A system message has no turn of its own: its text and two
@@ -6,8 +6,9 @@ newlines go in front of the first user content. Source: the ``chat_template`` of
 checkpoints.
 
 An image is ``<start_of_image>``, one image token for each of its soft tokens, and ``<end_of_image>``, with two newlines
-on each side. The crops of Pan & Scan follow it, with a sentence around them. Source: transformers' Gemma3Processor.
-The text between two images is encoded as one string with these newlines, which the tokenizer merges with the user's.
+on each side. The crops of Pan & Scan follow it, with fixed words around them. Source: transformers' Gemma3Processor.
+The text between two images and these newlines are encoded as one string, because the tokenizer merges the newlines with
+those of the user's text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,7 +65,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Image:
-    """An image in a prompt, and how many Pan & Scan crops of it follow."""
+    """An image in a prompt, followed by ``crops`` Pan & Scan crops of it."""
 
     crops: int = 0
 
@@ -73,7 +74,10 @@ Part = str | Image
 
 
 class Message(TypedDict):
-    """``role`` is "system" (first message only; text), "user" or "assistant"."""
+    """One message of a conversation: a role, and text or a sequence of texts and images.
+
+    ``role`` is "system" (first message only, one text), "user" or "assistant".
+    """
 
     role: str
     content: str | Sequence[Part]
@@ -83,7 +87,7 @@ def render_chat(messages: Sequence[Message], add_generation_prompt: bool = True)
     """The text of a conversation with its special tokens spelled out. It is for reading, not for encoding.
 
     An image is shown as ``<start_of_image>``. Raises BadInput when the roles do not alternate user / assistant after
-    an optional system message.
+    an optional system message, when there is no user message, and when the system message is not one text.
     """
     turns = (
         START_OF_TURN + "".join(START_OF_IMAGE if isinstance(part, Image) else part for part in turn) + END_OF_TURN
@@ -103,8 +107,9 @@ def encode_chat(
 ) -> list[int]:
     """The token ids of a conversation. Markers of turns and images are special tokens; all content is plain text.
 
-    Each image, and each of its crops, has ``tokens_per_image`` soft tokens (None: a text-only model). Raises BadInput
-    as ``render_chat`` does, for an image in a text-only model's prompt, and when the tokenizer has no such markers.
+    Each image, and each of its crops, has ``tokens_per_image`` soft tokens; None means a text-only model. Raises
+    BadInput as ``render_chat`` does, for an image in a text-only model's prompt, and when the tokenizer lacks one of
+    the markers.
     """
     start, end = tokenizer.special_id(START_OF_TURN), tokenizer.special_id(END_OF_TURN)
     newline = tokenizer.encode("\n", bos=False)
@@ -117,14 +122,18 @@ def encode_chat(
 
 
 def encode_prompt(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int | None = None) -> list[int]:
-    """The token ids of a text to continue, with its images: BOS, but no turns. Raises as ``encode_chat`` does."""
+    """The token ids of a text to continue, with its images. It begins with BOS and has no turns.
+
+    Raises BadInput for an image in a text-only model's prompt, and when the tokenizer lacks one of the image markers.
+    """
     return [tokenizer.bos_id, *_encode(tokenizer, parts, tokens_per_image)]
 
 
 def place_images(text: str, images: Sequence[Image]) -> list[Part]:
-    """``images`` at the markers ``<image>`` in ``text``, in order; before the text if it has no marker.
+    """The parts of a prompt: ``text`` with ``images`` in place of its markers ``<image>``, in order.
 
-    Without images the text is unchanged. Raises BadInput when the numbers of markers and of images differ.
+    If the text has no marker, the images come first. Without images the text is unchanged, markers included. Raises
+    BadInput when there are images and markers, but not equally many.
     """
     texts = text.split(IMAGE_MARKER) if images else [text]
     if len(texts) == 1:
@@ -141,7 +150,7 @@ def place_images(text: str, images: Sequence[Image]) -> list[Part]:
 
 
 def _turns(messages: Sequence[Message]) -> Iterator[list[Part]]:
-    """The content between the markers of each turn."""
+    """For each turn, the parts between its markers, including the line with its role."""
     prefix = ""
     if messages and messages[0]["role"] == "system":
         prefix = _system_text(messages[0]["content"]) + "\n\n"
@@ -191,7 +200,7 @@ def _encode(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int |
 
 
 def _with_crops(crops: int) -> list[str | None]:
-    """The prompt of an image and its crops: text, and None for the tokens of the image and then of each crop."""
+    """The prompt of an image and its crops: a list of texts, with None in place of the tokens of each."""
     one: list[str | None] = ["\n\n", None, "\n\n"]
     if not crops:
         return one

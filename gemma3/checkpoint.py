@@ -1,6 +1,6 @@
 """Full-precision Hugging Face checkpoints: memory-mapped safetensors, with every tensor accounted for.
 
-Quantized checkpoints are opened in quant/checkpoint.py.
+quant/source.py opens quantized checkpoints too.
 """
 
 import json
@@ -23,8 +23,8 @@ from gemma3.tokenizer import Tokenizer
 CONFIG = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-# Multimodal checkpoints nest the text model. Prefixes as released, then as newer transformers versions save or hold
-# them; the first one that matches is replaced.
+# Multimodal checkpoints nest the text model. These are the prefixes of the released files, then those that newer
+# versions of transformers save or use in memory. The first one that matches a name is replaced.
 PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
@@ -39,8 +39,8 @@ PREFIXES = (
 class Checkpoint:
     """An opened full-precision checkpoint: its configuration, its tokenizer and its named tensors.
 
-    The names are those of ``Gemma3``'s parameters. A tensor is read when it is asked for, and the tokenizer when it
-    is first used. ``path`` is the checkpoint's directory: for messages, and for copying its other files.
+    The names are those of ``Gemma3``'s parameters. A tensor is read each time it is asked for, and the tokenizer when
+    it is first used. ``path`` is the checkpoint's directory, for error messages and for copying its other files.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises BadInput as ``Tokenizer`` does."""
+        """The checkpoint's tokenizer. Raises BadInput as ``Tokenizer`` does."""
         return Tokenizer(self.path)
 
     @property
@@ -60,7 +60,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """The tensor in its stored dtype, mapped from the file.
 
-        Each call maps the file again, so that the pages read for one tensor leave memory with that tensor.
+        Each call maps the file again, so that the pages read for a tensor are released together with it.
         """
         with safe_open(str(self._files[name]), framework="pt") as file:
             tensor: Tensor = file.get_tensor(self._stored[name])
@@ -85,10 +85,11 @@ def resolve_checkpoint(model: str) -> Path:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint directory ``path`` and check it against its own config.json, without reading weights.
+    """Open the checkpoint directory ``path`` and check it against its own config.json.
 
-    Raises BadInput when a file or shard is missing or damaged, when a tensor is missing, left over, of another
-    shape or not floating point.
+    Reads no weights, except when a model with a tied head stores the head too: it must equal the embedding table.
+    Raises BadInput when a file or shard is missing or damaged, when such a head differs, and when a tensor is missing,
+    unexpected, stored twice, has another shape, or has another dtype than F32, BF16 and F16.
     """
     config = read_config(path / CONFIG)
     stored: dict[str, str] = {}
@@ -96,7 +97,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     paths: dict[str, Path] = {}
     for file_path in _weight_files(path):
         file = _open(file_path)
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             plain = _plain_name(name)
             if plain in stored:
                 raise BadInput(f"{path}: tensor {plain} is stored twice (as {stored[plain]} and {name})")
@@ -123,14 +124,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(checkpoint: Checkpoint) -> Gemma3:
-    """The float32 eager model with the checkpoint's weights, in eval mode and without gradients."""
+    """The float32 eager model with the checkpoint's weights, in eval mode, without gradients."""
     return build_model(checkpoint.config, checkpoint.items())
 
 
 def build_model(config: ModelConfig, named_weights: Iterable[tuple[str, Tensor]]) -> Gemma3:
-    """The float32 eager model of ``config`` with exactly these weights, in eval mode and without gradients.
+    """The float32 eager model of ``config`` with exactly these weights, in eval mode, without gradients.
 
-    Raises BadInput when one is missing, left over or of another shape.
+    Raises BadInput when a weight is missing, is not part of the model, or has another shape.
     """
     state = {name: tensor.float() for name, tensor in named_weights}
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()})
@@ -138,13 +139,16 @@ def build_model(config: ModelConfig, named_weights: Iterable[tuple[str, Tensor]]
 
 
 def empty_model(config: ModelConfig) -> Gemma3:
-    """The model without memory for its weights (see ``fill``), in eval mode and without gradients."""
+    """The model on the meta device, without memory for its weights (see ``fill``), in eval mode, without gradients."""
     with torch.device("meta"):
         return Gemma3(config).eval().requires_grad_(False)
 
 
 def fill(model: Gemma3, state: Mapping[str, Tensor]) -> Gemma3:
-    """Give an empty model its weights, which are not copied. A tied head gets the embedding table."""
+    """Put the weights ``state`` (by name) into an empty model, without copying them, and return it.
+
+    A tied head gets the embedding table.
+    """
     tied = model.config.tie_word_embeddings and names.EMBEDDING in state
     model.load_state_dict({**state, names.HEAD: state[names.EMBEDDING]} if tied else state, assign=True)
     if tied:
@@ -153,7 +157,7 @@ def fill(model: Gemma3, state: Mapping[str, Tensor]) -> Gemma3:
 
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises BadInput when a weight of ``config``'s model is missing, left over or of another shape."""
+    """Raises BadInput when a weight of ``config``'s model is missing, is not part of it, or has another shape."""
     expected = _expected(config, has_head=names.HEAD in shapes)
     for name in sorted(expected.keys() ^ shapes.keys()):
         problem = "is missing" if name in expected else "is not part of the model"

@@ -1,9 +1,9 @@
 """The shape of a Gemma 3 model, read from Hugging Face's ``config.json``.
 
-Both spellings are read: the released files' (``rope_theta``, ``rope_local_base_freq``, ``rope_scaling``,
-``sliding_window_pattern``) and the newer nested one (``rope_parameters``, ``layer_types``); text-only
-(``model_type`` ``gemma3_text``) or with the text model under ``text_config`` (``gemma3``).
-Every key is used, checked against the only value this network implements, or named in ``IGNORED``.
+Two spellings are read: that of the released files (``rope_theta``, ``rope_local_base_freq``, ``rope_scaling``,
+``sliding_window_pattern``) and the newer, nested one (``rope_parameters``, ``layer_types``). In a text-only file
+(``model_type`` ``gemma3_text``) the keys are at the top; in a ``gemma3`` file they are under ``text_config``.
+Every key is used, checked against the only value that this network implements, or listed in ``IGNORED``.
 """
 
 import json
@@ -31,7 +31,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The attention of one text layer. Layers with equal specs compute alike and share masks and rotations."""
+    """The attention of one text layer. Layers with equal specs share their masks and RoPE angles."""
 
     kind: LayerKind
     window: int | None  # how many positions a query attends to, its own included; None: all up to its own
@@ -170,7 +170,7 @@ VISION_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh",),
     "vision_use_head": (False,),
 }
-# Keys beside ``text_config`` that belong to the vision model, in both spellings, with transformers' defaults.
+# Keys beside ``text_config`` that belong to the vision model: our name → the two spellings, transformers' default.
 IMAGE_TOKENS: dict[str, tuple[tuple[str, ...], int]] = {
     "tokens_per_image": (("mm_tokens_per_image",), 256),
     "image_token_id": (("image_token_index", "image_token_id"), 262_144),
@@ -181,7 +181,7 @@ ROPE_TYPES = ("default", "linear")
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Read ``config.json`` at ``path``. Raises BadInput when it is missing, unreadable or not Gemma 3's."""
+    """Read the ``config.json`` at ``path``. Raises BadInput when it is missing, unreadable or not that of a Gemma 3."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -197,7 +197,10 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def parse_config(data: Mapping[str, Any]) -> ModelConfig:
-    """The text model's configuration from the parsed ``config.json``. Raises BadInput naming the key."""
+    """The configuration in a parsed ``config.json``, with ``vision`` if the file has a ``vision_config``.
+
+    Raises BadInput naming the key that is missing, unknown or has a value that cannot be used.
+    """
     model_type = data.get("model_type")
     if model_type == "gemma3":
         text = data.get("text_config")
@@ -216,7 +219,7 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
                 "tie_word_embeddings",
             },
         )
-        # transformers uses the outer token ids and the outer tying where they are given.
+        # Where the outer level gives token ids and tying, transformers uses those.
         inherited = {
             key: outer[key]
             for key in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings")
@@ -331,7 +334,7 @@ def _layer_types(data: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
 
 
 def _ropes(data: Mapping[str, Any]) -> tuple[Rope, Rope]:
-    """The local and the global RoPE. In the old spelling, linear scaling applies to the global layers only."""
+    """The local and the global RoPE. In the old spelling, linear scaling applies to full-attention layers only."""
     nested = data.get("rope_parameters")
     if nested is None:
         theta = data.get("rope_theta")

@@ -1,7 +1,7 @@
 """Text and conversations from files, as rows of token ids for calibration and training.
 
-Every row begins with BOS, as all of the model's training data did, also a row that continues a document. Documents
-follow one another within a row. A document with images is whole in one row.
+Every row begins with BOS, even a row that continues a document, because all of the model's training data did. Documents
+follow one another within a row. A document with images is never split across rows.
 """
 
 import json
@@ -24,7 +24,7 @@ CHAT_SUFFIX = ".jsonl"
 
 @dataclass(frozen=True)
 class Document:
-    """The token ids, beginning with BOS, and the images that its image tokens stand for, in order."""
+    """Token ids that begin with BOS, and the images (uint8 [S, S, 3]) of the image tokens among them, in order."""
 
     ids: list[int]
     images: list[Pixels]
@@ -32,7 +32,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Rows:
-    """tokens int32 [rows, length], and the images of each row. Before an image a row may end in padding."""
+    """tokens int32 [rows, length], and the images of each row.
+
+    A row ends in padding where the next document has images and did not fit. The last row may too, if it has images.
+    """
 
     tokens: NDArray[np.int32]
     images: list[list[Pixels]]
@@ -43,9 +46,9 @@ def pack(
 ) -> Rows:
     """The files, in order, as rows of ``length`` tokens. Text that does not fill the last row is left out.
 
-    A ``.jsonl`` file holds one conversation a line (see ``documents``); any other file is one document of plain text.
-    Raises BadInput for a file that is missing, empty or not text, for a line that is not a conversation or whose images
-    cannot be used or do not fit a row, for ids outside the vocabulary of ``config``, and when there is less than a row.
+    A ``.jsonl`` file holds one conversation per line (see ``documents``); any other file is one document of plain text.
+    Raises BadInput for rows of fewer than 2 tokens, as ``documents`` does, for a conversation with images that does not
+    fit a row, for ids outside the vocabulary of ``config``, and when there is less than one row.
     """
     if length < 2:
         raise BadInput(f"rows of {length} tokens; give at least 2")
@@ -76,7 +79,7 @@ def _usable(
 
 
 def _rows(documents: Iterable[Document], length: int, bos_id: int) -> Iterator[tuple[list[int], list[Pixels]]]:
-    """The ids and the images of each row. The last row may be short, and so may one before a document with images."""
+    """The ids and the images of each row. The last row may be short, as may a row before a document with images."""
     ids: list[int] = []
     images: list[Pixels] = []
     for document in documents:
@@ -97,11 +100,13 @@ def _rows(documents: Iterable[Document], length: int, bos_id: int) -> Iterator[t
 def documents(
     path: Path, tokenizer: Tokenizer, vision: VisionConfig | None = None, *, pan_and_scan: bool = False
 ) -> Iterator[Document]:
-    """The documents of a file. Raises BadInput as ``pack`` does.
+    """The documents of a file: each line of a ``.jsonl`` file, or any other file as a whole.
 
     A line of a ``.jsonl`` file is ``{"messages": [{"role", "content"}, …]}``. Content is text, or a list of
-    ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``, a path from the file's folder. Without
-    ``vision`` images are refused; ``pan_and_scan`` adds crops of those that are far from square.
+    ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``, where the image is a path relative to the
+    file's folder. ``pan_and_scan`` adds crops of images that are far from square. Raises BadInput for a file that is
+    missing, empty or not text, for a line that is not a conversation or whose images cannot be used, and for images
+    without ``vision``.
     """
     text = _read(path)
     if path.suffix != CHAT_SUFFIX:
@@ -120,7 +125,7 @@ def documents(
 
 
 def read_utf8(path: Path) -> str:
-    """The file's text, its line ends as they are. Raises BadInput when it cannot be read or is not UTF-8."""
+    """The file's text, with unchanged line endings. Raises BadInput when it cannot be read or is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:

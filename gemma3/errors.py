@@ -1,11 +1,11 @@
-"""The errors a user can cause. Each carries the exit code that the command line ends with.
+"""The errors that a user can cause. Each has the exit code with which the command line ends.
 
-Its text is one line: what was wrong, the value seen, and what to do about it.
+The text of an error is one line: what was wrong, the value found, and what to do about it.
 """
 
 
 class UserError(Exception):
-    """The base of the family; ``cli.main`` prints its line and exits with ``exit_code``."""
+    """The base class. ``cli.main`` prints the error's line and exits with ``exit_code``."""
 
     exit_code = 3
 
@@ -29,5 +29,5 @@ class VerificationFailed(UserError):
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 image", "2 images": for messages."""
+    """The number with its noun, for messages: "1 image", "2 images"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,8 +1,9 @@
 """From image files to the arrays that the vision model takes, as transformers' Gemma3 processor makes them.
 
-``Pixels`` are uint8 [S, S, 3]: RGB, S the vision model's ``image_size``, without regard to the aspect ratio. Pan &
-Scan (the Gemma 3 report, arXiv 2503.19786, section 2.1) adds crops of an image that is far from square. Uses Pillow
-and numpy only. Files are not trusted: their header bounds what they may cost, before any decoding.
+``Pixels`` are uint8 [S, S, 3] in RGB, where S is the vision model's ``image_size``: an image is resized to a square,
+whatever its aspect ratio. Pan & Scan (the Gemma 3 report, arXiv 2503.19786, section 2.1) adds crops of an image that is
+far from square. Uses only Pillow and numpy. Files are not trusted: the size of a file and of its image, as the header
+states it, are checked before anything is decoded.
 """
 
 import math
@@ -18,11 +19,11 @@ from PIL import Image, UnidentifiedImageError
 from gemma3.errors import BadInput
 
 FORMATS, READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF"), "JPEG, PNG, WebP, BMP or GIF"
-# 8192 × 8192: decoding these takes 0.6 GB, putting them on white 1.1 GB. JPEG itself allows no longer side.
+# 8192 × 8192 pixels: decoding them takes 0.6 GB, putting them on white 1.1 GB. 65,535 is the longest side of a JPEG.
 MAX_PIXELS, MAX_SIDE = 2**26, 65_535
 MAX_BYTES = 2**29
 
-# transformers' Gemma3Processor; the published Pan & Scan.
+# The settings of Pan & Scan as published, from transformers' Gemma3Processor.
 MIN_CROP, MAX_CROPS, MIN_RATIO = 256, 4, 1.2
 
 EXIF_ORIENTATION = 0x0112
@@ -45,8 +46,8 @@ def prepare(
 ) -> list[Pixels]:
     """The whole image, then with ``pan_and_scan`` its crops (none if it is near square or small).
 
-    Each is uint8 [size, size, 3], resized bilinearly with Pillow's antialiasing, and equal bit for bit to the result
-    of transformers' Pillow processor. Raises BadInput as ``read_image`` and ``to_rgb`` do.
+    Each array is uint8 [size, size, 3], resized bilinearly with Pillow's antialiasing. It equals the result of
+    transformers' Pillow processor bit for bit. Raises BadInput as ``read_image`` and ``to_rgb`` do.
     """
     image = to_rgb(source) if isinstance(source, Image.Image) else read_image(source)
     boxes = pan_and_scan_boxes(*image.size, min_crop) if pan_and_scan else []
@@ -55,14 +56,16 @@ def prepare(
 
 
 def network_input(image: Pixels) -> NDArray[np.float32]:
-    """Pixels [S, S, 3] as the vision model takes them: float32 [1, 3, S, S] in 0 … 1, which it normalizes itself."""
+    """Pixels [S, S, 3] as the vision model takes them: float32 [1, 3, S, S] in 0 … 1. The model normalizes them."""
     channels_first = image.transpose(2, 0, 1)[None]
     return np.ascontiguousarray(channels_first, np.float32) / np.float32(255)
 
 
 def pan_and_scan_boxes(width: int, height: int, min_crop: int = MIN_CROP) -> list[Box]:
-    """The boxes that Pan & Scan cuts: (left, top, right, bottom) of up to 4 crops along the longer side, in reading
-    order. There are none when the ratio of the sides is under 1.2 or a side of a crop would be under ``min_crop``.
+    """The boxes that Pan & Scan cuts: (left, top, right, bottom) in pixels of up to 4 crops along the longer side.
+
+    They are in reading order. There are none when the ratio of the sides is under 1.2 or a side of a crop would be
+    under ``min_crop``.
     """
     long, short = max(width, height), min(width, height)
     if long / short < MIN_RATIO:
@@ -79,11 +82,11 @@ def pan_and_scan_boxes(width: int, height: int, min_crop: int = MIN_CROP) -> lis
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """The image in a JPEG, PNG, WebP, BMP or GIF file (by its content, not its name), upright, in mode RGB.
+    """The image in a JPEG, PNG, WebP, BMP or GIF file, upright, in mode RGB. The content decides, not the name.
 
     An animation gives its first frame. A readable EXIF orientation is applied. Raises BadInput when the file is
-    missing, has another format, is damaged or truncated, or is larger than ``MAX_BYTES``, ``MAX_PIXELS`` or
-    ``MAX_SIDE`` by its header.
+    missing, is larger than ``MAX_BYTES``, has another format, is damaged or truncated, or when its header states more
+    than ``MAX_PIXELS`` or a side over ``MAX_SIDE``.
     """
     path = Path(path)
     try:
@@ -92,7 +95,7 @@ def read_image(path: Path | str) -> Image.Image:
         if path.stat().st_size > MAX_BYTES:
             raise BadInput(f"{path}: {path.stat().st_size / 1e6:.0f} MB, over {MAX_BYTES / 1e6:.0f}; make it smaller")
         with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes and odd metadata, which are checked here
+            warnings.simplefilter("ignore")  # Pillow warns about sizes and odd metadata; both are handled here
             return _read(file, path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror or error}); give a picture ({READABLE})") from None
@@ -101,8 +104,8 @@ def read_image(path: Path | str) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """``image`` in mode RGB, with transparent parts on white, as transformers' ``convert_to_rgb`` does it.
 
-    16-bit grey, which transformers would clip at 255, keeps its high byte, as Pillow does with 16-bit colours. Raises
-    BadInput for a mode without a defined range (32-bit integers, floats).
+    16-bit grey, which transformers would clip at 255, keeps its high byte, as Pillow keeps that of 16-bit colours.
+    Raises BadInput for a mode without a defined range (32-bit integers, floats).
     """
     if image.mode.startswith("I;16"):
         deep = np.asarray(image)
@@ -146,7 +149,7 @@ def _read(file: BinaryIO, path: Path) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # metadata is often broken where the picture is not
+    except Exception:  # metadata is often broken where the image is not
         return 1
 
 

@@ -1,9 +1,9 @@
 """Gemma 3 in plain PyTorch, to be read top to bottom. gemma3/vision.py is the vision model.
 
-Shapes: B batch, S new tokens, T visible key positions, H query heads, K key/value heads, D head dim, E hidden
-size, F MLP size, V vocabulary. Parameter names are the checkpoint's, so that loading is the identity.
+Shapes: B batch, S new tokens, T key positions, H query heads, K key/value heads, D head dim, E hidden size, F MLP
+size, V vocabulary. Parameter names are the checkpoint's, so that loading renames nothing.
 
-Reference precision is float32: the embedding scale is sqrt(E) in float32 (a bfloat16 run would round it).
+The reference precision is float32. The embedding scale is sqrt(E) in float32; a bfloat16 run would round it.
 Sources: the Gemma 3 report (arXiv 2503.19786); equality with transformers is tested in tests/gemma3.
 """
 
@@ -23,7 +23,7 @@ from gemma3.vision import MultiModalProjector, VisionTower
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of one spec share in one forward call."""
+    """What all layers with one spec share in one forward call."""
 
     cos: Tensor  # [S, D/2]
     sin: Tensor  # [S, D/2]
@@ -33,19 +33,21 @@ class Step:
 
 @dataclass(frozen=True)
 class LayerKV:
-    """One layer's keys and values, [1, K, slots, D] each; written in place."""
+    """The cached keys and values of one layer, [1, K, slots, D] each. They are written in place."""
 
     keys: Tensor
     values: Tensor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, heads, S, D] by the angles of cos, sin [S, D/2]; the halves of D form the pairs."""
+    """Rotate x [B, heads, S, D] by angles with the given cos and sin [S, D/2]; element i of D pairs with i + D/2."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with RMS-normalized queries and keys: x [B, S, E] → [B, S, E]."""
+
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
@@ -78,6 +80,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x [B, S, E] → [B, S, E]: down(gelu(gate(x)) · up(x)), with GELU in its tanh form."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -89,6 +93,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """A residual block: x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -104,6 +110,8 @@ class Layer(nn.Module):
 
 
 class TextModel(nn.Module):
+    """Holds the parameters under the checkpoint's names; ``Gemma3.hidden`` runs them."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -112,7 +120,7 @@ class TextModel(nn.Module):
 
 
 class Gemma3(nn.Module):
-    """Token ids in, logits out. Without a cache it attends within the given tokens; with one it continues it."""
+    """Token ids in, logits out. Tokens attend to one another, and with a cache also to the positions that it holds."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -126,7 +134,7 @@ class Gemma3(nn.Module):
             self.multi_modal_projector = MultiModalProjector(config.vision, config.hidden_size)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Soft tokens [N, tokens_per_image, E] of images [N, 3, size, size], float32 in 0 … 1."""
+        """The soft tokens [N, tokens_per_image, E] of the images ``pixels`` [N, 3, size, size], float32 in 0 … 1."""
         return self.multi_modal_projector(self.vision_tower(pixels))
 
     def forward(
@@ -137,11 +145,11 @@ class Gemma3(nn.Module):
         last_only: bool = False,
         soft_tokens: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, S, V] (or [B, 1, V]) for tokens [B, S] (int64) at positions start … start + S − 1.
+        """Logits [B, S, V] for tokens [B, S] (int64) at positions start … start + S − 1; [B, 1, V] with ``last_only``.
 
-        ``cache`` (from ``new_cache``; batch 1) holds the positions before ``start`` and receives the new ones.
+        ``cache`` (from ``new_cache``, for a batch of 1) holds the positions before ``start`` and receives the new ones.
         ``soft_tokens`` (from ``encode_images``) replace the image tokens in ``tokens``, in order. A run of image
-        tokens is one image, whose positions attend to one another, so an image must be whole in one call.
+        tokens is one image. Its positions attend to one another, so an image must be whole in one call.
         """
         x = self.hidden(tokens, cache, start, soft_tokens)
         return self.lm_head(x[:, -1:] if last_only else x)
@@ -153,7 +161,10 @@ class Gemma3(nn.Module):
         start: int = 0,
         soft_tokens: Tensor | None = None,
     ) -> Tensor:
-        """The head's input: [B, S, E] after the final norm. With it a caller can compute logits a few at a time."""
+        """The head's input [B, S, E], after the final norm. From it a caller can compute logits a few at a time.
+
+        The arguments are those of ``forward``.
+        """
         x = self.model.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
         images = None
         if soft_tokens is not None:
@@ -190,7 +201,7 @@ class Gemma3(nn.Module):
 
 
 def rope_angles(spec: LayerSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, D/2] (float32) of position / factor · theta^(−2i/D) for positions [S]."""
+    """cos and sin, float32 [S, D/2], of the angles position / factor · theta^(−2i/D) for positions [S]."""
     inverse = inverse_frequencies(spec).to(positions.device)
     angles = positions[:, None].float() * inverse
     return angles.cos(), angles.sin()
@@ -203,16 +214,16 @@ def inverse_frequencies(spec: LayerSpec) -> Tensor:
 
 
 def ring_positions(end: int, slots: int, device: torch.device | None = None) -> Tensor:
-    """The position each slot holds once positions 0 … end − 1 are written, for the min(end, slots) used slots."""
+    """int64 [min(end, slots)]: the position that each used slot holds once positions 0 … end − 1 are written."""
     slot = torch.arange(min(end, slots), device=device)
     return end - 1 - (end - 1 - slot) % slots
 
 
 def attention_mask(queries: Tensor, keys: Tensor, window: int | None, same_image: Tensor | None = None) -> Tensor:
-    """bool [S, T] (or [B, S, T] with ``same_image`` of that shape): which positions in ``keys`` a query attends to.
+    """Which of the positions ``keys`` [T] each of the positions ``queries`` [S] attends to: bool [S, T].
 
-    Key k is visible to query q if k ≤ q or both are in the same image and, under a window W (which counts q), also
-    k > q − W.
+    With ``same_image`` (bool [B, S, T]) the result has that shape. Query q attends to key k if k ≤ q or both are in the
+    same image. Under a window of W positions, which counts q itself, k > q − W must hold too.
     """
     visible = keys[None, :] <= queries[:, None]
     if same_image is not None:
@@ -223,22 +234,25 @@ def attention_mask(queries: Tensor, keys: Tensor, window: int | None, same_image
 
 
 def image_numbers(is_image: Tensor) -> Tensor:
-    """int64 [B, S]: the number of the image that a position is in, −1 for text. A run of image tokens is one image."""
+    """int64 [B, S]: the number of the image that each position is in, −1 for text.
+
+    ``is_image`` (bool [B, S]) says which tokens are image tokens. A run of them is one image.
+    """
     first = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
     return torch.where(is_image, first.cumsum(-1) - 1, -1)
 
 
 def same_image(images: Tensor, keys: Tensor) -> Tensor:
-    """bool [B, S, T]: are the new token s and the key at ``keys`` [T] in the same image?
+    """bool [B, S, T]: is each new token in the same image as each key?
 
-    ``images`` [B, S] numbers the images of the new tokens. ``keys`` counts from the first new token; keys before it
-    are in none of these images.
+    ``images`` [B, S] is the image number of each new token (see ``image_numbers``). ``keys`` [T] are the positions of
+    the keys, counted from the first new token. Keys before it are in none of these images.
     """
     numbers = torch.where(keys >= 0, images[:, keys.clamp(min=0)], -1)  # [B, T]
     return (images[:, :, None] == numbers[:, None, :]) & (images >= 0)[:, :, None]
 
 
 def new_cache(layout: CacheLayout) -> list[LayerKV]:
-    """Zeroed float32 buffers in the ring style."""
+    """Zeroed float32 buffers for each layer of ``layout``, which must be of the ring style."""
     assert layout.style == "ring"
     return [LayerKV(torch.zeros(layer.by_head), torch.zeros(layer.by_head)) for layer in layout.layers]

@@ -1,4 +1,4 @@
-"""The names of weights, as the released checkpoints spell them. They stand here and nowhere else."""
+"""The names of weights, as the released checkpoints spell them. No other file spells them out."""
 
 from gemma3.config import ModelConfig
 

@@ -1,11 +1,11 @@
-"""The normalisation that the text layers and the image projector share."""
+"""The normalization that the text layers and the vision model's projector share."""
 
 import torch
 from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + weight), in float32."""
+    """x / rms(x) · (1 + weight) over the last axis, computed in float32 and returned in x's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

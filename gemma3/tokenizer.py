@@ -20,7 +20,7 @@ from gemma3.errors import BadInput
 
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 START_OF_IMAGE, END_OF_IMAGE, IMAGE_SOFT_TOKEN = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
-# These are special in every Gemma 3 checkpoint, even if tokenizer_config.json, which says so, is missing.
+# These are special in every Gemma 3 checkpoint. tokenizer_config.json says so, but it may be missing.
 SPECIAL_PIECES = frozenset(
     {"<pad>", "<eos>", "<bos>", "<unk>", "<mask>"}
     | {START_OF_TURN, END_OF_TURN, START_OF_IMAGE, END_OF_IMAGE, IMAGE_SOFT_TOKEN}
@@ -28,7 +28,7 @@ SPECIAL_PIECES = frozenset(
 
 
 class Tokenizer:
-    """``tokenizer.model`` at ``path``, or in the checkpoint directory ``path``.
+    """The SentencePiece model in the file ``path``, or in ``tokenizer.model`` of the checkpoint directory ``path``.
 
     Tokens that a checkpoint adds to the SentencePiece vocabulary are read from ``added_tokens.json`` and
     ``tokenizer_config.json`` beside the model, if they exist and ``added_tokens`` is true. Raises BadInput when a file
@@ -61,7 +61,7 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids that stand for no text."""
+        """The ids of special tokens, which stand for no text."""
         return frozenset(self._special.values())
 
     def special_id(self, piece: str) -> int:
@@ -71,7 +71,7 @@ class Tokenizer:
         return self._special[piece]
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
-        """The ids of plain text, beginning with BOS if ``bos``. No text gives a special token.
+        """The ids of plain text, beginning with BOS if ``bos``. No part of the text becomes a special token.
 
         Raises BadInput when the text is not valid Unicode (a lone surrogate).
         """
@@ -83,14 +83,14 @@ class Tokenizer:
             ) from None
         ids = [self.bos_id] if bos else []
         start = 0
-        # Cut after its first character, the name of a special piece no longer matches the piece.
+        # The text is cut after the first character of each special piece's name, so that no part holds the whole name.
         for match in self._special_names.finditer(text):
             ids += self._pieces.encode(text[start : match.start() + 1])
             start = match.start() + 1
         return ids + list(self._pieces.encode(text[start:]))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``. Special tokens and ids past the vocabulary give none; invalid UTF-8 gives U+FFFD."""
+        """The text of ``ids``. Special tokens and ids past the vocabulary give no text; invalid UTF-8 gives U+FFFD."""
         decoder = self.decoder()
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
@@ -98,7 +98,7 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that one id stands for. A byte piece may be part of a character."""
+        """The UTF-8 bytes that one id stands for: none for a special token, part of a character for a byte piece."""
         if token_id in self.special_ids or not 0 <= token_id < self._piece_count:
             return b""
         piece: str = self._pieces.id_to_piece(token_id)
@@ -108,12 +108,12 @@ class Tokenizer:
 
     @cached_property
     def _special_names(self) -> re.Pattern[str]:
-        # The lookahead finds all names, also those that overlap or begin inside one another.
+        # The lookahead finds all names, even those that overlap or begin inside one another.
         return re.compile("(?=" + "|".join(map(re.escape, sorted(self._special))) + ")")
 
 
 class StreamDecoder:
-    """The text of ids as they arrive. Returned text is final: a character comes when all its bytes are there."""
+    """Decodes ids as they arrive. Returned text is final: a character is returned once all its bytes have arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -124,7 +124,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """The rest at the end: U+FFFD for a character that never became complete."""
+        """The text that is left at the end: U+FFFD for a character that is still incomplete, otherwise nothing."""
         return self._utf8.decode(b"", final=True)
 
 

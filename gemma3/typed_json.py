@@ -1,7 +1,7 @@
-"""Frozen dataclasses that are JSON: written, read back with every type checked, and described as a JSON Schema.
+"""Frozen dataclasses as JSON: written, read back with every type checked, and described as a JSON Schema.
 
-Every key of a file is a field of its dataclass. An unknown or missing key, or a value of another type, is refused by
-its place in the file. Works without torch.
+Every key of a file is a field of its dataclass. An unknown or missing key, or a value of another type, is refused with
+an error that names its place in the file. Works without torch.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ def encode(value: Any, indent: int | None = 1) -> str:
 
 
 def decode(kind: type[T], data: Any, where: str, *, ignore_unknown: bool = False) -> T:
-    """Parsed JSON as an instance of the dataclass ``kind``. ``where`` is the name of the file's top, for messages.
+    """Parsed JSON as an instance of the dataclass ``kind``. Error messages call the top of the file ``where``.
 
-    ``ignore_unknown`` drops keys that are no field, at every depth. Raises BadInput naming the place that is wrong.
+    ``ignore_unknown`` drops keys that are not fields, at every depth. Raises BadInput naming the place that is wrong.
     """
     value = _decode(kind, data, where, ignore_unknown)
     assert isinstance(value, kind)
@@ -60,7 +60,7 @@ def _decode(kind: Any, data: Any, where: str, ignore_unknown: bool) -> Any:
         assert len(rest) == 1
         return None if data is None else _decode(rest[0], data, where, ignore_unknown)
     allowed = arguments if origin is types.UnionType else (kind,)
-    if float in allowed:  # JSON does not tell 1.0 from 1
+    if float in allowed:  # JSON does not distinguish 1.0 from 1
         allowed = (*allowed, int)
     # bool is a subclass of int in Python, but not in JSON.
     _expect(isinstance(data, allowed) and (bool in allowed or not isinstance(data, bool)), data, str(kind), where)
@@ -78,7 +78,7 @@ SCALARS: dict[Any, str] = {str: "string", bool: "boolean", int: "integer", float
 def json_schema(kind: type[Any], title: str, closed: bool = False) -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a file that holds ``kind``.
 
-    ``closed`` forbids keys that are no field; otherwise they are allowed, as additive versions need.
+    ``closed`` forbids keys that are not fields. Otherwise they are allowed, because a newer version may add keys.
     """
     definitions: dict[str, Any] = {}
     top = _schema(kind, definitions, closed)
@@ -96,7 +96,7 @@ def _schema(kind: Any, definitions: dict[str, Any], closed: bool) -> dict[str, A
         return {}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if kind.__name__ not in definitions:
-            definitions[kind.__name__] = {}  # so that a type that holds itself ends
+            definitions[kind.__name__] = {}  # set first, so that a type that contains itself does not recurse forever
             hints = typing.get_type_hints(kind)
             definitions[kind.__name__] = {
                 "description": " ".join((inspect.getdoc(kind) or "").split()),

@@ -1,7 +1,7 @@
-"""How Gemma 3 sees: the SigLIP encoder and the projector into the text model, to be read top to bottom.
+"""Gemma 3's vision model: SigLIP, and the projector into the text model, to be read top to bottom.
 
-Shapes: N images, S pixels a side, P = (S / patch size)² patches, C encoder width, T soft tokens an image, E the text
-model's hidden size. Parameter names are the released checkpoints'.
+Shapes: N images, S pixels per side, P = (S / patch size)² patches, C SigLIP's hidden size, T soft tokens per image,
+E the text model's hidden size. Parameter names are the released checkpoints'.
 
 Sources: SigLIP (arXiv 2303.15343), the Gemma 3 report (arXiv 2503.19786); equality with transformers is tested in
 tests/gemma3.
@@ -16,6 +16,8 @@ from gemma3.norm import RMSNorm
 
 
 class Embeddings(nn.Module):
+    """pixels [N, 3, S, S] in 0 … 1 → patch embeddings [N, P, C], with the position embeddings added."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size)
@@ -27,7 +29,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every patch attends to every patch."""
+    """x [N, P, C] → [N, P, C]. Every patch attends to every patch."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -46,6 +48,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x [N, P, C] → [N, P, C], with GELU in its tanh form."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -56,6 +60,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """A residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -69,12 +75,16 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Holds the layers under the checkpoint's names; ``VisionTower`` runs them."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
 
 class VisionModel(nn.Module):
+    """Holds SigLIP's parts under the checkpoint's names; ``VisionTower`` runs them."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
@@ -83,7 +93,7 @@ class VisionModel(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """pixels float32 [N, 3, S, S] in 0 … 1 → [N, P, C]."""
+    """SigLIP: pixels float32 [N, 3, S, S] in 0 … 1 → [N, P, C]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -97,7 +107,10 @@ class VisionTower(nn.Module):
 
 
 class MultiModalProjector(nn.Module):
-    """Encoder outputs [N, P, C], each square of patches averaged, to soft tokens [N, T, E] in rows of the image."""
+    """SigLIP's output [N, P, C] → soft tokens [N, T, E], row by row of the image.
+
+    Averages each square of patches, normalizes the averages, and projects them to the text model's hidden size.
+    """
 
     def __init__(self, config: VisionConfig, text_hidden_size: int) -> None:
         super().__init__()

@@ -85,7 +85,8 @@ def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, m
             forms[name], tensors[name] = "float", weight.contiguous()
         elif isinstance(weight, IntegerWeight):
             scales = weight.scales.bfloat16()
-            assert torch.equal(scales.float(), weight.scales), f"{name}: scales off the bfloat16 grid"
+            if not torch.equal(scales.float(), weight.scales):
+                raise BadInput(f"{name}: its scales are not on the bfloat16 grid; take them from bf16_grid")
             forms[name] = f"int{weight.bits}/{weight.group_size}"
             tensors |= {f"{name}.codes": weight.codes.contiguous(), f"{name}.scales": scales.contiguous()}
         else:

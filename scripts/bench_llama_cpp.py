@@ -178,7 +178,7 @@ def write_gguf(bundle: Path, path: Path) -> int:
         return f"blk.{layer}.{names[rest.removesuffix('.weight')]}.weight"
 
     total = 0
-    for name, weight in stored_integers(graph_path):
+    for name, weight in dict(stored_integers(graph_path)).items():  # a tied table comes twice
         packed = q4_0(weight)
         total += packed.nbytes
         writer.add_tensor(gguf_name(name), packed, raw_dtype=gguf.GGMLQuantizationType.Q4_0)

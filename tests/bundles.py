@@ -1,4 +1,4 @@
-"""Tiny checkpoints with a tokenizer, and bundles made of them through the command line."""
+"""Tiny checkpoints with a tokenizer, and bundles made from them through the command line."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ EXPORT = ("--context", "96", "--chunk", "8")
 
 
 def write_checkpoint(directory: Path, base: dict[str, Any] = CONFIG, **changes: Any) -> Path:
-    """A random checkpoint at ``directory``, as Hugging Face lays it out; with SEEING_CONFIG, one that sees."""
+    """A random checkpoint at ``directory``, in Hugging Face's layout. With SEEING_CONFIG it is multimodal."""
     directory.mkdir(parents=True)
     config = base | changes
     parsed = parse_config(config)

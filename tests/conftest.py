@@ -2,8 +2,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch is imported: nested MKL threads halve ExecuTorch's speed on a small machine, and the oracles
-# must not look for a network.
+# Set before torch is imported: nested MKL threads halve ExecuTorch's speed on a small machine, and the oracles
+# (transformers) must not use the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -34,13 +34,13 @@ def gemma_edge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random one; a module may put what it makes of it beside it."""
+    """A tiny random checkpoint. A module may write what it derives from it to the same parent directory."""
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 900 characters: enough to calibrate and train on."""
+    """About 900 characters: enough to calibrate and train on."""
     path = tmp_path_factory.mktemp("data") / "some.txt"
     path.write_text("Some text of ordinary words, and more of it. " * 20)
     return path

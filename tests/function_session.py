@@ -42,7 +42,7 @@ class FunctionSession:
 
 
 def counting(vocab_size: int, context: int = 64) -> FunctionSession:
-    """Says that the id after n is n + 1, around the end of the vocabulary."""
+    """A session that predicts n + 1 after n, and 0 after the last id of the vocabulary."""
     return FunctionSession(
         lambda fed: [10.0 * (token == (fed[-1] + 1) % vocab_size) for token in range(vocab_size)], vocab_size, context
     )

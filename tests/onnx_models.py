@@ -47,7 +47,7 @@ class TinyOnnx:
         return model
 
     def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
-        """[len(ids), V] of it, fed at once."""
+        """The eager model's, [len(ids), V], all ids in one call."""
         return eager_logits(self.eager(), ids, images)
 
     def assert_integers_are_the_quantizers(self) -> None:

@@ -36,7 +36,7 @@ class TinyPte:
     report: ExportReport
 
     def counts(self, weights: Weights | None = None) -> IntegerCounts:
-        """How many of the integers of ``weights`` (its own if None) are in the file."""
+        """How many of the integers of ``weights`` (None: the model's own) are in the file."""
         return compare_integers(weights or self.weights.tensors, PTE, self.path)
 
     def stored(self) -> dict[str, IntegerWeight]:
@@ -46,13 +46,13 @@ class TinyPte:
         return PteSession(self.path, self.layout, self.config, threads)
 
     def eager(self) -> Gemma3:
-        """The same integers, with the inputs of integer linears rounded to int8 as XNNPACK does."""
+        """The eager model with the same integers. It rounds the inputs of integer linear layers as XNNPACK does."""
         model = random_model(self.config)
         with_integer_weights(model, self.weights.integers, "int8")
         return model
 
     def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
-        """[len(ids), V]"""
+        """The eager model's, [len(ids), V], all ids in one call."""
         return eager_logits(self.eager(), ids, images)
 
 

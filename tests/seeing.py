@@ -1,4 +1,4 @@
-"""Images for tiny models, and the loop that feeds them to a file beside the eager network."""
+"""Images for tiny models, and the comparison of a session that is fed with them with the eager network."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def network_inputs(images: Sequence[Pixels]) -> torch.Tensor:
 
 @torch.no_grad()
 def eager_logits(model: Gemma3, ids: Sequence[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
-    """[len(ids), V], fed at once."""
+    """[len(ids), V], all ids in one call."""
     soft_tokens = model.encode_images(network_inputs(images)) if images else None
     return model(torch.tensor([ids]), soft_tokens=soft_tokens)[0]
 
@@ -34,12 +34,12 @@ def eager_logits(model: Gemma3, ids: Sequence[int], images: Sequence[Pixels] = (
 def assert_steps_equal(
     session: Session, ids: Sequence[int], images: Sequence[Pixels], expected: torch.Tensor, chunk: int
 ) -> None:
-    """A new session's logits after every piece of ``chunk`` ids and after every image; ``expected`` [len(ids), V]."""
+    """A new session gives the logits ``expected`` [len(ids), V] after each call: up to ``chunk`` ids, or an image."""
     vision = session.vision
     assert vision is not None
     assert expected.std() > 0.1
     wanted, shown = expected.numpy(), iter(images)
-    # Split here and not by ``runtime_py.sessions.protocol.calls``, which is part of what is tested.
+    # Split here, not by ``runtime_py.sessions.protocol.calls``, which is itself under test.
     while (start := session.position) < len(ids):
         if ids[start] == vision.image_token_id:
             logits = session.prefill(ids[start : start + vision.tokens_per_image], [next(shown)])

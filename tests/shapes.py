@@ -1,4 +1,4 @@
-"""Tiny random models that the tests share: every kind of shape a Gemma 3 config.json can ask for."""
+"""Tiny random models that the tests share: every kind of shape that a Gemma 3 config.json can describe."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from gemma3.config import FULL, SLIDING, ModelConfig, parse_config
 from gemma3.model import Gemma3
 
-# Spelled as the released files are.
+# With the keys of the released files.
 RELEASED: dict[str, Any] = {
     "model_type": "gemma3_text",
     "vocab_size": 160,
@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
-    # 27B: the attention scale is not head_dim's
+    # As in 27B, the attention scale does not follow from head_dim.
     "like-27b": RELEASED
     | {
         "num_attention_heads": 8,
@@ -63,7 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-# Models that see, as the released ones are spelled. Soft tokens an image: 4, 16 (more than the window of 8), 9.
+# Multimodal models, with the keys of the released files. Soft tokens per image: 4, 16 (over the window of 8), 9.
 VISION_SHAPES: dict[str, dict[str, Any]] = {
     name: {
         "model_type": "gemma3",
@@ -100,13 +100,13 @@ def tiny_config(shape: str = "like-270m", **changes: Any) -> ModelConfig:
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Gemma3:
-    """Random weights at which every part matters: norms away from 1, attention away from uniform."""
+    """Random weights with which every part matters: norms differ from 1, and attention is not uniform."""
     torch.manual_seed(seed)
     model = Gemma3(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.normal_(0, 0.3 if "norm" in name else 2.0 * parameter.shape[-1] ** -0.5)
         if name.startswith("vision_tower") and "norm" in name and name.endswith("weight"):
-            parameter.add_(1.0)  # a LayerNorm's, which is no offset from 1
+            parameter.add_(1.0)  # a LayerNorm's weight, which is not an offset from 1
     model.model.embed_tokens.weight.normal_(0, config.hidden_size**-0.5)
     return model
 
@@ -119,7 +119,7 @@ def random_pixels(config: ModelConfig, images: int, seed: int = 2) -> torch.Tens
 
 
 def with_images(config: ModelConfig, pieces: list[int | None], seed: int = 1) -> list[int]:
-    """Ids: for each number so many random text tokens, for each None an image between its markers."""
+    """Ids: a number stands for that many random text tokens, None for an image between its markers."""
     vision = config.vision
     assert vision is not None
     special = {vision.begin_image_token_id, vision.end_image_token_id, vision.image_token_id}

@@ -2,6 +2,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_settings_that_do_not_fit(
 
 
 @pytest.mark.parametrize("model", ["google/gemma-3-270m", "model.gguf", "/nowhere"])
-def test_a_model_that_is_no_local_directory(gemma_edge: Cli, tmp_path: Path, model: str) -> None:
+def test_a_model_that_is_not_a_local_directory(gemma_edge: Cli, tmp_path: Path, model: str) -> None:
     assert_refused(gemma_edge("export", model, "-o", tmp_path / "out"), 3, model, "directory")
 
 
@@ -121,7 +122,7 @@ def test_an_output_that_exists(gemma_edge: Cli, checkpoint: Path, tmp_path: Path
     assert_refused(gemma_edge("export", checkpoint, "-o", tmp_path), 3, str(tmp_path), "exists")
 
 
-def test_an_output_that_cannot_be(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
     assert_refused(gemma_edge("export", checkpoint, "-o", tmp_path / "no" / "out"), 3, "no such directory")
     (tmp_path / "file").write_text("")
     assert_refused(gemma_edge("export", checkpoint, "-o", tmp_path / "file" / "out"), 3, "no such directory")
@@ -144,7 +145,15 @@ def test_usage_errors(gemma_edge: Cli, arguments: tuple[str, ...]) -> None:
     assert "Error" in result.err
 
 
-def test_an_internal_error_is_one_line_unless_asked_for(
+def test_the_version_names_the_runtimes(gemma_edge: Cli) -> None:
+    result = gemma_edge("--version")
+    assert result.code == 0
+    lines = dict(line.split(" ") for line in result.out.splitlines())
+    assert lines.keys() >= {"gemma-edge", "executorch", "torch", "onnxruntime"}
+    assert lines["onnxruntime"] == version("onnxruntime")
+
+
+def test_an_internal_error_is_one_line_unless_a_traceback_is_asked_for(
     gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -220,7 +229,7 @@ def test_configuration_of_another_checkpoint(gemma_edge: Cli, bundle: Path, tmp_
 @pytest.mark.parametrize(
     "name", ["model.onnx", "model.onnx.data", GOLDEN, PLAN, "tokenizer.model", "genai_config.json"]
 )
-def test_one_changed_byte_anywhere(gemma_edge: Cli, bundle: Path, tmp_path: Path, name: str) -> None:
+def test_one_changed_byte_in_any_file(gemma_edge: Cli, bundle: Path, tmp_path: Path, name: str) -> None:
     damaged = copy_bundle(bundle, tmp_path / "damaged")
     data = bytearray((damaged / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -277,7 +286,7 @@ def test_not_a_bundle(gemma_edge: Cli, tmp_path: Path) -> None:
 # Generate and chat
 
 
-def test_generate_is_reproducible_and_data_alone_is_on_stdout(gemma_edge: Cli, bundle: Path) -> None:
+def test_generate_is_reproducible_and_writes_only_its_answer_to_stdout(gemma_edge: Cli, bundle: Path) -> None:
     command = ("generate", bundle, "some text", "-n", "8", "--temperature", "1", "--seed", "4")
     first, again = gemma_edge(*command), gemma_edge(*command)
     assert first.code == 0
@@ -326,11 +335,11 @@ def test_chat_from_a_pipe(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.Mon
     once = say("hello\n")
     assert once.code == 0
     assert once.out.endswith("\n")
-    # A blank line is no turn; after a reset the same question gets the same answer.
+    # A blank line is not a turn; after a reset the same question gets the same answer.
     assert say("hello\n\n/reset\nhello\n").out == once.out * 2
 
 
-def test_a_full_context_ends_no_chat(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_context_does_not_end_the_chat(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'x' * 200}\nhello\n"))
     result = gemma_edge("chat", bundle, "-n", "2")
     assert result.code == 0
@@ -350,7 +359,7 @@ def test_bench_measures_in_a_process_of_its_own(gemma_edge: Cli, bundle: Path) -
     for phase in ("prefill", "decode"):
         assert figures[phase]["mean"] > 0
         assert figures[phase]["median"] > 0
-    # torch, which this process has loaded, alone takes more
+    # torch, which this process has loaded, takes more alone
     assert 10e6 < figures["peak_rss_bytes"] < 200e6
 
 

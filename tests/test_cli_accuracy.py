@@ -24,7 +24,7 @@ def accuracy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="module")
 def text(checkpoint: Path) -> Path:
-    """More than two contexts of 96."""
+    """Longer than two contexts of 96 tokens."""
     path = checkpoint.parent / "text.txt"
     path.write_text("".join(np.random.default_rng(0).choice(list(string.printable.strip()), 250)))
     return path
@@ -67,7 +67,7 @@ def assert_refused(result: Run, code: int, *words: str) -> None:
         assert word in result.err
 
 
-def test_an_exact_file_is_the_original(accuracy: Cli, checkpoint: Path, text: Path) -> None:
+def test_an_fp32_file_equals_the_original(accuracy: Cli, checkpoint: Path, text: Path) -> None:
     exact = export(checkpoint, "fp32")
     figures = report(accuracy(exact, "--reference", checkpoint, "--data", text, "--json"))
     assert figures["data_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
@@ -84,7 +84,7 @@ def test_an_exact_file_is_the_original(accuracy: Cli, checkpoint: Path, text: Pa
 def test_what_quantization_cost_and_what_the_export_changed(
     accuracy: Cli, checkpoint: Path, quantized: Path, bundle: Path, text: Path
 ) -> None:
-    """The bundle's integers are the quantized checkpoint's: the eager model of them explains the loss."""
+    """The bundle holds the quantized checkpoint's integers, so their eager model explains its loss."""
     figures = report(
         accuracy(
             *(bundle, "--reference", checkpoint, "--data", text, "--tokens", "120"),
@@ -142,7 +142,7 @@ def test_conversations(accuracy: Cli, checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "word"), [(b"", "no text"), (b"\n \n", "no text"), (b"\x89PNG\x00", "UTF-8"), (b"a\x00b", "binary")]
 )
-def test_data_that_is_no_text(accuracy: Cli, checkpoint: Path, tmp_path: Path, content: bytes, word: str) -> None:
+def test_data_that_is_not_text(accuracy: Cli, checkpoint: Path, tmp_path: Path, content: bytes, word: str) -> None:
     (tmp_path / "data").write_bytes(content)
     result = accuracy(checkpoint, "--reference", checkpoint, "--data", tmp_path / "data")
     assert_refused(result, 3, str(tmp_path / "data"), word)
@@ -167,7 +167,7 @@ def test_refusals(
     assert_refused(accuracy(bundle, "--reference", checkpoint, "--data", text, *options), code, *words)
 
 
-def test_a_checkpoint_that_the_bundle_was_not_made_of(
+def test_a_checkpoint_that_the_bundle_was_not_exported_from(
     accuracy: Cli, checkpoint: Path, bundle: Path, text: Path, tmp_path: Path
 ) -> None:
     other = write_checkpoint(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Commands that take pictures, on a tiny model that sees."""
+"""Commands that take images, on a tiny multimodal model."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from quant.source import open_source
 from runtime_py.demo import about_images
 from tests.bundles import EXPORT, SEEING_CONFIG, Cli, copy_bundle, write_checkpoint
 
-TOKENS = 4  # an image's
+TOKENS = 4  # per image
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def bundle(seeing: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """a.png and b.png, small; wide.png, of which Pan & Scan cuts three."""
+    """a.png and b.png, which are small, and wide.png, which Pan & Scan cuts into three crops."""
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for name, size in (("a", (30, 40)), ("b", (28, 28)), ("wide", (300, 900))):
@@ -86,7 +86,7 @@ def test_images_replay_from_the_golden_vectors(gemma_edge: Cli, bundle: Path) ->
     assert any(check["metric"] == "soft_rms" for check in json.loads(result.out)["checks"])
 
 
-def test_an_encoder_changed_behind_a_forged_hash(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+def test_a_vision_model_changed_behind_a_forged_hash(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
     copy = copy_bundle(bundle, tmp_path / "bundle")
     weights = copy / "vision.onnx.data"
     data = bytearray(weights.read_bytes())
@@ -118,7 +118,7 @@ def test_an_image_over_the_context(gemma_edge: Cli, tmp_path: Path) -> None:
 # generate and chat
 
 
-def test_a_picture_changes_the_answer(gemma_edge: Cli, bundle: Path, pictures: Path) -> None:
+def test_an_image_changes_the_answer(gemma_edge: Cli, bundle: Path, pictures: Path) -> None:
     options = ("-n", "12")
     answers = [
         gemma_edge("generate", bundle, "what is this", "--image", pictures / f"{name}.png", *options, *more)
@@ -131,7 +131,7 @@ def test_a_picture_changes_the_answer(gemma_edge: Cli, bundle: Path, pictures: P
     assert again.out == answers[0].out
 
 
-def test_pictures_go_where_the_text_says(gemma_edge: Cli, bundle: Path, pictures: Path) -> None:
+def test_images_go_where_the_markers_are(gemma_edge: Cli, bundle: Path, pictures: Path) -> None:
     def out(text: str) -> str:
         images = ("--image", pictures / "a.png", "--image", pictures / "b.png")
         result = gemma_edge("generate", bundle, text, *images, "-n", "20")
@@ -143,24 +143,24 @@ def test_pictures_go_where_the_text_says(gemma_edge: Cli, bundle: Path, pictures
 
 
 @pytest.mark.parametrize(("text", "images"), [("<image> a <image>", 1), ("<image>", 2), ("<image>", 0)])
-def test_marks_and_pictures_must_be_as_many(
+def test_there_must_be_one_marker_for_each_image(
     gemma_edge: Cli, bundle: Path, pictures: Path, text: str, images: int
 ) -> None:
     result = gemma_edge("generate", bundle, text, *["--image", pictures / "a.png"] * images)
     refused(result, 3, counted(text.count("<image>"), "time") + " for", f"for {images} image")
 
 
-def test_pan_and_scan_shows_more(gemma_edge: Cli, bundle: Path, pictures: Path) -> None:
+def test_pan_and_scan_adds_crops(gemma_edge: Cli, bundle: Path, pictures: Path) -> None:
     options = ("--image", pictures / "wide.png", "-n", "12")
     assert gemma_edge("generate", bundle, "what", *options).code == 0
-    # A whole and three crops, with their sentence of made-up pieces, are over the 96 positions.
+    # The whole image, three crops and the sentence around them, in a made-up vocabulary, are over the 96 positions.
     refused(gemma_edge("generate", bundle, "what", *options, "--pan-and-scan"), 4, "4 images among them", "of 96")
 
 
 @pytest.mark.parametrize(
     ("content", "word"), [(None, "no such file"), (b"no picture", "begins with"), (b"\x89PNG\r\n\x1a\n", "begins with")]
 )
-def test_a_picture_that_cannot_be_used(
+def test_an_image_that_cannot_be_used(
     gemma_edge: Cli, bundle: Path, tmp_path: Path, content: bytes | None, word: str
 ) -> None:
     if content is not None:
@@ -168,7 +168,7 @@ def test_a_picture_that_cannot_be_used(
     refused(gemma_edge("generate", bundle, "what", "--image", tmp_path / "a.png"), 3, "a.png", word)
 
 
-def test_a_text_only_model_is_shown_nothing(
+def test_a_text_only_model_refuses_images(
     gemma_edge: Cli, checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -178,7 +178,7 @@ def test_a_text_only_model_is_shown_nothing(
     assert gemma_edge("generate", out, "an <image> tag", "-n", "2").code == 0
 
 
-def test_chat_shows_pictures_with_the_next_turn(
+def test_chat_sends_images_with_the_next_turn(
     gemma_edge: Cli, bundle: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def talk(*lines: str, image: str | None = None) -> Any:
@@ -229,7 +229,9 @@ def test_accuracy_on_conversations_with_images(gemma_edge: Cli, seeing: Path, bu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["fp32", "int4-block32", "sfp8"])
-def test_both_formats_see_the_same(gemma_edge: Cli, seeing: Path, pictures: Path, tmp_path: Path, scheme: str) -> None:
+def test_both_formats_agree_on_images(
+    gemma_edge: Cli, seeing: Path, pictures: Path, tmp_path: Path, scheme: str
+) -> None:
     result = gemma_edge("export", seeing, "-o", tmp_path / "out", "--scheme", scheme, *EXPORT)
     assert result.code == 0, result.err
     manifest = read_manifest(tmp_path / "out")

@@ -138,7 +138,7 @@ def test_an_existing_target(gemma_edge: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_schemes_side_by_side_in_both_formats(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
-    """Kept, SFP8 and integers of both kinds within one layer: each file is proven, all integers equal."""
+    """Float, SFP8 and both kinds of integer weights in one layer: each file is proven, and all integers are equal."""
     recipe = tmp_path / "mixed.toml"
     schemes = {
         "*.o_proj.weight": "float32",

@@ -45,8 +45,9 @@ def test_it_goes_through_export_proof_generate_bench_and_accuracy(
     result = gemma_edge("bench", bundle, "-p", "8", "-n", "2", "-r", "1", "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out)["measurements"][0]["format"] == "toy"
-    options = ("--reference", checkpoint, "--data", text, "--checkpoint", checkpoint, "--json")
-    result = gemma_edge("accuracy", bundle, *options)
+    result = gemma_edge(
+        *("accuracy", bundle, "--reference", checkpoint, "--data", text, "--checkpoint", checkpoint, "--json")
+    )
     assert result.code == 0, result.err
     (fidelity,) = json.loads(result.out)["fidelity"].values()
     assert fidelity["kl"]["value"] < 1e-9

@@ -1,4 +1,4 @@
-"""The arrows between files, imports inside functions included, and what must run without torch."""
+"""Which files may import which, imports inside functions included, and what must run without torch."""
 
 import ast
 import subprocess

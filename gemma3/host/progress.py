@@ -1,4 +1,4 @@
-"""How far a long computation is: a bar on a terminal, a plain line now and then elsewhere."""
+"""The progress of a long computation: a bar on a terminal; elsewhere a plain line every ten seconds."""
 
 import sys
 import time
@@ -10,7 +10,10 @@ SECONDS_BETWEEN_DRAWINGS = 0.1
 
 
 class Progress:
-    """``total`` steps, of which ``done`` were there before. Writes to ``file`` (standard error)."""
+    """Shows the progress of ``total`` steps, of which an earlier run has finished ``done``.
+
+    Writes to ``file`` (None: standard error).
+    """
 
     def __init__(self, total: int, done: int = 0, file: TextIO | None = None) -> None:
         self._total, self._first = total, done
@@ -20,7 +23,7 @@ class Progress:
         self._width = 0
 
     def show(self, done: int, text: str) -> None:
-        """``done`` of the steps are finished; ``text`` says how it goes."""
+        """Show that ``done`` of the steps are finished, with ``text`` after the count. May be called at any rate."""
         now = time.monotonic()
         pause = SECONDS_BETWEEN_DRAWINGS if self._terminal else SECONDS_BETWEEN_LINES
         if done < self._total and now - self._written < pause:
@@ -37,13 +40,13 @@ class Progress:
         self._width = len(line)
 
     def close(self) -> None:
-        """Leave the bar as it is and go on below it."""
+        """End the bar's line, so that later output begins below it."""
         if self._terminal and self._width:
             print(file=self._file, flush=True)
 
 
 def minutes(seconds: float) -> str:
-    """As 1:05, or 2:10:00."""
+    """A duration as minutes and seconds, 1:05, or with hours, 2:10:00."""
     whole = round(seconds)
     clock = f"{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
     return f"{whole // 3600}:{clock}" if whole >= 3600 else clock

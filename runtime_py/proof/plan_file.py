@@ -50,7 +50,11 @@ def save_plan(path: Path, plan: Plan, artifacts: Mapping[str, ArtifactProof]) ->
 def load_plan(path: Path) -> ProofPlan:
     """Raises VerificationFailed when the file is damaged or of another version."""
     try:
-        return typed_json.decode(ProofPlan, json.loads(path.read_text(encoding="utf-8")), "plan")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BadInput(f"schema_version is {version!r}, this program reads {SCHEMA_VERSION}")
+        return typed_json.decode(ProofPlan, data, "plan")
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, BadInput) else repr(error)
         raise VerificationFailed(f"{path}: not the plan of a proof ({reason}); export the bundle again") from None

@@ -25,7 +25,7 @@ Prove = Callable[[Draft], Sequence[Check]]
 
 
 def export(checkpoint: Path, out: Path, prove: Prove = lambda _: (), context: int = CONTEXT) -> None:
-    """As ``runtime_py.api.export_bundle`` does it, with another proof."""
+    """``runtime_py.api.export_bundle`` with ``prove`` in place of its proof."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "prove", prove)
         api.export_bundle(
@@ -56,7 +56,7 @@ def test_the_same_inputs_give_the_same_bytes(checkpoint: Path, tmp_path: Path) -
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
-def test_what_is_proven_is_a_readable_bundle(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_draft_to_prove_is_a_readable_bundle(checkpoint: Path, tmp_path: Path) -> None:
     drafts: list[Draft] = []
 
     def prove(draft: Draft) -> tuple[Check, ...]:

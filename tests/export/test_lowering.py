@@ -1,4 +1,4 @@
-"""Integers of any shape and value, through each exporter's own writer and reader: all of them, equal."""
+"""Integers of any shape and value, written by each exporter and read back: all of them are equal."""
 
 from pathlib import Path
 
@@ -56,12 +56,12 @@ def assert_equal(stored: IntegerWeight, weight: IntegerWeight) -> None:
 
 
 def assert_close(found: np.ndarray, expected: Tensor, size: Tensor) -> None:
-    """Equal but for the order of float32 additions, whose terms are of that total size."""
+    """Equal but for the order of float32 additions. ``size`` is the sum of the terms' magnitudes."""
     assert (np.abs(found - expected.numpy()) <= 1e-6 * size.numpy() + 1e-30).all()
 
 
 def write_onnx(weight: IntegerWeight, path: Path) -> None:
-    """x [1, S, K] → x · Wᵀ and the rows of ids [1, S], from one stored table."""
+    """A graph with one stored table W: x [1, S, K] → x · Wᵀ, and ids [1, S] → their rows."""
     rows, columns = weight.codes.shape
     config = tiny_config(vocab_size=rows, hidden_size=columns)
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, "length", columns]))
@@ -100,7 +100,7 @@ def test_onnx(weight: IntegerWeight, tmp_path_factory: pytest.TempPathFactory) -
 
 
 class Several(nn.Module):
-    """Linears and a table: x [S, K] for each, ids [S] → everything computed."""
+    """Linear layers and tables: an x [S, K] for each layer and ids [S] for the tables → all products and rows."""
 
     def __init__(self, linears: list[IntegerWeight], tables: list[IntegerWeight]) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.checks import Check
-from export.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256_of
+from export.manifest import MAJOR, MANIFEST, MINOR, PLAN, SCHEMA_VERSION, FileEntry, Manifest, read_manifest, sha256_of
 from export.target import Method, TensorSpec
 from gemma3.errors import BadInput, VerificationFailed
 from tests.manifests import manifest_of
@@ -39,11 +39,11 @@ def write(directory: Path, manifest: Manifest) -> Path:
     return directory
 
 
-def test_json_and_back_is_the_identity() -> None:
+def test_to_json_and_back_is_the_identity() -> None:
     assert Manifest.from_json(small().to_json()) == small()
 
 
-def test_a_model_that_sees_and_back_is_the_identity() -> None:
+def test_to_json_and_back_is_the_identity_for_a_multimodal_model() -> None:
     manifest = replace(small(), model=tiny_vision_config())
     assert Manifest.from_json(manifest.to_json()) == manifest
     data = json.loads(manifest.to_json())
@@ -92,6 +92,18 @@ def test_what_is_not_a_manifest_is_refused_by_name(text: str, message: str) -> N
         Manifest.from_json(text)
 
 
+def test_a_newer_minor_version_may_have_keys_that_we_do_not_know() -> None:
+    data = json.loads(small().to_json())
+    data["new"] = data["artifacts"]["onnx"]["new"] = data["model"]["new"] = 1
+    with pytest.raises(BadInput, match="unknown key"):
+        Manifest.from_json(json.dumps(data))
+    data["schema_version"] = f"{MAJOR}.{MINOR + 1}"
+    assert replace(Manifest.from_json(json.dumps(data)), schema_version=SCHEMA_VERSION) == small()
+    del data["chunk"]
+    with pytest.raises(BadInput, match=r"missing key manifest\.chunk"):
+        Manifest.from_json(json.dumps(data))
+
+
 def test_a_missing_key_is_named() -> None:
     data = json.loads(small().to_json())
     del data["tokenizer"]["bos_id"]
@@ -107,7 +119,7 @@ JSON = st.recursive(
 
 
 @given(key=st.sampled_from(sorted(json.loads(small().to_json()))), value=JSON)
-def test_any_json_in_any_place_reads_or_is_refused(key: str, value: Any) -> None:
+def test_any_json_under_any_key_is_read_or_refused(key: str, value: Any) -> None:
     try:
         manifest = Manifest.from_json(edited(key, to=value))
     except BadInput:
@@ -143,7 +155,26 @@ def test_a_link_instead_of_a_file(tmp_path: Path) -> None:
         read_manifest(bundle)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "deeper/file", ".."])
+def test_a_link_instead_of_the_proofs_folder(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "plan.json").write_text("a")
+    manifest = replace(small(), files=small().files | {PLAN: FileEntry(1, "")})
+    (tmp_path / "bundle").mkdir()
+    bundle = write(tmp_path / "bundle", manifest)
+    (bundle / "proof").mkdir()
+    (bundle / PLAN).write_text("a")
+    assert PLAN in read_manifest(bundle).files
+    (bundle / PLAN).unlink()
+    (bundle / "proof").rmdir()
+    (bundle / "proof").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(VerificationFailed, match="not a plain file"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["proof/../manifest.json", "proof/deeper/file", "other/file", "../outside", "/etc/hostname", "deeper/file", ".."],
+)
 def test_a_name_that_leaves_the_bundle(tmp_path: Path, name: str) -> None:
     manifest = replace(small(), files=small().files | {name: FileEntry(1, "")})
     with pytest.raises(VerificationFailed, match="not a plain file"):

@@ -29,7 +29,7 @@ from tests.shapes import random_model, random_tokens, tiny_config
     per_channel=st.booleans(),
     target=st.sampled_from([PTE, ONNX]),
 )
-def test_noise_is_that_of_the_integers(values: np.ndarray, per_channel: bool, target: Target) -> None:
+def test_the_reported_noise_is_that_of_the_integers(values: np.ndarray, per_channel: bool, target: Target) -> None:
     weight = encode_weight(torch.from_numpy(values), per_channel=per_channel)
     integers, decibels = stand_in(weight, target.stand_ins["sfp8"])
     assert (integers.bits, integers.group_size) == (8, 32 if target is ONNX else 40)
@@ -43,7 +43,7 @@ def test_noise_is_that_of_the_integers(values: np.ndarray, per_channel: bool, ta
 
 @pytest.mark.parametrize(("target", "least"), [(ONNX, 43.0), (PTE, 40.0)])
 def test_gaussian_weights(target: Target, least: float) -> None:
-    """SFP8 itself is about 31 dB from the weights it encodes: its stand-ins add little."""
+    """SFP8's own noise is about 31 dB below the weights that it encodes, so its stand-ins add little."""
     values = torch.randn(64, 640, generator=torch.Generator().manual_seed(0)) / 25
     weight = encode_weight(values, per_channel=False)
     _, decibels = stand_in(weight, target.stand_ins["sfp8"])
@@ -72,7 +72,7 @@ def test_only_sfp8_is_replaced_and_the_verdict_says_so() -> None:
 def test_the_exact_onnx_keeps_the_codes_and_equals_eager(shape: str, tmp_path: Path) -> None:
     config = tiny_config(shape)
     named = dict(random_model(config).named_parameters())
-    # gemma.cpp's scale for the table, one a row for the rest
+    # gemma.cpp's scale for the table, one scale per row for the rest
     sfp8 = {name: encode_weight(w, per_channel="embed" not in name) for name, w in named.items() if w.dim() == 2}
     tensors: dict[str, Weight] = {**named, **sfp8}
     weights = QuantizedWeights(tensors, dict.fromkeys(named, Verdict("float32", "")))

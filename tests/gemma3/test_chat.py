@@ -85,7 +85,7 @@ PROCESSOR: Any = Gemma3Processor(
     chat_template=RELEASED_TEMPLATE,
     image_seq_length=T,
 )
-# By the number of crops that Pan & Scan makes of them.
+# Image sizes by the number of crops that Pan & Scan makes.
 PICTURES = {0: (300, 300), 2: (600, 300), 3: (300, 900), 4: (1300, 300)}
 
 
@@ -120,7 +120,7 @@ def test_our_template_is_the_released_one(messages: list[Message], prompt: bool)
     assert rendered(CHAT_TEMPLATE) == rendered(RELEASED_TEMPLATE) == render_chat(messages, prompt)
 
 
-def test_our_template_shows_images_and_refuses_wrong_turns_as_the_released_one_does() -> None:
+def test_our_template_renders_images_and_refuses_wrong_turns_as_the_released_one_does() -> None:
     content = [{"type": "text", "text": " see "}, {"type": "image"}, {"type": "text", "text": "this "}]
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief. "}]}
     messages = [system, {"role": "user", "content": content}]
@@ -196,7 +196,7 @@ def test_turns_must_alternate(roles: list[str], seen: str) -> None:
 
 
 def by_processor(text: str, images: list[Image], add_special_tokens: bool) -> list[int]:
-    """transformers' ids for a text with ``<start_of_image>`` in it, from pictures that have these many crops."""
+    """transformers' ids for a text with ``<start_of_image>``, from images that give as many crops as ``images`` say."""
     pictures = [Picture.new("RGB", PICTURES[image.crops]) for image in images]
     return PROCESSOR(
         images=[pictures] if pictures else None,
@@ -265,8 +265,8 @@ def test_any_ordinary_text_around_images_is_transformers(parts: list[Part]) -> N
     assert encode_prompt(TOKENIZER, parts, T) == by_processor(text, images_in(parts), add_special_tokens=True)
 
 
-def test_pictures_have_the_crops_that_they_stand_for() -> None:
-    """What makes the tests with crops above able to fail."""
+def test_images_have_the_crops_that_they_stand_for() -> None:
+    """Otherwise the tests with crops above could not fail."""
     assert {crops: len(pan_and_scan_boxes(*size)) for crops, size in PICTURES.items()} == {k: k for k in PICTURES}
 
 
@@ -306,7 +306,7 @@ def test_a_system_message_is_one_text(content: list[Part]) -> None:
         encode_chat(TOKENIZER, [{"role": "system", "content": content}, *conversation("x")], tokens_per_image=T)
 
 
-def test_images_go_where_the_text_says() -> None:
+def test_images_go_where_the_markers_are() -> None:
     assert place_images("a <image> b<image>", [ONE, TWO]) == ["a ", ONE, " b", TWO, ""]
     assert place_images("a b", [ONE, TWO]) == [ONE, TWO, "a b"]
     assert place_images("an <image> tag", []) == ["an <image> tag"]

@@ -53,7 +53,7 @@ def test_loads(tmp_path: Path, shape: str, shards: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("naming", ["released", "saved", "held"])
-def test_names_of_models_that_see(tmp_path: Path, naming: str) -> None:
+def test_names_of_multimodal_models(tmp_path: Path, naming: str) -> None:
     """As the released files have them, as transformers 5 saves them, and as it holds them in memory."""
     text, encoder, projector = {
         "released": ("language_model.model.", "vision_tower.vision_model.", "multi_modal_projector."),

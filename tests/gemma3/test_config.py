@@ -12,7 +12,7 @@ from gemma3.errors import BadInput, DoesNotFit
 from scripts import random_checkpoint
 from tests.shapes import RELEASED, SHAPES, tiny_config
 
-# What the released files hold (sizes from the report), as far as they go beside RELEASED's constants.
+# The released files (with the sizes in the report).
 GEMMA_3_270M: dict[str, Any] = {
     "_sliding_window_pattern": 6,
     "architectures": ["Gemma3ForCausalLM"],

@@ -140,7 +140,7 @@ def picture(path: Path, colour: str, size: tuple[int, int] = (20, 30)) -> Path:
 
 
 def asking(*parts: str | Path) -> str:
-    """A line of a .jsonl file beside the pictures."""
+    """A line of a .jsonl file in the folder of the images."""
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.name}
         for part in parts

@@ -1,4 +1,4 @@
-"""The oracle is transformers: Gemma 3's image processor (the Pillow one) on the same pictures."""
+"""The oracle is transformers: Gemma 3's image processor (the Pillow one) on the same images."""
 
 import io
 import struct
@@ -52,7 +52,7 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
-    """A PNG with any header, also one that its data does not fill."""
+    """A PNG with any header, even one that asks for more data than there is."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -74,7 +74,7 @@ def write(directory: Path, data: bytes, name: str = "picture") -> Path:
 @settings(max_examples=3000)
 @given(SIDES, SIDES)
 def test_boxes_are_transformers(width: int, height: int) -> None:
-    """transformers cuts an array: one whose elements say where they come from shows the boxes."""
+    """transformers returns parts of an array. Of arrays of coordinates, these parts show the boxes."""
     x = np.broadcast_to(np.arange(width, dtype=np.int16), (height, width))
     y = np.broadcast_to(np.arange(height, dtype=np.int16)[:, None], (height, width))
     cut_x = ORACLE.pan_and_scan(x[None], *PUBLISHED.values())
@@ -105,7 +105,7 @@ def test_how_many_crops(width: int, height: int, crops: int) -> None:
     assert len(pan_and_scan_boxes(width, height)) == len(pan_and_scan_boxes(height, width)) == crops
 
 
-def test_a_smaller_least_crop_is_for_smaller_encoders() -> None:
+def test_a_smaller_minimum_crop_for_smaller_vision_models() -> None:
     assert pan_and_scan_boxes(224, 112) == []
     assert pan_and_scan_boxes(224, 112, min_crop=32) == [(0, 0, 112, 112), (112, 0, 224, 112)]
 
@@ -130,7 +130,7 @@ def test_pixels_are_transformers(shape: tuple[int, int], pan_and_scan: bool) -> 
 
 @pytest.mark.parametrize("shape", [(40, 30), (300, 300), (1000, 333), (333, 1000), (57, 55), (7, 1), (3000, 1)])
 def test_pixels_are_within_one_step_of_torchvision(shape: tuple[int, int]) -> None:
-    """transformers' other backend, for which torchvision calls this, on bytes."""
+    """transformers' other backend uses torchvision, which calls this function on uint8."""
     image = picture(*shape)
     (ours,) = prepare(image, SIZE)
     channels_first = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -164,7 +164,7 @@ def test_modes_become_rgb_as_in_transformers(mode: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF"])
-def test_what_is_transparent_is_white(format: str, tmp_path: Path) -> None:
+def test_transparent_pixels_become_white(format: str, tmp_path: Path) -> None:
     image = Image.new("RGBA", (8, 4), (0, 0, 0, 0))
     image.paste((200, 0, 0, 255), (4, 0, 8, 4))
     read = read_image(write(tmp_path, saved(image, format, **({"lossless": True} if format == "WEBP" else {}))))
@@ -172,12 +172,12 @@ def test_what_is_transparent_is_white(format: str, tmp_path: Path) -> None:
     assert read.getpixel((6, 1)) == (200, 0, 0)
 
 
-def test_half_transparent_is_blended(tmp_path: Path) -> None:
+def test_half_transparent_pixels_are_blended(tmp_path: Path) -> None:
     read = read_image(write(tmp_path, saved(Image.new("RGBA", (2, 2), (0, 0, 0, 128)), "PNG")))
     assert read.getpixel((0, 0)) == (127, 127, 127)
 
 
-def test_transparent_palettes_and_colours_are_white(tmp_path: Path) -> None:
+def test_transparent_palette_entries_and_colours_become_white(tmp_path: Path) -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
@@ -227,7 +227,7 @@ def test_every_format_and_mode_is_read(format: str, mode: str, tmp_path: Path) -
     assert (read.mode, read.size) == ("RGB", (30, 20))
 
 
-def test_formats_have_modes_at_all(tmp_path: Path) -> None:
+def test_every_format_has_some_modes(tmp_path: Path) -> None:
     for format in FORMATS:
         assert read_image(write(tmp_path, saved(picture(30, 20), format))).size == (30, 20)
         assert read_image(write(tmp_path, saved(picture(30, 20, "L"), format))).size == (30, 20)
@@ -236,7 +236,7 @@ def test_formats_have_modes_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_exif_orientation_is_applied(format: str, orientation: int, tmp_path: Path) -> None:
-    """The corner that ImageOps puts at the top left."""
+    """The red corner goes where Pillow's ImageOps puts it."""
     from PIL import ImageOps
 
     image = Image.new("RGB", (32, 16), "white")
@@ -251,7 +251,7 @@ def test_exif_orientation_is_applied(format: str, orientation: int, tmp_path: Pa
     assert upright.size == ((16, 32) if 5 <= orientation <= 8 else (32, 16))
 
 
-def test_unreadable_exif_leaves_the_picture_as_it_is(tmp_path: Path) -> None:
+def test_unreadable_exif_leaves_the_image_as_it_is(tmp_path: Path) -> None:
     plain = read_image(write(tmp_path, saved(picture(30, 20), "JPEG")))
     for exif in (
         b"Exif\0\0",
@@ -287,7 +287,7 @@ def test_extreme_shapes_work(width: int, height: int, tmp_path: Path) -> None:
         (65_536, 1, "65536 × 1 pixels, a side over 65535"),
     ],
 )
-def test_large_pictures_are_refused_from_the_header(width: int, height: int, said: str, tmp_path: Path) -> None:
+def test_large_images_are_refused_from_the_header(width: int, height: int, said: str, tmp_path: Path) -> None:
     """The data is missing: whoever decoded it would say so."""
     with pytest.raises(BadInput, match=said):
         read_image(write(tmp_path, png(width, height, 8, 2, b"")))
@@ -349,7 +349,7 @@ def test_other_formats_that_pillow_knows_are_refused(format: str, tmp_path: Path
         read_image(write(tmp_path, saved(picture(64, 64), format), "picture.jpg"))
 
 
-def test_no_file_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.png", tmp_path, Path("/dev/null"), tmp_path / ("x" * 300)):
         with pytest.raises(BadInput, match="give a picture") as error:
             read_image(path)
@@ -385,7 +385,7 @@ def read_or_refuse(path: Path) -> Image.Image | None:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_file_cut_short_is_refused_anywhere(name: str, tmp_path: Path) -> None:
-    """Only an end that holds no picture data (a trailer, further frames) may be missing."""
+    """Only an end that holds no image data (a trailer, further frames) may be missing."""
     data = SAMPLES[name]
     whole = np.asarray(read_image(write(tmp_path, data)))
     for length in {*range(0, len(data), max(1, len(data) // 100)), *range(max(0, len(data) - 20), len(data))}:
@@ -404,7 +404,7 @@ SIGNATURES = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x20\0\0\0WEBPVP8 ", 
 def test_damaged_bytes_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, name: str, edits: list[tuple[float, bytes]]
 ) -> None:
-    """Squaring puts more of the edits into headers."""
+    """The square puts more of the edits into headers."""
     data = bytearray(SAMPLES[name])
     for where, what in edits:
         start = int(where**2 * len(data))
@@ -414,7 +414,7 @@ def test_damaged_bytes_are_read_or_refused(
 
 @settings(deadline=None)
 @given(st.sampled_from(SIGNATURES), st.binary(max_size=200))
-def test_a_signature_and_nonsense_is_refused(
+def test_a_signature_and_nonsense_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, signature: bytes, rest: bytes
 ) -> None:
     read_or_refuse(write(tmp_path_factory.getbasetemp(), signature + rest, "nonsense"))

@@ -1,4 +1,4 @@
-"""The network against transformers, an independent implementation, on random weights of many shapes."""
+"""The network compared with transformers, an independent implementation, on random weights of many shapes."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_saved_config_reads_back_the_same(shape: str) -> None:
     assert parse_config(saved) == parse_config(SHAPES[shape])
 
 
-def test_masks_are_these() -> None:
+def test_small_masks_literally() -> None:
     positions = torch.arange(5)
     assert attention_mask(positions, positions, 3).int().tolist() == [
         [1, 0, 0, 0, 0],

@@ -62,8 +62,8 @@ def test_text_never_yields_special_tokens(text: str, bos: bool) -> None:
     assert TOKENIZER.decode(ids) == text
 
 
-def test_sentencepiece_alone_would_have_parsed_them() -> None:
-    """What makes the test above able to fail."""
+def test_sentencepiece_alone_parses_special_pieces() -> None:
+    """Otherwise the test above could not fail."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "tokenizer.model"))
     assert TOKENIZER.end_of_turn_id in pieces.encode("<end_of_turn>")
 
@@ -102,7 +102,7 @@ def test_broken_bytes_become_the_replacement_character() -> None:
 
 
 @given(st.lists(st.integers(0, 5000)))
-def test_any_ids_stream_to_what_they_decode_to(ids: list[int]) -> None:
+def test_streaming_any_ids_gives_what_decoding_gives(ids: list[int]) -> None:
     decoder = TOKENIZER.decoder()
     assert "".join(map(decoder.push, ids)) + decoder.flush() == TOKENIZER.decode(ids)
 

@@ -1,4 +1,4 @@
-"""Encoder, projector and the attention of images against transformers, on random weights of several shapes."""
+"""The vision model, the projector and the attention within images compared with transformers, on random weights."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_equals_transformers(shape: str, pieces: list[int | None]) -> None:
     assert expected.std() > 0.1
     soft_tokens = model.encode_images(pixels)
     assert (model(tokens, soft_tokens=soft_tokens) - expected).abs().max() <= TOLERANCE
-    # What an image's own attention is worth here: without it this test would fail by far.
+    # Without the attention within images, this test would fail by far.
     assert (model.lm_head(causal(model, tokens, soft_tokens)) - expected).abs().max() > 100 * TOLERANCE
 
     # Through bounded caches: text one by one or in chunks of 8, each image whole.
@@ -96,7 +96,7 @@ def causal(model: Gemma3, tokens: torch.Tensor, soft_tokens: torch.Tensor) -> to
 
 
 @torch.no_grad()
-def test_a_batch_of_rows_with_other_images() -> None:
+def test_a_batch_of_rows_with_different_images() -> None:
     config = tiny_vision_config()
     model = random_model(config)
     rows = [with_images(config, [3, None, 9], seed=1), with_images(config, [1, None, 11], seed=5)]
@@ -109,7 +109,7 @@ def test_a_batch_of_rows_with_other_images() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(1, 8))
-def test_the_mask_by_its_definition(image: list[bool], window: int) -> None:
+def test_the_mask_follows_its_definition(image: list[bool], window: int) -> None:
     numbers = image_numbers(torch.tensor([image]))
     positions = torch.arange(len(image))
     mask = attention_mask(positions, positions, window, same_image(numbers, positions))[0]
@@ -137,6 +137,6 @@ def test_bad_configurations(change: dict[str, object], message: str) -> None:
         parse_config(VISION_SHAPES["like-4b"] | change)
 
 
-def test_the_configuration_is_json() -> None:
+def test_the_configuration_to_json_and_back_is_the_identity() -> None:
     config = tiny_vision_config()
     assert typed_json.decode(type(config), json.loads(typed_json.encode(config)), "config") == config

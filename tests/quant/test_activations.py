@@ -15,7 +15,7 @@ from tests.shapes import random_model, random_tokens, tiny_config
 
 @given(x=arrays(np.float32, (3, 16), elements=st.floats(-1000, 1000, width=32)))
 def test_rounds_to_the_nearest_of_255_steps(x: np.ndarray) -> None:
-    """Equality with XNNPACK itself, bit for bit, is tested in tests/export/test_executorch.py."""
+    """Equality with XNNPACK itself, bit for bit, is tested in tests/export/executorch/test_text.py."""
     tensor = torch.from_numpy(x)
     rounded = fake_quantize_per_token(tensor)
     span = tensor.amax(-1).clamp(min=0) - tensor.amin(-1).clamp(max=0)
@@ -28,7 +28,7 @@ def test_rounds_to_the_nearest_of_255_steps(x: np.ndarray) -> None:
 
 @given(x=arrays(np.float32, (3, 16), elements=st.floats(-1000, 1000, width=32)))
 def test_executorch_operators_differ_by_a_step_at_most(x: np.ndarray) -> None:
-    """An independent implementation, whose other order of operations may turn a tie."""
+    """An independent implementation. Its order of operations differs, which may round a tie the other way."""
     tensor = torch.from_numpy(x)
     ops = torch.ops.quantized_decomposed
     scale, zero_point = ops.choose_qparams_per_token_asymmetric(tensor, torch.int8)
@@ -37,7 +37,7 @@ def test_executorch_operators_differ_by_a_step_at_most(x: np.ndarray) -> None:
     assert torch.all((fake_quantize_per_token(tensor) - theirs).abs() <= 1.001 * scale)
 
 
-def test_weights_go_in_and_the_shared_table_once() -> None:
+def test_integers_replace_the_weights_and_the_shared_table_is_one_object() -> None:
     config = tiny_config()
     quantized = quantize_weights(random_model(config).named_parameters(), preset("int4-block32"))
     tokens = torch.tensor([random_tokens(config, 24)])
@@ -60,7 +60,7 @@ def test_weights_go_in_and_the_shared_table_once() -> None:
     assert len([m for m in rounded.modules() if isinstance(m, IntegerLinear)]) == 7 * config.num_layers + 1
 
 
-def test_a_linear_keeps_its_bias() -> None:
+def test_a_linear_layer_keeps_its_bias() -> None:
     linear = torch.nn.Linear(32, 5).requires_grad_(False)
     x, weight = torch.randn(3, 32), round_to_nearest(linear.weight, 8, None)
     model = with_integer_weights(torch.nn.Sequential(linear), {"0.weight": weight}, "float")

@@ -86,7 +86,7 @@ def test_halves_the_error_on_correlated_inputs(group_size: int | None) -> None:
 
 
 def test_equals_the_algorithm_column_by_column() -> None:
-    """The paper's form with the inverse of H updated after every column, at one scale a row."""
+    """The paper's form, which updates the inverse of H after every column, with one scale per row."""
     weight, h = torch.randn(5, 150, generator=torch.Generator().manual_seed(2)), correlated(150)
     integers, _ = gptq_weight(weight, h, Integers(4, None))
     inverse = (h + 0.01 * h.diagonal().mean() * torch.eye(150)).inverse()
@@ -118,7 +118,7 @@ def test_not_finite() -> None:
 
 @pytest.mark.parametrize("shape", ["like-4b", "untied"])
 def test_a_network(shape: str) -> None:
-    """Every linear of the layers, calibrated on what the network with the integers before it gives it."""
+    """Every linear layer is calibrated on its inputs in the network whose earlier layers have their integers."""
     config, recipe = tiny_config(shape), preset("int4-block32")
     batches = [torch.tensor([random_tokens(config, 40, seed)]) for seed in range(3)]
     original, model = random_model(config), random_model(config)
@@ -134,7 +134,7 @@ def test_a_network(shape: str) -> None:
             assert torch.equal(model.get_parameter(name), integers.dequantize())
             assert not torch.equal(integers.codes, round_to_nearest(named[name], 4, 32).codes)
 
-    # The last linear again by hand, on the inputs that the finished network gives it.
+    # The last linear layer again by hand, on the inputs that the finished network gives it.
     seen: list[torch.Tensor] = []
     name = f"model.layers.{config.num_layers - 1}.mlp.down_proj"
     with torch.no_grad():

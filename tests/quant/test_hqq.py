@@ -8,7 +8,7 @@ from quant.recipe import Integers
 
 @pytest.mark.parametrize("group_size", [32, None])
 def test_smaller_error_than_round_to_nearest(group_size: int | None) -> None:
-    """At 4 bits, that is: at 8 the two are within a tenth or two of a decibel."""
+    """This holds at 4 bits: at 8, the two errors are within a tenth or two of a decibel."""
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0)) * 0.02
     found, _ = hqq("any", weight, Integers(4, group_size))
     plain = round_to_nearest(weight, 4, group_size)

@@ -30,16 +30,16 @@ def test_round_to_nearest(values: np.ndarray, bits: int, group_size: int | None)
     scales = result.scales
     assert (scales >= MIN_SCALE).all()
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(scales.to(dtype).float(), scales)  # exact on every runtime's storage
-    # Every value is within half a step, or clipped at the asymmetric end by at most that plus the snap of
-    # the scale (2^−9 of the range).
+        assert torch.equal(scales.to(dtype).float(), scales)  # exact as every runtime stores them
+    # Every value is within half a step, or is clipped at the end of the range by at most half a step plus the
+    # rounding of the scale to bfloat16 (2^−9 of the range).
     step = scales.repeat_interleave(result.group_size, 1)
     assert ((result.dequantize() - weight).abs() <= step * (0.5 + limit * 2.0**-8)).all()
 
 
 @given(values=weights, bits=st.sampled_from([4, 8]), group_size=st.sampled_from([32, 128, None]))
 def test_integers_are_a_fixed_point(values: np.ndarray, bits: int, group_size: int | None) -> None:
-    """Codes read against their own scales are the same codes: nothing is quantized twice."""
+    """Dequantized values, divided by their scales, give the same codes: quantizing twice changes nothing."""
     once = round_to_nearest(torch.from_numpy(values), bits, group_size)
     scales = once.scales.repeat_interleave(once.group_size, 1)
     assert torch.equal((once.dequantize() / scales).round().to(torch.int8), once.codes)
@@ -73,7 +73,7 @@ def test_not_divisible() -> None:
 
 @given(values=weights, cut=st.integers(1, 127), bits=st.sampled_from([4, 8]), group_size=st.sampled_from([32, 128]))
 def test_a_shorter_last_group(values: np.ndarray, cut: int, bits: int, group_size: int) -> None:
-    """Padding changes nothing: the same codes and scales as of the weight filled up with zeros."""
+    """Padding gives the codes and scales of the weight filled up with zeros."""
     weight = torch.from_numpy(values)[:, :-cut]
     short = round_to_nearest(weight, bits, group_size, pad=True)
     filled = round_to_nearest(in_groups(weight, group_size).flatten(1), bits, group_size)

@@ -37,7 +37,7 @@ def test_presets(shape: str, scheme: str, embedding: str | None) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int4-block32", "int4-channel", "sfp8"])
-def test_of_the_image_half_the_linears_alone_are_quantized(scheme: str) -> None:
+def test_of_the_vision_model_only_the_linear_layers_are_quantized(scheme: str) -> None:
     named = list(random_model(tiny_vision_config()).named_parameters())
     quantized = quantize_weights(named, preset(scheme))
     vision = [(name, weight) for name, weight in named if name.startswith(("vision_tower.", "multi_modal_projector."))]
@@ -52,7 +52,7 @@ def test_of_the_image_half_the_linears_alone_are_quantized(scheme: str) -> None:
             assert stored is weight
 
 
-def test_a_recipe_may_say_otherwise_of_the_encoder(tmp_path: Path) -> None:
+def test_a_recipe_may_quantize_the_vision_model_in_another_way(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(
         'embedding = "int8"\n[[rule]]\npattern = "vision_tower.*_proj.weight"\nscheme = "int4-channel"\n'
@@ -131,14 +131,14 @@ def test_sfp8_scales_by_name() -> None:
         assert weight.scale.shape == (rows, 1)
 
 
-def test_scheme_names_say_what_they_are() -> None:
+def test_scheme_names_state_bits_and_groups() -> None:
     for name, scheme in SCHEMES.items():
         if isinstance(scheme, Integers):
             group = "channel" if scheme.group_size is None else f"block{scheme.group_size}"
             assert name == f"int{scheme.bits}-{group}" + ("-padded" if scheme.pad else "")
 
 
-def test_padding_is_said_in_the_verdict() -> None:
+def test_the_verdict_states_the_padding() -> None:
     quantized = quantize_weights([("a", torch.ones(2, 40)), ("b", torch.ones(2, 64))], Recipe("", (Rule("*", PADDED),)))
     assert quantized.verdicts == {
         "a": Verdict(PADDED, "round to nearest, its last group 8 of 32 columns"),
@@ -150,7 +150,7 @@ def test_padding_is_said_in_the_verdict() -> None:
 PADDED = "int4-block32-padded"
 
 
-def test_vectors_and_kept_nonsense_are_refused() -> None:
+def test_vectors_and_values_that_are_not_finite_are_refused() -> None:
     for scheme in ("int4-channel", "sfp8"):
         with pytest.raises(BadInput, match=rf"a: cannot be {scheme}: it is not a matrix but has the shape \[3\]"):
             quantize_weights([("a", torch.ones(3))], Recipe("mine", (Rule("*", scheme),)))

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from quant.sfp8 import DECODE, LARGEST, channel_scale, decode, encode, encode_weight, tensor_scale
 
-# 142 738 inputs and what gemma.cpp's own encoder makes of them.
+# 142 738 inputs and the codes that gemma.cpp's own encoder gives them.
 VECTORS = np.load(Path(__file__).parent / "sfp8_vectors.npz")
 INPUTS = torch.from_numpy(VECTORS["input_f32_bits"].view(np.float32))
 CODES = torch.from_numpy(VECTORS["code"])
@@ -31,7 +31,7 @@ def test_every_code_comes_back() -> None:
 
 @given(values=in_range)
 def test_error_is_bounded(values: np.ndarray) -> None:
-    """Half a step of two mantissa bits below, of three above, and the six bits that are looked at."""
+    """Half a step of two mantissa bits for small values, of three for others; rounding looks at six bits only."""
     x = torch.from_numpy(values)
     error = (decode(encode(x)) - x).abs()
     assert (error <= x.abs() * (2.0**-3 + 2.0**-6) + 1.25 * 2.0**-23).all()
@@ -55,7 +55,7 @@ def test_shapes_and_dtypes() -> None:
     assert torch.equal(encode(x.transpose(0, 2)), encode(x).transpose(0, 2))
 
 
-def test_the_tables_go_where_the_values_are() -> None:
+def test_the_tables_move_to_the_device_of_the_values() -> None:
     assert decode(torch.empty(3, dtype=torch.uint8, device="meta")).device.type == "meta"
 
 
@@ -83,6 +83,6 @@ def test_weights(values: np.ndarray, per_channel: bool) -> None:
     assert torch.equal(stored.codes, encode(weight / scale))
     assert torch.equal(stored.dequantize(), decode(stored.codes) * scale)
     assert stored.ideal_bytes == 24 + 4 * (3 if per_channel else 1)
-    # What has been encoded is a fixed point of gemma.cpp's scale.
+    # Under gemma.cpp's scale, what has been encoded once is encoded to the same codes again.
     if not per_channel and scale == 1:
         assert torch.equal(encode_weight(stored.dequantize(), per_channel=False).codes, stored.codes)

@@ -103,7 +103,7 @@ def test_the_same_weights_give_the_same_bytes(saved: Path, tmp_path: Path) -> No
 
 
 def test_version_1_is_still_read(saved: Path, tmp_path: Path) -> None:
-    """It had each verdict as one text."""
+    """It stored each verdict as one string."""
 
     def older(_: dict[str, Tensor], header: dict[str, Any]) -> None:
         header["schema_version"] = 1
@@ -216,7 +216,7 @@ def test_no_file(tmp_path: Path) -> None:
 def test_a_fuzzed_header_is_refused_or_read(
     saved: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Any bytes in the header's place and any cut: a BadInput or weights, nothing else."""
+    """Whatever bytes are in the header and wherever the file is cut, it gives a BadInput or weights, nothing else."""
     content = bytearray((saved / FILE).read_bytes())
     length = 8 + struct.unpack("<Q", content[:8])[0]
     for _ in range(data.draw(st.integers(1, 4))):

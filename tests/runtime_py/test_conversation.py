@@ -26,7 +26,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def reciting(tokenizer: Tokenizer, answers: list[str], context: int = 256) -> FunctionSession:
-    """A session that answers the n-th turn with the n-th answer and ends it."""
+    """A session that answers the n-th turn with the n-th answer, then ends the model's turn."""
     prompt_end = encode_chat(tokenizer, [{"role": "user", "content": "x"}])[-2:]
     script = [[*tokenizer.encode(answer, bos=False), tokenizer.end_of_turn_id] for answer in answers]
 
@@ -80,7 +80,7 @@ def test_an_answer_cut_short_is_closed_before_the_next_turn(tokenizer: Tokenizer
     assert session.fed[: len(whole)] == whole
 
 
-def test_a_listener_who_leaves_loses_nothing(tokenizer: Tokenizer) -> None:
+def test_an_answer_that_is_only_partly_read_stays_in_the_conversation(tokenizer: Tokenizer) -> None:
     session = reciting(tokenizer, ["abcdef", "ok"])
     chat = conversation(session, tokenizer)
     stream = chat.say("hi")
@@ -111,13 +111,13 @@ def test_reset_starts_with_bos_again(tokenizer: Tokenizer) -> None:
 
 
 def test_text_streams_in_whole_characters(tokenizer: Tokenizer) -> None:
-    session = reciting(tokenizer, ["né"])  # é is two byte pieces
+    session = reciting(tokenizer, ["né"])  # é is two byte tokens
     ids = encode_chat(tokenizer, [{"role": "user", "content": "hi"}])
     generation = generate(session, ids, Sampler(), stop_ids={tokenizer.end_of_turn_id})
     assert list(stream_text(generation, tokenizer)) == ["n", "é"]
 
 
-def test_pictures_are_part_of_their_turn(tmp_path: Path) -> None:
+def test_images_are_part_of_their_turn(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(made_up_tokenizer(VOCABULARY, IMAGE_PIECES))
     tokenizer = Tokenizer(tmp_path)
     session = reciting(tokenizer, ["fine", "good"])

@@ -25,7 +25,7 @@ LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
         (Sampler(temperature=1.0, top_p=0.39), [0, 1, 0, 0]),
         (Sampler(temperature=1.0, top_p=0.65), [0, 4 / 7, 0, 3 / 7]),
         (Sampler(temperature=1.0, top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9]),
-        # top-p counts the mass that top-k left: 4/7 alone is below 0.6
+        # top-p counts the probability that top-k left: 4/7 alone is below 0.6
         (Sampler(temperature=1.0, top_k=2, top_p=0.6), [0, 4 / 7, 0, 3 / 7]),
         (Sampler(temperature=1.0, top_k=2, top_p=0.5), [0, 1, 0, 0]),
         (Sampler(), [0, 1, 0, 0]),
@@ -57,7 +57,7 @@ def test_the_seed_decides_the_draws() -> None:
     top_k=st.integers(0, 14),
     top_p=st.floats(0.01, 1),
 )
-def test_whatever_is_cut_the_likeliest_stays_and_the_rest_sums_to_one(
+def test_whatever_is_cut_the_likeliest_stays_and_the_probabilities_sum_to_one(
     logits: list[float], temperature: float, top_k: int, top_p: float
 ) -> None:
     array = np.array(logits, np.float32)
@@ -96,13 +96,13 @@ def test_generation_ends_at_the_length() -> None:
 def test_generation_ends_when_the_context_is_full() -> None:
     session = counting(20, context=5)
     generation = generate(session, [1, 2, 3], Sampler(), stop_ids={})
-    # Position 5 has no room, but what the fifth token predicts is still known.
+    # Position 5 has no room, but what the fifth token predicts is still returned.
     assert list(generation) == [4, 5, 6]
     assert generation.reason == "context"
     assert session.position == 5
 
 
-def test_it_streams() -> None:
+def test_tokens_are_streamed() -> None:
     session = counting(20)
     stream = iter(generate(session, [3], Sampler(), stop_ids={}))
     assert [next(stream), next(stream)] == [4, 5]

@@ -1,4 +1,4 @@
-"""The oracle is transformers' masks of Gemma 3's vision model; the picture and the text are read back."""
+"""The oracle is transformers' masks of the multimodal Gemma 3; the drawn and the printed mask are read back."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_labels_say_what_a_token_is() -> None:
     assert labels[start - 1] == r"'\n\n'"
     assert labels[start + 1 : start + 6] == ["image 1"] * 4 + ["<end_of_image>"]
     assert labels.count("image 3") == 4
-    assert r"'\xe6'" in labels  # the first byte of a character that is no piece
+    assert r"'\xe6'" in labels  # the first byte of a character that has no token of its own
 
 
 def test_the_models_own_window_and_image_tokens() -> None:
@@ -76,7 +76,7 @@ def test_the_models_own_window_and_image_tokens() -> None:
     assert own.labels.count("image 2") == 4
 
 
-def test_only_the_kinds_of_layers_that_there_are() -> None:
+def test_only_the_kinds_of_layers_that_the_model_has() -> None:
     assert list(masks_of("a", TOKENIZER, tiny_config("all-local")).layers) == ["local layers, window 8"]
     assert list(masks_of("a", TOKENIZER, tiny_config("all-global")).layers) == ["global layers"]
 
@@ -95,7 +95,7 @@ def panels(picture: Picture.Image, drawn: Masks) -> list[NDArray[np.int64]]:
     for kind, colour in COLOURS.items():
         kinds[(array == colour).all(-1)] = kind
     count = len(drawn.labels)
-    # A panel's first row begins where squares do; the legend's are below.
+    # A panel begins at the first row with many squares; the legend's squares are below.
     top = next(y for y in range(len(kinds)) if (kinds[y] >= 0).sum() > count)
     left = np.flatnonzero(kinds[top] >= 0)
     starts = [left[0], *left[np.flatnonzero(np.diff(left) > CELL // 2) + 1]]
@@ -149,7 +149,7 @@ def test_a_terminal_may_be_too_narrow() -> None:
     assert show(masks(), False, 40) == "36 tokens are too many for a terminal of 40 columns"
 
 
-def test_no_place_for_the_picture_is_bad_input(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be written"):
         save(masks(), tmp_path / "missing" / "mask.png")
     with pytest.raises(BadInput, match="cannot be written"):

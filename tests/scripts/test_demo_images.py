@@ -1,4 +1,4 @@
-"""The pictures that the seeing demo checkpoint learns from and is asked about."""
+"""The images that the multimodal demo checkpoint is trained on and asked about."""
 
 from itertools import combinations, islice
 from pathlib import Path
@@ -23,11 +23,11 @@ def test_held_out_compositions_are_never_drawn_in_training(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_picture_for_evaluation_shows_a_held_out_composition(kind: Kind) -> None:
+def test_every_image_for_evaluation_shows_a_held_out_composition(kind: Kind) -> None:
     assert all(any(map(is_held_out, scene.compositions)) for scene in scenes(kind, 200, held_out=True))
 
 
-def test_each_two_parts_of_a_held_out_composition_are_seen_together_in_training() -> None:
+def test_any_two_parts_of_a_held_out_composition_are_shown_together_in_training() -> None:
     shown = set().union(*(scene.compositions for kind in KINDS for scene in scenes(kind, 1000)))
     pairs = {pair for composition in shown for pair in combinations(composition, 2)}
     held_out = set().union(*(scene.compositions for kind in KINDS for scene in scenes(kind, 100, held_out=True)))
@@ -43,7 +43,7 @@ def test_evaluation_asks_and_answers_with_words_of_training() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_follow_from_the_seed(kind: Kind) -> None:
+def test_images_follow_from_the_seed(kind: Kind) -> None:
     first, second = scenes(kind, 20), scenes(kind, 20)
     assert [(scene.items, scene.turns) for scene in first] == [(scene.items, scene.turns) for scene in second]
     assert [scene.image.tobytes() for scene in first] == [scene.image.tobytes() for scene in second]
@@ -51,7 +51,7 @@ def test_pictures_follow_from_the_seed(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_items_lie_whole_and_apart_in_the_picture(kind: Kind) -> None:
+def test_items_lie_whole_and_apart_in_the_image(kind: Kind) -> None:
     for scene in scenes(kind, 200):
         width, height = scene.image.size
         boxes = [item.box for item in scene.items]
@@ -61,7 +61,7 @@ def test_items_lie_whole_and_apart_in_the_picture(kind: Kind) -> None:
                 assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
 
 
-def test_a_detail_of_a_wide_picture_lies_whole_in_one_crop() -> None:
+def test_each_item_of_a_wide_image_lies_whole_in_one_crop() -> None:
     for scene in scenes("wide", 200):
         crops = pan_and_scan_boxes(*scene.image.size)
         assert len(crops) in (3, 4)
@@ -72,7 +72,7 @@ def test_a_detail_of_a_wide_picture_lies_whole_in_one_crop() -> None:
         assert sorted(seen) == sorted((item.name, item.colour, "", "") for item in scene.items)
 
 
-def test_labels_stand_where_things_are() -> None:
+def test_labels_are_where_the_items_are() -> None:
     items = (Item("circle", "red", (30, 70), 20), Item("milk", "blue", (60, 10), 20))
     scene = Scene("word", demo_images.picture((80, 80), (255, 255, 255), items), items, ())
     labels = view_labels(scene, (0, 0, 80, 80), 4)

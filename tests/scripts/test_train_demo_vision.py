@@ -1,19 +1,13 @@
-"""How the demo checkpoint that sees is trained."""
-
-import sys
-from pathlib import Path
+"""The training of the multimodal demo checkpoint."""
 
 import torch
-
-# The scripts import their siblings by bare name, as Python lets a script that is run.
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 
 from scripts.train_demo import IGNORE
 from scripts.train_demo_vision import Row, answer_loss
 
 
-def test_answers_weigh_alike() -> None:
-    """A word as much as a sentence, also where one row's answer ends where the next row's begins."""
+def test_all_answers_have_the_same_weight() -> None:
+    """One word weighs as much as a sentence, also where one row ends in an answer and the next begins with one."""
     targets = [[IGNORE, 3, IGNORE, 5, 6, 7], [2, 1, IGNORE, IGNORE, 4, IGNORE]]
     answers = [[3], [5, 6, 7], [2, 1], [4]]
     logits = torch.randn(7, 9, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The .pte file against the eager network, at every kind of shape, and against what its bytes should be."""
+"""The .pte file compared with the eager network for every kind of shape, and its bytes with what they should be."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +33,9 @@ def plan_of(ids: list[int]) -> Plan:
     return Plan(ids=tuple(ids), walks={}, landmarks={})
 
 
-# The ring of the released tiny shape holds 16 positions: four windows of 8 past its first wrap, and not a multiple.
+# The ring of most tiny shapes holds 16 positions. The length is four windows of 8 past its first wrap, plus 6.
 LENGTH = 16 + 4 * 8 + 6
-# The shapes of tests/shapes.py with as few layers as show what they are about: every layer costs seconds here.
+# Shapes of tests/shapes.py with no more layers than each needs to make its point: every layer costs seconds here.
 OTHER_SHAPES = {
     "like-27b": {"num_hidden_layers": 2, "sliding_window_pattern": 2},
     "untied": {"num_hidden_layers": 2},
@@ -48,7 +48,7 @@ OTHER_SHAPES = {
 
 
 def differences(tiny: TinyPte, pieces: list[int]) -> Tensor:
-    """Largest |Δlogit| against the eager model after each piece."""
+    """Largest |Δlogit| against the eager model after each prefill of so many ids."""
     ids = random_tokens(tiny.config, LENGTH)
     expected = tiny.eager_logits(ids)
     assert expected.std() > 0.1
@@ -76,7 +76,7 @@ def block32(tmp_path_factory: pytest.TempPathFactory) -> TinyPte:
 
 @pytest.fixture(scope="module")
 def channel(tmp_path_factory: pytest.TempPathFactory) -> TinyPte:
-    """A head of its own; sliding layers only, so that what a flipped rounding changes leaves the cache again."""
+    """A separate head. Only sliding layers, so that what a flipped rounding changes leaves the cache again."""
     config = tiny_config("all-local", tie_word_embeddings=False)
     return tiny_pte(config, tmp_path_factory.mktemp("channel"), "int4-channel", "int4")
 
@@ -89,8 +89,8 @@ def test_fp32_equals_eager(fp32: TinyPte, chunk: int) -> None:
 
 
 @pytest.mark.slow
-def test_pieces_of_changing_length(fp32: TinyPte) -> None:
-    """Also longer than the chunk: the session splits them."""
+def test_prompts_of_changing_length(fp32: TinyPte) -> None:
+    """Some are longer than the chunk: the session splits them."""
     assert differences(fp32, [5, 1, 20, 1, 1, 8, 13, 2]).max() <= TOLERANCE
 
 
@@ -107,7 +107,7 @@ def test_a_ring_as_long_as_the_context_and_chunks_of_one(tmp_path: Path) -> None
     tiny = tiny_pte(config, tmp_path, context=64)
     assert tiny.layout.layers[0].slots == 64
     assert differences(tiny, [1] * LENGTH).max() <= TOLERANCE
-    # A file that takes one token at a time has no symbols at all.
+    # A file that takes one token at a time has no symbolic lengths at all.
     layout = cache_layout(config, "ring", 64, 1)
     weights = tiny.weights.tensors
     export_pte(config, weights, layout, [1], tmp_path / "one.pte")
@@ -115,14 +115,14 @@ def test_a_ring_as_long_as_the_context_and_chunks_of_one(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_one_delegate_a_layer(fp32: TinyPte, block32: TinyPte) -> None:
-    """One for the step's angles and the first layer's projections, one a layer from there on, one for the head."""
+def test_one_delegate_per_layer(fp32: TinyPte, block32: TinyPte) -> None:
+    """One for the RoPE angles and the first layer's projections, one per layer from there on, one for the head."""
     for tiny in (fp32, block32):
         undelegated = tiny.report.details["undelegated"]
         assert tiny.report.details["delegates"] == tiny.config.num_layers + 2
         assert undelegated["llama::custom_sdpa"] == tiny.config.num_layers
         assert not {"aten::linear", "aten::mm", "aten::addmm", "aten::mul"} & set(undelegated)
-        # What is left is done once a step.
+        # What is left is done once per step.
         assert sum(undelegated.values()) - 3 * tiny.config.num_layers < 35
 
 
@@ -154,7 +154,7 @@ def test_local_caches_do_not_grow_with_the_context(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_bytes_again(channel: TinyPte, tmp_path: Path) -> None:
+def test_a_second_export_gives_the_same_bytes(channel: TinyPte, tmp_path: Path) -> None:
     again = tmp_path / "again.pte"
     export_pte(channel.config, channel.weights.tensors, channel.layout, [1, 106], again)
     assert again.read_bytes() == channel.path.read_bytes()
@@ -209,9 +209,10 @@ def test_size(block32: TinyPte) -> None:
 
 @pytest.mark.slow
 def test_integer_steps_equal_eager_but_for_flipped_roundings(block32: TinyPte, channel: TinyPte) -> None:
-    """From the same cache, one step agrees as float32 does, unless an activation was within float error of a rounding
-    boundary: few steps have one. (Fed freely, both drift apart after the first, as two eager runs do that differ by one
-    unit in the last place: what was rounded the other way stays in the cache and turns further roundings.)"""
+    """From the same cache, a step agrees to float32 accuracy unless an activation lies within float error of a rounding
+    boundary, which is rare. (With caches of their own, the two drift apart after the first such step, as do two eager
+    runs that differ by one unit in the last place: what was rounded the other way stays in the cache and flips further
+    roundings.)"""
     for tiny in (block32, channel):
         ids = random_tokens(tiny.config, LENGTH)
         found = list(steps(tiny.session(), tiny.eager(), plan_of(ids), set(range(LENGTH))))
@@ -220,8 +221,8 @@ def test_integer_steps_equal_eager_but_for_flipped_roundings(block32: TinyPte, c
 
 
 @pytest.mark.slow
-def test_a_step_from_the_same_cache_shows_another_window(block32: TinyPte) -> None:
-    """What is wrong beyond the window shows at every position there, and at none before."""
+def test_a_step_from_the_same_cache_shows_a_wrong_window(block32: TinyPte) -> None:
+    """A window that is too long shows at every position past the window, and at none before."""
     window = block32.config.sliding_window
     wrong = replace(block32.config, sliding_window=window + 1)
     model = random_model(wrong)
@@ -233,8 +234,8 @@ def test_a_step_from_the_same_cache_shows_another_window(block32: TinyPte) -> No
 
 
 @pytest.mark.slow
-def test_caches_hold_what_eagers_hold(fp32: TinyPte) -> None:
-    """Slot by slot, rings that have wrapped included."""
+def test_caches_hold_what_the_eager_models_caches_hold(fp32: TinyPte) -> None:
+    """Slot by slot, also in rings that have wrapped."""
     ids = random_tokens(fp32.config, LENGTH)
     session, expected = fp32.session(), new_cache(fp32.layout)
     session.prefill(ids)
@@ -256,7 +257,7 @@ class OneLinear(nn.Module):
 
 
 def run_one_linear(weight: IntegerWeight, x: Tensor, path: Path) -> Tensor:
-    """The linear alone, through export, lowering and XNNPACK; in pieces of several lengths."""
+    """The linear layer alone, through export, lowering and XNNPACK, in calls of several lengths."""
     program = torch.export.export(
         OneLinear(weight), (x,), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=1, max=len(x))}}
     )
@@ -277,7 +278,7 @@ def spread_rows(count: int, columns: int) -> Tensor:
 
 @pytest.mark.slow
 def test_activations_round_as_xnnpack_rounds_them_bit_for_bit(tmp_path: Path) -> None:
-    """Through the identity, XNNPACK's linear shows what its rounding left of the input."""
+    """With the identity as its weight, XNNPACK's linear layer returns the rounded input."""
     size = 512
     identity = IntegerWeight(torch.eye(size, dtype=torch.int8), torch.ones(size, 1), 8)
     x = spread_rows(1024, size)
@@ -292,7 +293,7 @@ def test_one_linear_is_exact_to_float_rounding(bits: int, group: int | None, tmp
     x = spread_rows(64, 640)
     found = run_one_linear(weight, x, tmp_path / "linear.pte").double()
     expected = fake_quantize_per_token(x).double() @ weight.dequantize().double().T
-    # For a row of zeros XNNPACK's step is 1 and its zero point 127, which blockwise sums cancel but for 3e-5.
+    # For a row of zeros XNNPACK's step is 1 and its zero point 127, which the sums over blocks cancel up to 3e-5.
     size = torch.where(x.any(1), x.double().norm(dim=1), 1000.0)[:, None]
     assert ((found - expected).abs() <= 1e-7 * size).all()
 
@@ -327,7 +328,7 @@ def test_halves_join_to_the_projection(seed: int, heads: int, half: int) -> None
 def test_embedding_nibbles() -> None:
     codes = torch.tensor([[-8, 7, 0, -1]], dtype=torch.int8)
     packed = pack_embedding(codes)
-    assert packed.tolist() == [[0x0F, 0x87]]  # even columns high, 8 added
+    assert packed.tolist() == [[0x0F, 0x87]]  # even columns in the high nibble, 8 added
     assert torch.equal(unpack_nibbles(packed, first="high"), codes)
 
 
@@ -337,7 +338,7 @@ def test_gelu_without_tanh() -> None:
     assert (ours - nn.functional.gelu(x, approximate="tanh")).abs().max() < 1e-14
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_not_a_pte(tmp_path: Path) -> None:
     path = tmp_path / "model.pte"
     path.write_bytes(b"short")
     with pytest.raises(BadInput, match=r"5 bytes are not a \.pte"):

@@ -1,4 +1,4 @@
-"""A .pte of a model that sees: its three methods against the eager network, wherever images stand."""
+"""The .pte of a multimodal model: its three methods compared with the eager network, wherever images are."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.pte_models import CHUNK, TinyPte, tiny_pte
 from tests.seeing import TOLERANCE, assert_steps_equal, network_inputs, random_images
 from tests.shapes import VISION_SHAPES, random_model, random_pixels, tiny_vision_config, with_images
 
-# Rings hold 16 or 24 positions here, windows 5 or 8, and calls at most 8, 9 or 16.
+# Here rings hold 16 or 24 positions, windows 5 or 8, and calls at most 8, 9 or 16.
 PIECES: list[list[int | None]] = [
     [None, 3],
     [None, None, None, 40],
@@ -33,12 +33,12 @@ PIECES: list[list[int | None]] = [
 
 
 def few_layers(shape: str) -> ModelConfig:
-    """Every layer costs seconds here, and one of each kind shows what there is to see."""
+    """Three layers: every layer costs seconds here, and these are of both kinds."""
     return replace(tiny_vision_config(shape), layer_types=(SLIDING, FULL, SLIDING))
 
 
 def assert_equals_eager(tiny: TinyPte, pieces: list[int | None], chunk: int) -> None:
-    """After every piece of ``chunk`` ids and after every image."""
+    """After every call: up to ``chunk`` ids, or an image."""
     ids, images = with_images(tiny.config, pieces), random_images(tiny.config, pieces.count(None))
     expected = tiny.eager_logits(ids, images)
     session = tiny.session()
@@ -68,7 +68,7 @@ def test_fp32_equals_eager(tiny: TinyPte, pieces: list[int | None], chunk: int) 
 
 @pytest.mark.slow
 def test_images_attend_both_ways(tiny: TinyPte) -> None:
-    """Marked as text, the same soft tokens give something else: the tests above would not miss it."""
+    """Flagged as text, the same soft tokens give other logits, so the tests above would notice causal attention."""
     ids, images = with_images(tiny.config, [3, None]), random_images(tiny.config, 1)
     whole = tiny.session().prefill(ids, images)
     session = tiny.session()
@@ -81,7 +81,7 @@ def test_images_attend_both_ways(tiny: TinyPte) -> None:
 
 @pytest.mark.parametrize("shape", VISION_SHAPES)
 @torch.no_grad()
-def test_the_encoder_before_it_is_lowered(shape: str) -> None:
+def test_the_vision_model_before_it_is_lowered(shape: str) -> None:
     config = tiny_vision_config(shape)
     model, pixels = random_model(config), random_pixels(config, 1)
     expected, found = model.encode_images(pixels), VisionEncoder(config, model.state_dict()).eval()(pixels)
@@ -91,7 +91,7 @@ def test_the_encoder_before_it_is_lowered(shape: str) -> None:
 
 @pytest.mark.slow
 def test_soft_tokens_equal_eager(tiny: TinyPte, integers: TinyPte) -> None:
-    """With integers as with floats: roundings of activations that fall the other way are few and far between."""
+    """With integers as with floats: few activations are rounded the other way."""
     for file in (tiny, integers):
         images = random_images(file.config, 3)
         with torch.no_grad():
@@ -103,7 +103,7 @@ def test_soft_tokens_equal_eager(tiny: TinyPte, integers: TinyPte) -> None:
 
 @pytest.mark.slow
 def test_what_stays_outside_xnnpack(tiny: TinyPte) -> None:
-    """In the encoder attention alone, and the flag that is put on the result."""
+    """In the vision model only attention, and the flag that is appended to the result."""
     vision = tiny.config.vision
     assert vision is not None
     plan = PteFile(tiny.path).plan("vision_encoder")
@@ -112,8 +112,8 @@ def test_what_stays_outside_xnnpack(tiny: TinyPte) -> None:
 
 
 @pytest.mark.slow
-def test_scores_are_never_whole(tmp_path: Path) -> None:
-    """1024 patches have 8 MB of scores in two heads; the encoder's memory beside XNNPACK's own is a small part."""
+def test_attention_scores_are_never_whole(tmp_path: Path) -> None:
+    """The scores of 1024 patches in two heads take 8 MB. The planned memory, without XNNPACK's, is a small part."""
     config = few_layers("like-4b")
     assert config.vision is not None
     config = replace(config, vision=replace(config.vision, image_size=32 * 7, num_hidden_layers=1))
@@ -128,7 +128,7 @@ def test_scores_are_never_whole(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("linears", ["fp32", "int8"])
 def test_many_patches_go_through_one_delegate(linears: str, tmp_path: Path) -> None:
-    """2304 patches in three equal parts: what follows attention is packed once and called three times."""
+    """2304 patches in three equal parts: the weights after attention are packed once and called three times."""
     config = few_layers("like-4b")
     assert config.vision is not None
     config = replace(config, vision=replace(config.vision, image_size=48 * 7, num_hidden_layers=3))
@@ -137,11 +137,11 @@ def test_many_patches_go_through_one_delegate(linears: str, tmp_path: Path) -> N
     with torch.no_grad():
         expected = tiny.eager().encode_images(network_inputs(images)).numpy()[0]
     error = relative_rms(tiny.session().encode_image(images[0]), expected)
-    # Integers: a rounding of an activation that falls the other way reaches every patch of the layers after it.
+    # With integers, an activation that is rounded the other way reaches every patch in the layers after it.
     assert error <= (1e-5 if linears == "fp32" else 2e-3)
     plan = PteFile(tiny.path).plan("vision_encoder")
     calls = [step.instr_args for step in plan.chains[0].instructions if isinstance(step.instr_args, DelegateCall)]
-    # Before attention, after it and the MLP, in each layer; the norm and the projector at last.
+    # In each layer before attention, after it and the MLP; at the end the norm and the projector.
     assert len(plan.delegates) == 3 * 3 + 1
     assert len(calls) == len(plan.delegates) + 3 * 2
     if linears == "int8":
@@ -165,8 +165,8 @@ def test_integers_in_the_file_are_the_quantizers(integers: TinyPte) -> None:
 
 
 @pytest.mark.slow
-def test_the_encoder_is_let_go(tiny: TinyPte) -> None:
-    """And comes back for the next image."""
+def test_the_vision_model_is_unloaded(tiny: TinyPte) -> None:
+    """And loaded again for the next image."""
     session, images = tiny.session(), random_images(tiny.config, 2)
     first = session.encode_image(images[0])
     assert session._encoder is not None
@@ -177,7 +177,7 @@ def test_the_encoder_is_let_go(tiny: TinyPte) -> None:
 
 
 @pytest.mark.slow
-def test_soft_tokens_are_taken_as_images_are(tiny: TinyPte) -> None:
+def test_soft_tokens_can_be_fed_in_place_of_images(tiny: TinyPte) -> None:
     ids, images = with_images(tiny.config, [2, None, 3, None]), random_images(tiny.config, 2)
     session = tiny.session()
     encoded = [session.encode_image(image) for image in images]
@@ -185,7 +185,7 @@ def test_soft_tokens_are_taken_as_images_are(tiny: TinyPte) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_that_does_not_see(tiny: TinyPte, tmp_path: Path) -> None:
+def test_a_multimodal_file_is_refused_for_a_text_only_model(tiny: TinyPte, tmp_path: Path) -> None:
     text = replace(tiny.config, vision=None)
     with pytest.raises(BadInput, match="ExecuTorch does not load it"):
         PteSession(tiny.path, tiny.layout, text)
@@ -197,7 +197,7 @@ def test_a_chunk_shorter_than_an_image_is_refused(tmp_path: Path) -> None:
         export_pte(config, {}, cache_layout(config, "ring", 64, 15), [1], tmp_path / "model.pte")
 
 
-def test_what_only_floats_can_be(tmp_path: Path) -> None:
+def test_a_weight_that_must_be_floating_point(tmp_path: Path) -> None:
     config = tiny_vision_config()
     weights = dict(random_model(config).state_dict())
     name = "multi_modal_projector.mm_input_projection_weight"

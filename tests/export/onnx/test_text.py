@@ -1,4 +1,4 @@
-"""The .onnx file against the eager network, at every kind of shape, and against what its bytes should be."""
+"""The .onnx file compared with the eager network for every kind of shape, and its bytes with what they should be."""
 
 import json
 from dataclasses import asdict, replace
@@ -28,13 +28,13 @@ from tests.onnx_models import TinyOnnx, quantized_weights, tiny_onnx
 from tests.shapes import SHAPES, random_model, random_tokens, tiny_config, tiny_vision_config
 
 TOLERANCE = 1e-4
-# Buffers hold 8 + COMPACTING_SLACK rows in most tiny shapes: more than four windows past the first move.
+# In most tiny shapes buffers hold 8 + COMPACTING_SLACK rows; this is over four windows past their first move.
 LENGTH = 8 + COMPACTING_SLACK + 4 * 8 + 6
 SCHEMES = [("int4-block32", "int8"), ("int4-block32", "int4"), ("int4-channel", "int8")]
 
 
 def logits_by_chunk(tiny: TinyOnnx, ids: list[int], chunk: int) -> dict[int, np.ndarray]:
-    """Position → logits after it, for the last position of every piece of ``chunk`` ids."""
+    """Position → the logits after it, for the last position of every call of ``chunk`` ids."""
     session = OnnxSession(tiny.path, replace(tiny.layout, chunk=chunk), tiny.config, threads=1)
     return {
         start + len(piece) - 1: session.prefill(piece)
@@ -65,7 +65,7 @@ def test_integers_equal_eager(shape: str, scheme: str, embedding: str, tmp_path:
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int4-channel"])
-def test_columns_that_no_block_divides(scheme: str, tmp_path: Path) -> None:
+def test_columns_that_do_not_divide_into_blocks(scheme: str, tmp_path: Path) -> None:
     config = tiny_config(hidden_size=40, intermediate_size=50, vocab_size=163, num_hidden_layers=2, head_dim=8)
     assert_equals_eager(tiny_onnx(config, tmp_path, scheme), chunk_sizes=(7,))
 
@@ -77,7 +77,7 @@ def test_windows_close_to_the_context(window: int, tmp_path: Path) -> None:
     assert_equals_eager(tiny_onnx(config, tmp_path), chunk_sizes=(7,), length=128)
 
 
-def test_prompts_that_end_near_the_window_and_the_buffer(tmp_path: Path) -> None:
+def test_prompts_that_end_near_the_end_of_the_window_and_of_the_buffer(tmp_path: Path) -> None:
     tiny = tiny_onnx(tiny_config(num_hidden_layers=7), tmp_path)
     session = OnnxSession(tiny.path, replace(tiny.layout, chunk=LENGTH), tiny.config, threads=1)
     ids = random_tokens(tiny.config, LENGTH)
@@ -91,7 +91,7 @@ def test_prompts_that_end_near_the_window_and_the_buffer(tmp_path: Path) -> None
 
 
 def test_as_shipped_is_close_to_eager(tmp_path: Path) -> None:
-    """Accuracy level 4 rounds activations: a KL divergence of at most 1e-3, and not the exact arithmetic."""
+    """Accuracy level 4 rounds activations: the KL divergence is at most 1e-3, but not zero."""
     tiny = tiny_onnx(tiny_config(), tmp_path, "int4-block32", "int8", accuracy_level=4)
     ids = random_tokens(tiny.config, LENGTH)
     logits = torch.tensor(np.stack(list(logits_by_chunk(tiny, ids, 1).values())))
@@ -139,8 +139,8 @@ def test_export_fails_when_the_file_does_not_hold_the_integers(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packing_is_the_kernels(bits: int) -> None:
-    """An even column in the low nibble, offset 2^(bits−1), padding that means 0."""
+def test_packing_is_what_the_kernels_read(bits: int) -> None:
+    """Even columns are in the low nibble, codes are offset by 2^(bits−1), and padding means 0."""
     codes = torch.tensor([[-8, 7, 1, *[0] * 14]], dtype=torch.int8)
     weight = IntegerWeight(codes, torch.ones(1, 1), bits)
     packed = pack([weight], 16)
@@ -150,8 +150,8 @@ def test_packing_is_the_kernels(bits: int) -> None:
     assert torch.equal(unpack(packed, bits, 17), codes)
 
 
-def test_the_file_is_the_bare_weights(tmp_path: Path) -> None:
-    """The shared table once, one scale a row where there is one: nothing but alignment beside the ideal bytes."""
+def test_the_file_holds_nothing_but_the_weights(tmp_path: Path) -> None:
+    """The shared table once, one scale per row if per channel: only alignment is added to the ideal bytes."""
     for scheme, embedding in (("fp32", None), *SCHEMES):
         tiny = tiny_onnx(tiny_config(), tmp_path, scheme, embedding)
         external = [tensor for tensor in load_graph(tiny.path).graph.initializer if tensor.external_data]
@@ -223,8 +223,8 @@ def test_refuses_weights_that_are_not_the_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_vision_config()], ids=["text-only", "sees"])
-def test_stock_onnxruntime_genai_runs_the_text(config: ModelConfig, tmp_path: Path) -> None:
-    """A prompt far longer than the local buffers, then greedy decoding: its logits and tokens are ours."""
+def test_stock_onnxruntime_genai_runs_the_text_model(config: ModelConfig, tmp_path: Path) -> None:
+    """After a prompt far longer than the local buffers and in greedy decoding, its logits and tokens are ours."""
     tiny = tiny_onnx(config, tmp_path, context=256)
     (tmp_path / "genai_config.json").write_text(json.dumps(genai_config(tiny.config, tiny.layout)))
     vocabulary = {f"t{index}": index for index in range(tiny.config.vocab_size)}

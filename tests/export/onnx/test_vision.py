@@ -1,4 +1,4 @@
-"""The two .onnx files of a model that sees against the eager network, wherever images stand."""
+"""The two .onnx files of a multimodal model compared with the eager network, wherever images are in the text."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.onnx_models import TinyOnnx, tiny_onnx
 from tests.seeing import TOLERANCE, assert_steps_equal, random_images
 from tests.shapes import VISION_SHAPES, random_model, tiny_config, tiny_vision_config, with_images
 
-# A sliding layer's buffer holds up to 8 + COMPACTING_SLACK rows: texts that end before, at and after its first move.
+# A sliding layer's buffer holds up to 8 + COMPACTING_SLACK rows. Texts end before, at and after its first move.
 BUFFER = 8 + COMPACTING_SLACK
 PIECES: list[list[int | None]] = [
     [None, 3],
@@ -45,9 +45,7 @@ def test_fp32_equals_eager(tiny: TinyOnnx, pieces: list[int | None], chunk: int)
 
 
 def test_images_attend_both_ways(tiny: TinyOnnx) -> None:
-    """What the tests above would miss if an image's own attention were worth nothing here: fed one by one, it is not
-    the same.
-    """
+    """An image's soft tokens give other logits if fed one by one, so the tests above would notice causal attention."""
     ids, images = with_images(tiny.config, [3, None]), random_images(tiny.config, 1)
     whole = tiny.session().prefill(ids, images)
     session = tiny.session()
@@ -74,7 +72,7 @@ def test_integers_equal_eager_and_read_back(scheme: str, tmp_path: Path) -> None
     tiny.assert_integers_are_the_quantizers()
 
 
-def test_a_changed_integer_of_the_encoder_is_found(tmp_path: Path) -> None:
+def test_a_changed_integer_of_the_vision_model_is_found(tmp_path: Path) -> None:
     tiny = tiny_onnx(tiny_vision_config(), tmp_path, "int4-block32", "int8")
     vision_path = graphs_of(tiny.path)[1]
     codes = next(tensor for tensor in load_graph(vision_path).graph.initializer if tensor.name.endswith(".codes"))
@@ -86,7 +84,7 @@ def test_a_changed_integer_of_the_encoder_is_found(tmp_path: Path) -> None:
     assert tiny.counts().total_unequal == 1
 
 
-def test_the_files_are_the_bare_weights(tmp_path: Path) -> None:
+def test_the_files_hold_nothing_but_the_weights(tmp_path: Path) -> None:
     for scheme, embedding in (("fp32", None), ("int4-block32", "int8")):
         tiny = tiny_onnx(tiny_vision_config(), tmp_path, scheme, embedding)
         files = tiny.report.details["files"]
@@ -110,7 +108,7 @@ def test_a_text_only_model_has_one_graph_without_branches(tmp_path: Path) -> Non
 
 
 def test_the_caches_are_updated_in_place(tiny: TinyOnnx) -> None:
-    """By text and by images alike: what a call leaves in the bound buffers is all that the next one reads."""
+    """By text and by images alike: a call reads only what the one before it left in the bound buffers."""
     session = tiny.session()
     outputs = {output.name for output in session._session.get_outputs()}
     ids, images = with_images(tiny.config, [3, None, 30]), random_images(tiny.config, 1)
@@ -126,13 +124,13 @@ def test_the_caches_are_updated_in_place(tiny: TinyOnnx) -> None:
     assert np.array_equal(session.prefill(ids, images), expected)
 
 
-def test_the_encoder_never_holds_its_scores(tiny: TinyOnnx) -> None:
+def test_the_vision_model_never_holds_all_attention_scores(tiny: TinyOnnx) -> None:
     kinds = {node.op_type for node in load_graph(graphs_of(tiny.path)[1]).graph.node}
     assert "MultiHeadAttention" in kinds
     assert not kinds & {"Softmax", "Attention"}
 
 
-def test_damaged_encoders_are_bad_input(tmp_path: Path) -> None:
+def test_damaged_vision_models_are_bad_input(tmp_path: Path) -> None:
     tiny = tiny_onnx(tiny_vision_config(), tmp_path)
     data = tmp_path / "vision.onnx.data"
     data.write_bytes(data.read_bytes()[:-1])
@@ -154,7 +152,7 @@ def test_branches_hold_no_weights_of_their_own(tmp_path: Path) -> None:
         tiny.session()
 
 
-def test_onnx_checks_the_graphs(tiny: TinyOnnx) -> None:
+def test_the_graphs_pass_the_onnx_checker(tiny: TinyOnnx) -> None:
     for path in graphs_of(tiny.path):
         onnx.checker.check_model(path)
         onnxruntime.InferenceSession(path)

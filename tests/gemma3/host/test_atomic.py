@@ -7,7 +7,7 @@ from gemma3.errors import BadInput
 from gemma3.host.atomic import refuse_target, staging
 
 
-def test_it_appears_whole(tmp_path: Path) -> None:
+def test_the_directory_appears_whole(tmp_path: Path) -> None:
     with staging(tmp_path / "out") as directory:
         (directory / "file").write_text("text")
         assert not (tmp_path / "out").exists()

@@ -33,7 +33,7 @@ def rows(count: int = 12, seed: int = 0) -> Tensor:
 
 
 def illustrated(rows: int) -> tuple[Tensor, list[Tensor], list[int]]:
-    """Tokens, each row's images (one, none, two, one, …), and the ids at which nothing is learned."""
+    """Tokens, each row's images (one, none, two, one, …), and the ids whose predictions are not trained."""
     assert SEEING.vision is not None
     kinds: list[list[int | None]] = [[3, None, 18 - 3], [24], [1, None, 2, None, 9]]
     tokens = [with_images(SEEING, kinds[row % 3], seed=10 * row) for row in range(rows)]
@@ -43,7 +43,7 @@ def illustrated(rows: int) -> tuple[Tensor, list[Tensor], list[int]]:
 
 
 def flat(weights: QuantizedWeights) -> dict[str, Tensor]:
-    """Codes and scales and floats, to be compared or saved."""
+    """Codes, dequantized values and floats, to be compared or saved."""
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.tensors.items():
         if isinstance(weight, Tensor):
@@ -54,7 +54,7 @@ def flat(weights: QuantizedWeights) -> dict[str, Tensor]:
 
 
 def once(run: Path, out: Path, steps: int, save_every: int, see: bool = False) -> None:
-    """Begin or resume the run, to its end, and save what it gives at ``out``."""
+    """Begin or resume the run, finish it, and save its weights at ``out``."""
     torch.set_num_threads(1)
     with processes() as (_, first):
         student, teacher, start = networks(SEEING, "int4-channel") if see else networks()

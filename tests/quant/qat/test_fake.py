@@ -29,7 +29,7 @@ def prepared(scheme: str, table: str, shape: str = "all-global") -> tuple[Gemma3
 
 
 def nudge(model: nn.Module, seed: int = 0) -> None:
-    """Move everything that trains."""
+    """Change every parameter that is trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -87,7 +87,7 @@ def test_the_gradient_passes_straight_through() -> None:
 
 @pytest.mark.parametrize(("scheme", "table"), RECIPES)
 @pytest.mark.parametrize("shape", ["all-global", "untied"])
-def test_converts_to_what_was_computed(scheme: str, table: str, shape: str) -> None:
+def test_converts_to_the_weights_that_it_computed_with(scheme: str, table: str, shape: str) -> None:
     model, start = prepared(scheme, table, shape)
     nudge(model)
     converted = convert(model, start)
@@ -140,6 +140,6 @@ def test_a_tied_table_is_one_parameter_computed_once() -> None:
         loss = model(torch.tensor([[1, 2, 3]])).square().sum()
     loss.backward()
     assert calls == [1]
-    # Rows that were only read by the head, and those that were also looked up.
+    # Rows that only the head reads have a gradient, and those that were also looked up.
     gradient = table.parametrizations.weight.original.grad
     assert bool((gradient.abs().sum(-1) > 0).all())

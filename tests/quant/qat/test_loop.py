@@ -68,7 +68,7 @@ def test_training_brings_the_student_closer(tmp_path: Path, scheme: str, loss: L
     assert weights.verdicts.keys() == start.verdicts.keys()
 
 
-def test_accumulating_changes_nothing_but_rounding(tmp_path: Path) -> None:
+def test_accumulating_gradients_changes_nothing_but_rounding(tmp_path: Path) -> None:
     whole, parts = tiny_run(tmp_path / "a"), tiny_run(tmp_path / "b", micro_batch=1)
     for name, tensor in flat(whole).items():
         if not name.endswith("codes"):
@@ -76,8 +76,10 @@ def test_accumulating_changes_nothing_but_rounding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["full", "sampled"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss) -> None:
-    """Ctrl-C in the third step: it is finished, saved, and the rest gives the very same weights."""
+def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Loss
+) -> None:
+    """Ctrl-C in the third step: the step is finished and saved, and resuming gives the very same weights."""
     settings = Settings(steps=6, batch=5, warmup=2, loss=loss)
     whole = tiny_run(tmp_path / "whole", settings)
     forward, calls = Distillation.forward, []
@@ -97,7 +99,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pyt
     assert len(calls) == 6
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, calls = Distillation.forward, []
 
     def spoil(*arguments: Any) -> Any:
@@ -110,7 +112,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000002"]
 
 
-def test_sfp8_is_moved_less() -> None:
+def test_sfp8_has_a_lower_default_learning_rate() -> None:
     assert default_lr(preset("sfp8")) < default_lr(preset("int4-channel"))
 
 
@@ -125,7 +127,7 @@ def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 ENCODER = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
 
 
-def test_with_images_the_encoder_trains_too(tmp_path: Path) -> None:
+def test_with_images_the_vision_model_trains_too(tmp_path: Path) -> None:
     student, teacher = random_model(SEEING), random_model(SEEING)
     start = quantize_weights(student.named_parameters(), preset("int4-channel"))
     tokens, images, ignored = illustrated(24)
@@ -151,7 +153,7 @@ def test_with_images_the_encoder_trains_too(tmp_path: Path) -> None:
             assert torch.equal(student.get_parameter(name), random_model(SEEING).get_parameter(name)), name
 
 
-def test_without_images_the_encoder_stays_as_it_was(tmp_path: Path) -> None:
+def test_without_images_the_vision_model_stays_as_it_was(tmp_path: Path) -> None:
     student = random_model(SEEING)
     start = quantize_weights(student.named_parameters(), preset("int4-channel"))
     tokens = torch.tensor([with_images(SEEING, [16], seed=row) for row in range(4)])
@@ -161,8 +163,8 @@ def test_without_images_the_encoder_stays_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(weights.integers[ENCODER].codes, start.integers[ENCODER].codes)
 
 
-def test_rows_one_by_one_are_the_batch_and_ignored_tokens_do_not_count() -> None:
-    """Each row's images go to it, one without images among them; what is predicted at ignored tokens is left out."""
+def test_rows_one_by_one_add_up_to_the_batch_and_ignored_tokens_do_not_count() -> None:
+    """Each row gets its own images, and one row has none; predictions of ignored tokens are left out."""
     teacher, student = random_model(SEEING), random_model(SEEING, seed=1)
     tokens, images, ignored = illustrated(3)
     distillation = Distillation(student, teacher)
@@ -179,7 +181,7 @@ def test_rows_one_by_one_are_the_batch_and_ignored_tokens_do_not_count() -> None
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_images_in_some_rows(tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_images_in_some_rows(tmp_path: Path) -> None:
     one, two = (
         finish(tmp_path / f"run{count}", tmp_path / f"out{count}", processes=count, images=True) for count in (1, 2)
     )
@@ -218,7 +220,7 @@ def test_a_resume_with_another_teacher(tmp_path: Path) -> None:
         train(student, random_model(CONFIG, seed=5), start, rows(), SETTINGS, tmp_path, resume=True)
 
 
-def test_beginning_where_a_run_is_and_resuming_where_none_is(tmp_path: Path) -> None:
+def test_beginning_where_there_is_a_run_and_resuming_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="leave --resume out"):
         tiny_run(tmp_path, resume=True)
     tiny_run(tmp_path, save_every=4)
@@ -254,7 +256,7 @@ def test_settings_and_data_that_do_not_fit(tmp_path: Path, settings: Settings, t
 
 
 def finish(run: Path, out: Path, *, processes: int, images: bool = False) -> dict[str, Tensor]:
-    """The weights of a run that ends (after resuming, if it had been begun), by torchrun if it has several."""
+    """The weights of a run, begun or resumed, after its end. Several processes run under torchrun."""
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     arguments = [sys.executable, *launch, "-m", "tests.quant.qat.run", str(run), str(out)]
     arguments += ["--images"] if images else []
@@ -265,8 +267,8 @@ def finish(run: Path, out: Path, *, processes: int, images: bool = False) -> dic
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_within_rounding_and_a_run_moves_between_them(tmp_path: Path) -> None:
-    """The state of step 4 stays behind: another number of processes can go on from there to step 6."""
+def test_two_processes_equal_one_within_rounding_and_a_run_can_change_their_number(tmp_path: Path) -> None:
+    """The state of step 4 is kept: another number of processes can continue from it to step 6."""
     expected = finish(tmp_path / "one", tmp_path / "a", processes=1)
     others = [
         finish(tmp_path / "two", tmp_path / "b", processes=2),
@@ -282,7 +284,7 @@ def test_two_processes_are_one_within_rounding_and_a_run_moves_between_them(tmp_
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """SIGKILL, 20 times, while steps are computed and saved: always resumable, and the weights are the same."""
+    """After 20 SIGKILLs while steps are computed and saved, the run was always resumable, to the same weights."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.quant.qat.run"])
     steps, rng = 80, random.Random(0)
@@ -301,7 +303,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         time.sleep(rng.uniform(0.0, 0.05))
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, "it came to its end before it could be killed"
+        assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     last = begin("run", "out")
     last.join()
     assert (whole.exitcode, last.exitcode) == (0, 0)

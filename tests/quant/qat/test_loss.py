@@ -17,14 +17,14 @@ def _one_thread() -> None:
 
 
 def head(tokens: int = 11, vocabulary: int = 50, seed: int = 0) -> list[Tensor]:
-    """hidden, table, and the teacher's, of another width."""
+    """The student's hidden states and table, then the teacher's, which have another width."""
     torch.manual_seed(seed)
     hidden, table = torch.randn(tokens, 8), torch.randn(vocabulary, 8)
     return [hidden.requires_grad_(True), table.requires_grad_(True), torch.randn(tokens, 6), torch.randn(vocabulary, 6)]
 
 
 @pytest.mark.parametrize("at_once", [1, 3 * 50, 1 << 24])
-def test_the_loss_and_its_gradient_are_autograds(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+def test_the_loss_and_its_gradient_equal_autograds(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", at_once)
     hidden, table, teacher_hidden, teacher_table = head()
     sums = head_loss(hidden, table, teacher_hidden, teacher_table, None)
@@ -40,7 +40,7 @@ def test_the_loss_and_its_gradient_are_autograds(monkeypatch: pytest.MonkeyPatch
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most elements that any tensor made in the block has."""
+    """The number of elements of the largest tensor that is made in the block."""
 
     elements = 0
 
@@ -60,8 +60,8 @@ def test_the_logits_of_all_tokens_never_exist_together() -> None:
     assert largest.elements == module.LOGITS_AT_ONCE == 64 * vocabulary < tokens * vocabulary
 
 
-def test_sampling_is_right_on_average_and_the_top_alone_is_worse_than_nothing() -> None:
-    """Free logits that start near a teacher with a long tail, moved by each target's gradient."""
+def test_sampling_is_right_on_average_and_the_top_alone_is_worse_than_no_training() -> None:
+    """Free logits start near a teacher with a long tail and follow each target's gradient."""
     vocabulary, tokens = 4000, 4
     torch.manual_seed(0)
     teacher = (torch.arange(1, vocabulary + 1.0).pow(-0.7)).log().expand(tokens, -1).log_softmax(-1)

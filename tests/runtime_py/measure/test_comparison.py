@@ -30,7 +30,7 @@ class Tolerance(TypedDict):
 
 
 def replaying(rows: NDArray[np.float32]) -> FunctionSession:
-    """Row i of the logits [T, V] after the i-th id, whatever it is."""
+    """A session that gives row i of the logits [T, V] after the i-th id, whatever that id is."""
     return FunctionSession(lambda fed: list(rows[len(fed) - 1]), rows.shape[1], context=len(rows))
 
 
@@ -50,7 +50,7 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.float32], NDArray[np.float32], li
 
 @given(cases())
 def test_direct_formulas(case: tuple[NDArray[np.float32], NDArray[np.float32], list[int]]) -> None:
-    """Whole arrays through scipy, none of it shared with the code."""
+    """Computed with scipy on whole arrays, with no code in common."""
     reference, model, tokens = case
     figures = compared(reference, model, tokens)
     count = len(tokens)
@@ -77,7 +77,7 @@ def test_direct_formulas(case: tuple[NDArray[np.float32], NDArray[np.float32], l
 
 @given(cases())
 def test_the_definitions_of_llama_cpp(case: tuple[NDArray[np.float32], NDArray[np.float32], list[int]]) -> None:
-    """Its sums, one token after another, as tools/perplexity/perplexity.cpp forms them."""
+    """The sums of tools/perplexity/perplexity.cpp, one token after another."""
     reference, model, tokens = case
     figures = compared(reference, model, tokens)
     count = len(tokens)
@@ -149,7 +149,7 @@ def test_a_model_against_itself_is_zero_everywhere() -> None:
 
 
 def test_the_paired_error_is_that_of_the_difference() -> None:
-    """Both find the same tokens hard: the loss varies a hundred times more than the difference."""
+    """Both models find the same tokens hard: the loss varies a hundred times as much as its difference."""
     random = np.random.default_rng(1)
     reference = random.normal(0, 5, (400, 5)).astype(np.float32)
     model = reference + random.normal(0, 0.05, reference.shape).astype(np.float32)
@@ -195,7 +195,7 @@ def test_chunks_and_single_steps_agree_past_the_window() -> None:
     session = EagerSession(model, layout)
 
     class OneByOne:
-        """A file's session: the logits of the last id only."""
+        """Like the session of a file, it gives the logits of the last id only."""
 
         def __init__(self) -> None:
             self._inner = EagerSession(model, layout)
@@ -221,7 +221,7 @@ def test_chunks_and_single_steps_agree_past_the_window() -> None:
     assert figures.same_top.value == 1.0
 
 
-def test_images_are_shown_and_their_tokens_are_not_predicted() -> None:
+def test_images_are_fed_and_their_tokens_are_not_predicted() -> None:
     config = tiny_vision_config("image-over-window")
     model, layout = random_model(config), cache_layout(config, "ring", 96, 16)
     vision = config.vision
@@ -267,7 +267,7 @@ def test_too_few_tokens(pieces: list[list[int]]) -> None:
         compare(session, {"r": FunctionSession(lambda _: [0.0] * 3, 3)}, [Document(ids, []) for ids in pieces])
 
 
-def test_the_table_has_a_column_a_model() -> None:
+def test_the_table_has_a_column_per_model() -> None:
     rows = np.random.default_rng(3).normal(0, 1, (6, 4)).astype(np.float32)
     figures = compared(rows, rows + rows**2, [1, 2, 3, 1, 2, 3])
     text = comparison_table({"one": figures, "two": figures})

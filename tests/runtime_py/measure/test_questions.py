@@ -51,7 +51,7 @@ def test_exact_match_by_category(tokenizer: Tokenizer) -> None:
     session = knowing(tokenizer, answers)
     asked: list[int] = []
     scores = exact_match(session, tokenizer, QUESTIONS, {tokenizer.end_of_turn_id}, asked.append)
-    # Space around an answer does not count, a missing full stop does.
+    # Spaces around an answer do not matter; a missing full stop does.
     assert scores == {"capital": Score(1, 2), "sum": Score(0, 1)}
     assert total(scores) == Score(1, 3)
     assert asked == [1, 2, 3]
@@ -65,7 +65,7 @@ def test_the_error_is_that_of_a_proportion() -> None:
     assert Score(1, 1).share.error == 0
 
 
-def test_the_table_ends_with_all() -> None:
+def test_the_table_ends_with_the_total() -> None:
     scores = {"capital": Score(1, 2), "sum": Score(0, 1)}
     lines = score_table({"a": scores, "b": scores}).splitlines()
     assert len(lines) == 5
@@ -142,13 +142,13 @@ def test_images_are_found_from_the_files_folder(tmp_path: Path) -> None:
         (["q.jsonl"], "begins with"),
     ],
 )
-def test_images_that_cannot_be_are_named_with_their_line(tmp_path: Path, images: object, word: str) -> None:
+def test_images_that_cannot_be_used_are_named_with_their_line(tmp_path: Path, images: object, word: str) -> None:
     (tmp_path / "q.jsonl").write_text(line() + "\n" + line(images=images))
     with pytest.raises(BadInput, match=f"line 2: .*{word}"):
         read_questions(tmp_path / "q.jsonl")
 
 
-def test_a_text_only_model_is_asked_about_no_image(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_text_only_model_refuses_questions_about_images(tokenizer: Tokenizer, tmp_path: Path) -> None:
     question = Question("colour", "What colour?", "Red.", (tmp_path / picture(tmp_path / "a.png"),))
     with pytest.raises(BadInput, match="an image for a text-only model"):
         exact_match(knowing(tokenizer, {}), tokenizer, [question], ())

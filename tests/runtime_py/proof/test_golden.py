@@ -46,7 +46,7 @@ def test_equal_logits_have_no_difference() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 8.0])  # flat to peaked
 @pytest.mark.parametrize("noise", [0.003, 0.1])
-def test_large_vocabulary_estimates_the_divergence_from_a_part(scale: float, noise: float) -> None:
+def test_the_divergence_over_a_large_vocabulary_is_estimated_from_a_part(scale: float, noise: float) -> None:
     recorder, exact, logits = Recorder(range(8), LARGE), [], []
     for position in range(8):
         expected = random_logits(LARGE, position, scale)
@@ -60,7 +60,7 @@ def test_large_vocabulary_estimates_the_divergence_from_a_part(scale: float, noi
     assert sum(one.kl for one in differences if one) == pytest.approx(sum(exact), rel=0.1)
 
 
-def test_a_changed_winner_is_seen() -> None:
+def test_a_changed_top_token_is_noticed() -> None:
     expected = random_logits(LARGE, 0)
     recorder = Recorder([5], LARGE)
     recorder.add(0, expected)

@@ -29,17 +29,17 @@ def test_every_walk_feeds_the_whole_sequence_in_order(plan: Plan) -> None:
 def test_landmarks_are_the_window_and_the_wraps(plan: Plan) -> None:
     positions = plan.landmarks
     assert (positions["W-1"], positions["W"], positions["W+1"], positions["2W"]) == (11, 12, 13, 24)
-    # 12 + 8 − 1 slots, rounded up to 8; and the window with its slack
+    # 12 + 8 − 1 slots, rounded up to a multiple of 8; and the window plus its slack
     assert [positions[f"wrap-{turn}-of-24-slots"] for turn in (1, 2, 3)] == [24, 48, 72]
     compacting = WINDOW + COMPACTING_SLACK
     assert positions[f"wrap-2-of-{compacting}-slots"] == 2 * compacting
     assert positions["last"] == CONTEXT - 1
 
 
-def test_a_real_shape_is_stepped_over_near_its_landmarks_only() -> None:
+def test_a_real_shape_is_fed_one_by_one_only_near_its_landmarks() -> None:
     config = tiny_config(sliding_window=512, max_position_embeddings=32768)
     plan = make_plan(manifest_of(config, context=32768, chunk=128))
-    # four windows past the first wrap of the ring, the larger of the two
+    # four windows past the first wrap of the ring, which is the larger of the two buffers
     assert len(plan.ids) == 640 + 4 * 512
     steps = plan.walks["one-by-one"]
     assert len(steps) < 600
@@ -59,7 +59,7 @@ def test_a_context_that_ends_early_is_covered_to_its_end() -> None:
 
 
 @pytest.mark.parametrize("shape", VISION_SHAPES)
-def test_images_are_first_in_a_row_across_the_edges_and_near_the_end(shape: str) -> None:
+def test_images_are_at_the_start_side_by_side_across_the_edges_and_near_the_end(shape: str) -> None:
     config = tiny_vision_config(shape)
     manifest, vision = seeing_manifest(config), config.vision
     assert vision is not None
@@ -77,7 +77,7 @@ def test_images_are_first_in_a_row_across_the_edges_and_near_the_end(shape: str)
         assert plan.ids[place + tokens] == vision.end_image_token_id
     edges = [config.sliding_window, manifest.chunk]
     assert all(position in inside or position - 1 in inside for position in edges)
-    # Every image is looked at right after it, by some walk, and no walk cuts one.
+    # Some walk compares the logits right after each image, and no walk splits an image.
     assert {place + tokens - 1 for place in plan.image_places} <= set(plan.golden_positions)
     cuts = {place + offset for place in plan.image_places for offset in range(1, tokens)}
     assert not cuts & {position + 1 for position in plan.positions}
@@ -95,7 +95,7 @@ def test_the_real_shape_has_images_across_the_window_and_past_the_wraps() -> Non
     assert plan.image_places[-1] > 2 * 1280
 
 
-def test_probe_images_tell_their_squares_apart() -> None:
+def test_the_squares_of_the_probe_images_differ() -> None:
     images = plan_images(seeing_manifest(tiny_vision_config()))
     assert images.shape == (2, 28, 28, 3)
     squares = images.reshape(2, 2, 14, 2, 14, 3).mean(axis=(2, 4)).reshape(8, 3)

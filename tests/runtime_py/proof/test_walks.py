@@ -54,7 +54,7 @@ def failed(checks: list[Check]) -> set[str]:
     return {check.metric for check in checks if not check.passed}
 
 
-# What passes and what must not
+# What must pass and what must fail
 
 
 def test_the_model_passes_against_itself(model: Gemma3, plan: Plan, reference: ReferenceLogits) -> None:
@@ -80,7 +80,7 @@ def test_a_ring_too_small_for_its_chunk_is_caught(model: Gemma3, plan: Plan, ref
     assert failed(check(EagerSession(model, short), plan, reference, "pte", INTEGER_LIMITS["onnx"]))
 
 
-def test_a_fault_at_one_position_does_not_drown(model: Gemma3, plan: Plan, reference: ReferenceLogits) -> None:
+def test_a_fault_at_one_position_is_not_averaged_away(model: Gemma3, plan: Plan, reference: ReferenceLogits) -> None:
     class OneBadPosition(EagerSession):
         def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
             logits = super().prefill(ids, images)
@@ -119,7 +119,9 @@ def test_not_a_number_does_not_pass(model: Gemma3, plan: Plan, reference: Refere
         assert failed(check(Broken(model, layout), plan, reference, "pte", limits))
 
 
-def test_golden_positions_alone_catch_it_too(model: Gemma3, plan: Plan, reference: ReferenceLogits) -> None:
+def test_golden_positions_alone_catch_a_window_off_by_one(
+    model: Gemma3, plan: Plan, reference: ReferenceLogits
+) -> None:
     golden = reference.at(plan.golden_positions)
     assert not failed(check(session_of(model), plan, golden, "pte", FLOAT_LIMITS))
     other = Gemma3(replace(model.config, sliding_window=WINDOW - 1)).requires_grad_(False)
@@ -127,7 +129,7 @@ def test_golden_positions_alone_catch_it_too(model: Gemma3, plan: Plan, referenc
     assert failed(check(session_of(other), plan, golden, "onnx", INTEGER_LIMITS["onnx"]))
 
 
-def test_rounded_activations_get_the_noise_that_the_reference_itself_has(model: Gemma3, plan: Plan) -> None:
+def test_limits_for_rounded_activations_follow_the_noise_of_the_reference_itself(model: Gemma3, plan: Plan) -> None:
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     integers = {name: round_to_nearest(model.get_parameter(name), 8, None) for name in linears if "lm_head" not in name}
     rounded = random_model(model.config)
@@ -145,7 +147,7 @@ def test_rounded_activations_get_the_noise_that_the_reference_itself_has(model: 
     checks = check(session_of(rounded), plan, noisy, "pte", INTEGER_LIMITS["pte"])
     assert not failed(checks)
     assert any(check.id == "noise" for check in checks)
-    # The nudge is gone again, and a model that rounds nothing is told apart.
+    # Measuring the noise leaves the model as it was, and a model that rounds nothing fails.
     assert (record(session_of(rounded), plan).values == reference.values).all()
     assert failed(check(session_of(model), plan, noisy, "pte", INTEGER_LIMITS["pte"]))
 
@@ -166,7 +168,7 @@ def seeing_session(model: Gemma3, kind: type[EagerSession] = EagerSession) -> Ea
     return kind(model, cache_layout(model.config, "ring", 128, max(CHUNK, vision.tokens_per_image)))
 
 
-def test_a_model_that_sees_passes_against_itself(seeing: tuple[Gemma3, Plan, ReferenceLogits]) -> None:
+def test_a_multimodal_model_passes_against_itself(seeing: tuple[Gemma3, Plan, ReferenceLogits]) -> None:
     model, plan, reference = seeing
     checks = check(seeing_session(model), plan, reference, "pte", FLOAT_LIMITS)
     assert not failed(checks)
@@ -175,7 +177,7 @@ def test_a_model_that_sees_passes_against_itself(seeing: tuple[Gemma3, Plan, Ref
 
 
 class CausalImages(EagerSession):
-    """Feeds an image's soft tokens one by one, so that none sees those after it."""
+    """Feeds an image's soft tokens one by one, so that none attends to those after it."""
 
     def call(self, call: Call) -> Logits:
         if call.image is None:
@@ -192,14 +194,14 @@ class CausalImages(EagerSession):
 
 
 class SwappedImages(EagerSession):
-    """Two images of one call change places."""
+    """Reverses the order of a prompt's images."""
 
     def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
         return super().prefill(ids, images[::-1])
 
 
 class ShiftedImages(EagerSession):
-    """The soft tokens come in another order."""
+    """Rotates the order of an image's soft tokens."""
 
     def encode_image(self, image: Pixels) -> SoftTokens:
         return np.roll(super().encode_image(image), 1, axis=0)
@@ -213,7 +215,7 @@ class BgrImages(EagerSession):
 @pytest.mark.parametrize("fault", [CausalImages, SwappedImages, ShiftedImages, BgrImages])
 @pytest.mark.parametrize("limits", [FLOAT_LIMITS, *INTEGER_LIMITS.values()])
 @pytest.mark.parametrize("golden", [False, True])
-def test_what_is_wrong_with_images_is_caught(
+def test_faults_with_images_are_caught(
     seeing: tuple[Gemma3, Plan, ReferenceLogits], fault: type[EagerSession], limits: Limits, golden: bool
 ) -> None:
     model, plan, reference = seeing
@@ -233,7 +235,7 @@ def test_a_window_off_by_one_is_caught_with_images_too(
     assert failed(check(seeing_session(other), plan, reference, "onnx", INTEGER_LIMITS["onnx"]))
 
 
-def test_rounded_activations_of_the_encoder_have_their_noise(seeing: tuple[Gemma3, Plan, ReferenceLogits]) -> None:
+def test_the_noise_of_the_vision_model_is_measured(seeing: tuple[Gemma3, Plan, ReferenceLogits]) -> None:
     model, plan, reference = seeing
     assert not reference.soft_noise.any()
     noisy = with_noise(reference, seeing_session(model), plan)
@@ -247,7 +249,7 @@ def test_limits_follow_the_weights() -> None:
     assert limits_for(manifest_of(config, scheme="int4-block32"), pte) is pte
 
 
-def test_the_table_marks_what_failed() -> None:
+def test_the_table_marks_failed_checks() -> None:
     checks = [
         Check("pte", "id", "kl_mean", "walk", 0.5, 1e-3, False),
         Check("pte", "id", "max_abs", "walk", 1, None, True),

@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyOnnx:
 
 @pytest.fixture
 def copy(tiny: TinyOnnx, tmp_path: Path) -> TinyOnnx:
-    """One that a test may damage."""
+    """A copy that a test may damage."""
     for file in tiny.path.parent.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return replace(tiny, path=tmp_path / tiny.path.name)
@@ -54,7 +54,7 @@ def test_position_and_logits_follow_what_is_fed(tiny: TinyOnnx) -> None:
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 128))
 @settings(max_examples=25, deadline=None)
-def test_pieces_do_not_matter(tiny: TinyOnnx, pieces: list[int], chunk: int) -> None:
+def test_the_lengths_of_prompts_do_not_matter(tiny: TinyOnnx, pieces: list[int], chunk: int) -> None:
     ids = random_tokens(tiny.config, min(sum(pieces), 128))
     whole = tiny.session().prefill(ids)
     session = OnnxSession(tiny.path, replace(tiny.layout, chunk=chunk), tiny.config, threads=1)
@@ -64,7 +64,7 @@ def test_pieces_do_not_matter(tiny: TinyOnnx, pieces: list[int], chunk: int) -> 
 
 
 @pytest.mark.parametrize("before", [3, 100])
-def test_reset_is_a_new_session_to_the_bit(tiny: TinyOnnx, before: int) -> None:
+def test_reset_equals_a_new_session_bit_for_bit(tiny: TinyOnnx, before: int) -> None:
     ids = random_tokens(tiny.config, 90, seed=2)
     used, fresh = tiny.session(), tiny.session()
     used.prefill(random_tokens(tiny.config, before))
@@ -92,7 +92,9 @@ def test_refuses_ids_before_any_is_fed(tiny: TinyOnnx) -> None:
         session.step(0)
 
 
-def test_the_encoder_is_opened_for_a_prompt_with_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vision_model_is_opened_only_for_a_prompt_with_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = []
 
     def open_counted(path: Path, threads: int | None) -> Any:
@@ -107,7 +109,7 @@ def test_the_encoder_is_opened_for_a_prompt_with_images_only(tmp_path: Path, mon
     assert opened == []
     session.prefill(ids[4:], images)
     assert len(opened) == 1
-    assert opened[0]() is None, "the encoder's memory must be free again"
+    assert opened[0]() is None, "the vision model's memory must be free again"
     expected = session.logits
     soft_tokens = [session.encode_image(image) for image in images]
     session.reset()

@@ -37,7 +37,7 @@ def test_chunks_keep_order() -> None:
     assert [list(piece) for piece in chunks(range(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-def test_eager_session_is_the_network_however_it_is_fed() -> None:
+def test_eager_session_equals_the_network_however_it_is_fed() -> None:
     config = tiny_config(sliding_window=8)
     model = random_model(config)
     session = EagerSession(model, cache_layout(config, "ring", context=64, chunk=5))
@@ -62,7 +62,7 @@ def test_eager_session_refuses_before_it_feeds_and_resets_to_the_start() -> None
     assert (session.prefill(ids[:6]) == first).all()
 
 
-# Images: tiny "like-4b" has 28 × 28 pixels and 4 soft tokens an image, token 153.
+# Images: the tiny "like-4b" takes 28 × 28 pixels and has 4 soft tokens per image; the image token is 153.
 
 
 def seeing_session(shape: str = "like-4b", context: int = 64, chunk: int = 16) -> EagerSession:
@@ -87,7 +87,7 @@ def test_calls_are_text_within_the_chunk_and_whole_images() -> None:
 
 
 @pytest.mark.parametrize("places", [0, 1, 3])
-def test_places_and_images_must_be_as_many(places: int) -> None:
+def test_there_must_be_one_run_of_image_tokens_for_each_image(places: int) -> None:
     session = seeing_session()
     ids = [5, *with_images(session.model.config, [None] * places)]
     with pytest.raises(BadInput, match=f"image tokens for {places} images?, but 2 given"):
@@ -96,7 +96,7 @@ def test_places_and_images_must_be_as_many(places: int) -> None:
 
 
 @pytest.mark.parametrize("length", [3, 5])
-def test_a_run_that_is_not_an_image_is_refused(length: int) -> None:
+def test_a_run_of_image_tokens_that_is_not_as_long_as_an_image_is_refused(length: int) -> None:
     session = seeing_session()
     with pytest.raises(BadInput, match=f"{length} image tokens in a row, but an image has 4"):
         session.prefill([5, *[153] * length, 6], random_images(28, 1))
@@ -126,7 +126,7 @@ def test_an_image_that_does_not_fit_is_refused_with_the_counts_before_anything_i
 
 
 @pytest.mark.parametrize("shape", VISION_SHAPES)
-def test_eager_session_with_images_is_the_network_however_it_is_fed(shape: str) -> None:
+def test_eager_session_with_images_equals_the_network_however_it_is_fed(shape: str) -> None:
     session = seeing_session(shape, context=128)
     model, vision = session.model, session.vision
     assert vision is not None

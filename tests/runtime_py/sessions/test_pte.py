@@ -1,4 +1,4 @@
-"""The session over a .pte: what it refuses, what reset and threads change (nothing), and the stock runner beside it."""
+"""The session over a .pte: what it refuses, that reset and threads change nothing, and the stock runner's answer."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPte:
 
 
 def walk(session: PteSession, ids: list[int]) -> np.ndarray:
-    """Logits after a prompt in two calls and after each further id."""
+    """Logits after each of two prompts and after each further id."""
     found = [session.prefill(ids[:11]), session.prefill(ids[11:20])]
     return np.stack(found + [session.step(token) for token in ids[20:]])
 
@@ -123,7 +123,7 @@ def test_nothing_is_written_to_stderr(tiny: TinyPte, capfd: pytest.CaptureFixtur
     assert capfd.readouterr().err == ""
 
 
-def test_the_stock_runner_says_the_same(tmp_path: Path) -> None:
+def test_the_stock_runner_gives_the_same_text(tmp_path: Path) -> None:
     """ExecuTorch's own C++ runner, which Android's uses too, with the demo's tokenizer."""
     tokenizer = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     config = tiny_config(vocab_size=4096, num_hidden_layers=2, sliding_window_pattern=2)
