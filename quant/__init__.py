@@ -1,1 +1,1 @@
-"""Quantization: integer codecs, recipes as data, and what they make of named weights. Imports nothing else of ours."""
+"""Quantization: integer codecs, recipes as data, methods and training. Of this project it imports gemma3 alone."""

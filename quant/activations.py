@@ -1,4 +1,4 @@
-"""Activations rounded to int8, as XNNPACK's kernels round the input of a linear layer with integer weights."""
+"""Rounds activations to int8, as XNNPACK's kernels round the input of a linear layer with integer weights."""
 
 from typing import Literal
 
@@ -9,17 +9,17 @@ Activations = Literal["float", "int8"]
 
 
 def fake_quantize_per_token(x: Tensor) -> Tensor:
-    """x [..., features], rounded to int8 per token (over the last axis), asymmetrically, and back to x's dtype.
+    """x [..., features], rounded asymmetrically to int8 per token (over the last axis) and dequantized to x's dtype.
 
-    The step is (max − min) / 255 over a range that includes 0. The zero point is moved to an integer, on the side
-    with the smaller error. The operations and their order are XNNPACK's (xnn_f32_qd8_asymmetric_quantization_params
-    and its f32-to-qd8 conversion), so that equal float32 inputs give equal codes and equal values; tests/export checks
-    this bit for bit. torchao's choose_qparams_per_token_asymmetric computes the step first and inverts it, which rounds
-    about one value in a million the other way.
+    The scale is (max − min) / 255 over a range that includes 0. The zero point is rounded to an integer, from the end
+    of the range with the smaller error. The operations and their order are XNNPACK's
+    (xnn_f32_qd8_asymmetric_quantization_params and its f32-to-qd8 conversion), so equal float32 inputs give equal codes
+    and equal values; tests/export checks this bit for bit. torchao's choose_qparams_per_token_asymmetric computes the
+    scale first and inverts it, which rounds about one value in a million the other way.
     """
     low = x.amin(-1, keepdim=True).clamp(max=0)
     high = x.amax(-1, keepdim=True).clamp(min=0)
-    # A token of (all but) zeros rounds to zeros; below 7.5e-37 the multiplier would overflow.
+    # A token whose values are all (nearly) 0 rounds to zeros. For a range below 7.5e-37 the multiplier would overflow.
     span = torch.where(high - low < 1e-30, 255.0, high - low)
     # Not ``255.0 / span``: torch computes that as 255 · (1 / span), which rounds twice.
     multiplier = torch.full_like(span, 255.0) / span

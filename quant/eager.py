@@ -1,8 +1,8 @@
 """The quantized eager model: the reference that an exported file is compared with.
 
-Its weights are the values that the codes stand for. For runtimes that multiply in int8 (XNNPACK's 8da4w), the input
-of each quantized linear layer is first rounded as the runtime rounds it. Weights are dequantized when they are used,
-a few rows at a time, so that the reference of a model with a vocabulary of 262 144 fits in memory.
+Its weights are the dequantized codes. For runtimes that multiply in int8 (XNNPACK's 8da4w), the input of each linear
+layer with integer weights is first rounded as the runtime rounds it. Integer weights are dequantized when they are
+used, a few rows at a time, so that the reference of a model with a vocabulary of 262 144 fits in memory.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,10 @@ from quant.weights import QuantizedWeights
 
 
 def quantized_model(config: ModelConfig, weights: QuantizedWeights, activations: Activations) -> Gemma3:
-    """The eager model of ``config`` with exactly ``weights``: see ``with_integer_weights`` for ``activations``.
+    """The float32 eager model of ``config`` with exactly ``weights``, in eval mode, without gradients.
 
-    Raises BadInput when a weight is missing, left over or of another shape.
+    For ``activations`` see ``with_integer_weights``. Raises BadInput when a weight is missing, is not part of the
+    model, or has another shape.
     """
     check_shapes(config, weights.shapes)
     model = empty_model(config)
@@ -41,10 +42,11 @@ def quantized_model(config: ModelConfig, weights: QuantizedWeights, activations:
 def with_integer_weights(
     model: nn.Module, integers: Mapping[str, IntegerWeight], activations: Activations
 ) -> nn.Module:
-    """Make the linear layers and embeddings whose parameters ``integers`` names compute with it; returns ``model``.
+    """Replace, in place, the linear layers and embeddings whose parameters ``integers`` names; returns ``model``.
 
-    With ``activations`` "int8", each of these linear layers first rounds its input. A table that embedding and head
-    share is one parameter: both use the integers, whichever of its names is given.
+    The new layers compute with the integers. With ``activations`` "int8", each of these linear layers first rounds its
+    input. A table that embedding and head share is one parameter: both use the integers, whichever of its two names is
+    given.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shared: dict[Tensor, IntegerWeight] = {parameters[name]: weight for name, weight in integers.items()}
@@ -57,7 +59,7 @@ def with_integer_weights(
 
 
 class IntegerLinear(nn.Module):
-    """x [..., K] → [..., N] with a weight [N, K], of which only some rows at a time are dequantized."""
+    """A linear layer, x [..., K] → [..., N]. Its integer weight [N, K] is dequantized ROWS_AT_ONCE rows at a time."""
 
     def __init__(self, weight: IntegerWeight, activations: Activations, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -75,7 +77,7 @@ class IntegerLinear(nn.Module):
 
 
 class IntegerEmbedding(nn.Module):
-    """Rows of a table [V, E]: ids [...] → float32 [..., E]."""
+    """An embedding, ids [...] → float32 [..., E]. Dequantizes only the rows of its table [V, E] that are looked up."""
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """GPTQ (arXiv 2210.17323): round one column, and let the columns not yet rounded compensate for its error.
 
-GPTQ does not minimize the error of the weight, but the error of its products on text: for a linear layer with
-inputs X [tokens, columns], the sum of (error · H · errorᵀ) over the rows, with H = Xᵀ X (the "Hessian" below). Each
-row is a problem of its own. A row for which rounding to nearest gives a smaller error is rounded to nearest, so that
-no row is ever worse.
+GPTQ does not minimize the error of a weight, but the error of its products with the inputs on some text. For a linear
+layer with inputs X [tokens, columns], this is the sum of (error · H · errorᵀ) over the rows of the weight, where
+H = Xᵀ X (the "Hessian" below). Each row is an independent problem. A row for which rounding to nearest gives a smaller
+error is rounded to nearest, so no row is ever worse.
 
 Columns are rounded in order, because neighbours in a group share a scale. The scale is chosen when the first column
 of the group is reached, from the compensated weight: among the absmax scale and some smaller ones, it is the scale
@@ -23,10 +23,11 @@ from quant.recipe import SCHEMES, Integers, Recipe
 
 log = logging.getLogger(__name__)
 
-# Share of the mean of H's diagonal that is added to it, the paper's.
+# The damping: this share of the mean of H's diagonal is added to the diagonal, as in the paper.
 DAMPING = 0.01
+# The candidates for a scale, as shares of the absmax scale.
 SHARES_OF_ABSMAX = [1 - step / 64 for step in range(20)]
-# How many columns receive the error of all columns before them at once, as one matrix product.
+# The size of a block of columns. One matrix product applies the errors of all earlier columns to a whole block.
 COLUMNS_AT_ONCE = 128
 
 # Runs the network's layers on token ids [B, S]; its result is not used.
@@ -36,10 +37,11 @@ Run = Callable[[Tensor], object]
 def gptq(layers: Sequence[tuple[str, nn.Module]], run: Run, batches: Sequence[Tensor], recipe: Recipe) -> Method:
     """A method for ``quantize_weights``: calibrated integers inside ``layers``, round to nearest elsewhere.
 
-    ``layers`` are the network's (name, module) in order. Each takes its predecessor's output as its first argument.
-    Their weights are replaced by the dequantized integers one after another, so that each layer is calibrated on
-    activations of the already quantized layers before it. The H of one linear layer is in memory at a time. Raises
-    ValueError when a weight is NaN or infinite, and BadInput when no rule matches it.
+    ``layers`` are the network's layers in order, as (name, module). Each takes its predecessor's output as its first
+    argument. ``run`` runs the network on one of ``batches``, token ids [B, S]. The weights of the layers are replaced
+    by the dequantized integers one layer after another, so that each layer is calibrated on activations of the already
+    quantized layers before it. Only one H is in memory at a time. Raises ValueError when a weight is NaN or infinite,
+    and BadInput when no rule matches it.
     """
     found: dict[str, tuple[IntegerWeight, float]] = {}
     with torch.no_grad():
@@ -69,7 +71,7 @@ def _quantize_together(
     inputs: Sequence[tuple[Any, ...]],
     recipe: Recipe,
 ) -> dict[str, tuple[IntegerWeight, float]]:
-    """Linear layers that have the same input have the same H."""
+    """Quantize ``linears``, which have the same input and so the same H: name → integers, relative error."""
     schemes = {name: SCHEMES[recipe.rule(f"{prefix}.{name}.weight").scheme] for name, _ in linears}
     if not any(isinstance(scheme, Integers) for scheme in schemes.values()):
         return {}
@@ -87,7 +89,7 @@ def _quantize_together(
 def gptq_weight(weight: Tensor, hessian: Tensor, scheme: Integers) -> tuple[IntegerWeight, float]:
     """Integers for weight [N, K] under hessian [K, K], and their error relative to that of round to nearest (≤ 1).
 
-    A column whose inputs were all zero is rounded to nearest. Raises ValueError as ``round_to_nearest`` does.
+    A column whose inputs were all 0 is rounded to nearest. Raises ValueError as ``round_to_nearest`` does.
     """
     plain = round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad)
     integers = _corrected(weight.float(), _factor(hessian), plain)
@@ -136,7 +138,11 @@ def _corrected(weight: Tensor, factor: Tensor, plain: IntegerWeight) -> IntegerW
 
 
 def least_costly_scales(values: Tensor, cost: Tensor, bits: int) -> Tensor:
-    """float32 scales [rows] on the bfloat16 grid for values [rows, size]; ``cost`` [size] weighs squared errors."""
+    """float32 scales [rows] on the bfloat16 grid for values [rows, size].
+
+    Among the candidates (see SHARES_OF_ABSMAX) each row gets the scale with the least squared error, where ``cost``
+    [size] is the weight of each column's error.
+    """
     grouped = values.unsqueeze(1)
     absmax = absmax_scales(grouped, bits)
     candidates = torch.stack([bf16_grid(absmax * share) for share in SHARES_OF_ABSMAX])  # [shares, rows, 1]
@@ -149,7 +155,7 @@ def _factor(hessian: Tensor) -> Tensor:
     """The float32 upper triangle R with R Rᵀ = hessian + damping."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
-    # Without any input, every column is independent of the others.
+    # If all inputs are 0, so is H. With 1 on its diagonal every column is rounded independently of the others.
     diagonal += DAMPING * float(diagonal.mean()) or 1.0
     return torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1).float()
 
@@ -160,15 +166,18 @@ def _errors(weight: Tensor, integers: IntegerWeight, hessian: Tensor) -> Tensor:
     return ((error @ hessian.double()) * error).sum(-1)
 
 
-# Driving a network layer by layer.
+# Running a network layer by layer.
 
 
 class _SeenEnough(Exception):
-    """The rest of the layer need not run."""
+    """Ends a run of a layer once the input of the wanted linear layer is known."""
 
 
 def hessian(layer: nn.Module, linear: nn.Linear, inputs: Sequence[tuple[Any, ...]]) -> Tensor:
-    """float64 [K, K]: Σ xᵀ x over the inputs x of ``linear`` when ``layer``, which contains it, runs on ``inputs``."""
+    """float64 [K, K]: Σ xᵀ x over the inputs x [tokens, K] that ``linear`` gets when its ``layer`` runs on ``inputs``.
+
+    Each of ``inputs`` is the tuple of arguments of one run of ``layer``.
+    """
     size = linear.in_features
     total = torch.zeros(size, size, dtype=torch.float64)
 
@@ -190,7 +199,7 @@ def hessian(layer: nn.Module, linear: nn.Linear, inputs: Sequence[tuple[Any, ...
 
 
 def _sharing_inputs(layer: nn.Module, arguments: tuple[Any, ...]) -> list[list[tuple[str, nn.Linear]]]:
-    """The layer's linear layers in the order they run; those whose input is the same tensor are together."""
+    """The layer's linear layers in the order in which they run, grouped by input: one list for each input tensor."""
     together: dict[Tensor, list[tuple[str, nn.Linear]]] = {}
     hooks = []
     for name, module in layer.named_modules():
@@ -217,7 +226,7 @@ def _calls(layers: Sequence[tuple[str, nn.Module]], run: Run, batch: Tensor) -> 
         return x
 
     try:
-        # An attribute of the module hides its class's forward. A hook could not keep forward from running.
+        # An attribute of the module hides the forward of its class. A hook could not prevent forward from running.
         for _, layer in layers:
             layer.__dict__["forward"] = pass_on
         run(batch)

@@ -1,4 +1,4 @@
-"""HQQ, half-quadratic quantization, as torchao has it for symmetric integers: scales chosen without data.
+"""HQQ, half-quadratic quantization, in torchao's version for symmetric integers: scales chosen without data.
 
 torchao's general HQQ moves the zero point, but no int4 kernel of our runtimes accepts one. Its scale-only form
 alternates between rounding and the least-squares scale. We take the scales from it, snap them to the bfloat16 grid
@@ -14,14 +14,15 @@ from quant.recipe import Integers
 
 
 def hqq(_: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
-    """A method for ``quantize_weights``. Raises ValueError as ``round_to_nearest`` does."""
+    """A method for ``quantize_weights``: round to nearest under HQQ's scales. Raises as ``round_to_nearest`` does."""
     integers = round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad, choose_scales=scales)
     return integers, "round to nearest under HQQ's scales"
 
 
 def scales(grouped: Tensor, bits: int) -> Tensor:
-    """Scales [rows, groups] for values [rows, groups, size], not yet on a grid."""
-    # Takes seconds to load, and is private to torchao: its public interface would round a second time.
+    """HQQ's scales [rows, groups] for values [rows, groups, size], not yet on the bfloat16 grid."""
+    # Imported here, because it takes seconds to load. The function is private to torchao, but the public interface
+    # would round the weight a second time.
     from torchao.quantization import quant_primitives  # type: ignore[import-untyped]
 
     rows, _, size = grouped.shape

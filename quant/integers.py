@@ -1,12 +1,12 @@
 """Symmetric integer weights: codes, scales, and round-to-nearest.
 
-A weight is [rows, columns] = [out features, in features]. A group is ``group_size`` neighbours along the
-columns that share a scale; per channel means one group a row. value = code · scale; the zero point is 0.
+A weight is [rows, columns] = [out features, in features]. A group is ``group_size`` neighbouring columns of a row,
+which share a scale; per channel means one group per row. value = code · scale; the zero point is 0.
 
 Scales are strictly positive, at least 2^−17 and on the bfloat16 grid. Such a scale is exact in float32,
 float16 and bfloat16 alike, so every runtime holds the same value: XNNPACK stores blockwise int4 scales as
 bfloat16 (and refuses zero or subnormal ones at load), ARM KleidiAI truncates to bfloat16, ONNX files hold
-float16. The bound on top is float16's 65504.
+float16. The upper bound comes from float16's largest value, 65504.
 """
 
 from collections.abc import Callable
@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_SCALE = 2.0**-17  # with bfloat16's 8 significant bits still exact as a float16 subnormal (2^−24 steps)
-MAX_SCALE = 65280.0  # largest bfloat16 below float16's maximum
+MIN_SCALE = 2.0**-17  # bfloat16's 8 significant bits are still exact in a float16 subnormal (steps of 2^−24)
+MAX_SCALE = 65280.0  # the largest bfloat16 below float16's maximum
 
-ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 8192  # bounds the float32 copies of a large table
 
 
 @dataclass(frozen=True)
 class IntegerWeight:
     """codes int8 [rows, columns] in −2^(bits−1) … 2^(bits−1) − 1; scales float32 [rows, groups].
 
-    ``group`` is the group size, given only where it does not divide the columns, so that the last group is shorter.
+    ``group`` is the group size, but only if it does not divide the columns, so that the last group is shorter.
     """
 
     kind: ClassVar[str] = "integers"
@@ -47,7 +47,7 @@ class IntegerWeight:
 
     @property
     def ideal_bytes(self) -> int:
-        """The codes at their bits plus two bytes a scale."""
+        """The bytes of the codes at ``bits`` bits each, plus two bytes per scale."""
         return self.codes.numel() * self.bits // 8 + 2 * self.scales.numel()
 
     def dequantize(self) -> Tensor:
@@ -60,7 +60,7 @@ class IntegerWeight:
         return self.codes, self.scales
 
     def equal_codes(self, other: Any) -> int:
-        """How many places of ``other`` hold the same code under the same scale; none when the shapes differ."""
+        """How many codes of ``other`` equal the code in their place, under an equal scale; 0 if the shapes differ."""
         if not isinstance(other, IntegerWeight):
             return 0
         if other.codes.shape != self.codes.shape or other.scales.shape != self.scales.shape:
@@ -75,27 +75,27 @@ class IntegerWeight:
 
 
 def in_groups(values: Tensor, size: int) -> Tensor:
-    """values [rows, columns] as [rows, groups, size]; a shorter last group is padded with zeros."""
+    """values [rows, columns] as [rows, groups, size]. A shorter last group is padded with zeros."""
     rows, columns = values.shape
     padded = values if columns % size == 0 else F.pad(values, (0, -columns % size))
     return padded.reshape(rows, -1, size)
 
 
 def bf16_grid(scales: Tensor) -> Tensor:
-    """The nearest allowed scale: bfloat16, positive, within MIN_SCALE … MAX_SCALE (float32 out)."""
+    """The nearest allowed scales, as float32: on the bfloat16 grid, within MIN_SCALE … MAX_SCALE."""
     return scales.float().clamp(MIN_SCALE, MAX_SCALE).to(torch.bfloat16).float()
 
 
 def absmax_scales(grouped: Tensor, bits: int) -> Tensor:
-    """[rows, groups] of [rows, groups, size]: absmax / (2^(bits−1) − ½).
+    """Scales [rows, groups] for values [rows, groups, size]: absmax / (2^(bits−1) − ½).
 
-    This uses the whole asymmetric range of codes; at most half a step is clipped on the positive side.
+    They use the whole asymmetric range of codes. On the positive side at most half a step is clipped.
     """
     return grouped.abs().amax(-1) / (2 ** (bits - 1) - 0.5)
 
 
 def nearest_codes(grouped: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The nearest codes, as floats [rows, groups, size], of values of that shape under scales [rows, groups]."""
+    """The nearest codes to values [rows, groups, size] under scales [rows, groups], as floats of the values' shape."""
     limit = 2 ** (bits - 1)
     return (grouped / scales[..., None]).round_().clamp_(-limit, limit - 1)
 
@@ -108,10 +108,11 @@ def round_to_nearest(
     pad: bool = False,
     choose_scales: Callable[[Tensor, int], Tensor] = absmax_scales,
 ) -> IntegerWeight:
-    """Scales snapped to the bfloat16 grid, then codes rounded to nearest under the snapped scales.
+    """The integers of weight [rows, columns]: codes rounded to nearest under scales on the bfloat16 grid.
 
-    ``group_size`` None is per channel. It must divide the columns, unless ``pad`` lets the last group be shorter.
-    Raises ValueError on NaN or infinite weights.
+    ``choose_scales`` gives the scales before they are snapped to the grid. ``group_size`` None means per channel.
+    Raises ValueError on NaN or infinite weights, and when the group size does not divide the columns, unless ``pad``
+    lets the last group be shorter.
     """
     rows, columns = weight.shape
     size = columns if group_size is None or (pad and group_size > columns) else group_size
@@ -131,7 +132,7 @@ def round_to_nearest(
 
 
 def require_finite(weight: Tensor) -> None:
-    """Raises ValueError with the number of values that are NaN or infinite."""
+    """Raises ValueError, with their number, when values are NaN or infinite."""
     count = weight.numel() - int(torch.isfinite(weight).sum())
     if count:
         raise ValueError(f"{count} values are NaN or infinite")

@@ -1,4 +1,4 @@
-"""Weights quantized by a recipe: each in its scheme, with a verdict. A method chooses the integers."""
+"""Quantizes weights by a recipe: each gets a scheme and a verdict. A method chooses the integers."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,7 +10,7 @@ from quant.recipe import OPTIONAL_PATTERNS, SCHEMES, Integers, Recipe, Scheme, S
 from quant.sfp8 import encode_weight
 from quant.weights import QuantizedWeights, Weight
 
-# Chooses the integers of a weight [rows, columns]; called with its name. Also says in a few words how it chose them.
+# (name, weight [rows, columns], scheme) → the integers of the weight, and in a few words how they were chosen.
 Method = Callable[[str, Tensor, Integers], tuple[IntegerWeight, str]]
 
 
@@ -22,10 +22,10 @@ def rtn(_: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
 def quantize_weights(
     named_weights: Iterable[tuple[str, Tensor]], recipe: Recipe, method: Method = rtn
 ) -> QuantizedWeights:
-    """Each weight in the scheme of the first rule that matches its name; ``method`` chooses the integers.
+    """Each weight in the scheme of the first rule that matches its name. ``method`` chooses the integers.
 
-    Weights are taken one at a time, so that a memory-mapped checkpoint is never whole in memory. Raises BadInput
-    when no rule matches a weight, when a rule matches no weight, or when a weight cannot have its scheme.
+    Weights are taken one at a time, so that a memory-mapped checkpoint is never whole in memory. Raises BadInput when
+    no rule matches a weight, when a rule matches no weight, and when a weight cannot be stored in its scheme.
     """
     tensors: dict[str, Weight] = {}
     verdicts: dict[str, Verdict] = {}

@@ -35,11 +35,11 @@ def quantize(
     data: Sequence[Path] = (),
     tokens: int = CALIBRATION_TOKENS,
 ) -> QuantizedCheckpoint:
-    """``checkpoint`` in ``recipe``. ``method`` chooses the integers: round to nearest, GPTQ or HQQ's scales.
+    """``checkpoint`` quantized by ``recipe``. ``method`` chooses the integers: round to nearest, GPTQ or HQQ.
 
-    GPTQ is calibrated on the first ``tokens`` tokens of the files ``data``: text, or conversations (.jsonl). Raises
-    BadInput for an unknown method, when ``data`` is missing, not wanted or cannot be used, and when the recipe does
-    not fit the checkpoint.
+    GPTQ is calibrated on the first ``tokens`` tokens of the files ``data``: text, or conversations (.jsonl) without
+    images. Raises BadInput for an unknown method, for GPTQ without ``data`` or another method with it, for data that
+    cannot be used, and when the recipe does not fit the checkpoint.
     """
     if method not in get_args(PostTraining):
         raise BadInput(f"method {method!r} is unknown; use one of {', '.join(get_args(PostTraining))}")
@@ -48,7 +48,7 @@ def quantize(
     log.info("quantizing %d weights: %s", len(checkpoint.names), recipe.name)
     chosen: Method = hqq if method == "hqq" else rtn
     if method == "gptq":
-        for name in checkpoint.names:  # before minutes of work
+        for name in checkpoint.names:  # raises for a weight without a rule, before minutes of work
             recipe.rule(name)
         model = load_model(checkpoint)
         layers = [(names.layer(index), layer) for index, layer in enumerate(model.model.layers)]
@@ -58,7 +58,10 @@ def quantize(
 
 
 def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) -> list[Tensor]:
-    """Batches of rows of token ids, int64 [rows, length]. Raises BadInput as ``gemma3.data.pack`` does."""
+    """About ``tokens`` token ids in batches of rows, int64 [rows, length].
+
+    Raises BadInput for data with images, and as ``gemma3.data.pack`` does.
+    """
     config = checkpoint.config
     length = min(ROW_TOKENS, config.max_position_embeddings)
     packed = pack(data, checkpoint.tokenizer, length, config)
@@ -71,7 +74,7 @@ def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) 
 def in_recipe(source: Source, recipe: Recipe | None = None) -> QuantizedCheckpoint:
     """A full-precision checkpoint rounded to nearest in ``recipe`` (int4-block32 if None); a quantized one as it is.
 
-    Raises BadInput when a quantized one has another recipe than the one asked for, and what ``quantize`` raises.
+    Raises BadInput when a quantized checkpoint has another recipe than ``recipe``, and what ``quantize`` raises.
     """
     if not isinstance(source, QuantizedCheckpoint):
         return quantize(source, recipe or preset(DEFAULT_SCHEME))

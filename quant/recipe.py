@@ -1,6 +1,6 @@
-"""Recipes: what to quantize, as data. Ordered rules map a pattern to a scheme; the first match wins.
+"""Recipes: what to quantize, as data. Ordered rules map name patterns to schemes; the first match wins.
 
-A recipe knows names alone: the network does not know that it is quantized. Works without torch.
+A recipe refers to weights by name only, so the network's code does not depend on it. Works without torch.
 """
 
 import fnmatch
@@ -15,9 +15,9 @@ from gemma3.names import EMBEDDING, HEAD
 
 @dataclass(frozen=True)
 class Integers:
-    """Integers of ``bits`` bits with one scale per ``group_size`` columns (None: per channel, one scale a row).
+    """Integers of ``bits`` bits with one scale per ``group_size`` columns (None: per channel, one scale per row).
 
-    Columns that the group size does not divide are refused; with ``pad`` the last group is shorter.
+    If the group size does not divide the columns, the weight is refused; with ``pad`` its last group is shorter.
     """
 
     bits: int
@@ -27,7 +27,7 @@ class Integers:
 
 @dataclass(frozen=True)
 class Sfp8:
-    """SFP8 codes with one scale a row, as the JAX library stores them, or one a tensor, as gemma.cpp does."""
+    """SFP8 codes with one scale per row, as the JAX library stores them, or one per tensor, as gemma.cpp does."""
 
     per_channel: bool
 
@@ -35,7 +35,7 @@ class Sfp8:
 Scheme = Integers | Sfp8 | None
 
 _GROUPED = {f"int{bits}-block{size}": Integers(bits, size) for bits in (4, 8) for size in (32, 128)}
-# How a weight can be stored. "float32" keeps it.
+# How a weight can be stored, by name. "float32" keeps it in floating point.
 SCHEMES: dict[str, Scheme] = {
     "float32": None,
     "int4-channel": Integers(bits=4, group_size=None),
@@ -49,7 +49,7 @@ SCHEMES: dict[str, Scheme] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Weights whose name matches ``pattern`` (shell-style) are stored in ``scheme`` (a key of SCHEMES)."""
+    """Weights whose name matches ``pattern`` (as in a shell) are stored in ``scheme``, a key of SCHEMES."""
 
     pattern: str
     scheme: str
@@ -96,10 +96,11 @@ def preset(scheme: str, embedding: str | None = None) -> Recipe:
     """The recipe for a command's ``--scheme`` and ``--embedding``.
 
     Linear layers get the scheme, norms stay in floating point, and the embedding table (with the head, tied or not)
-    has a setting of its own. The default is int8 per row: in int4 the table costs a small model more accuracy than
-    all its linear layers together, and in SFP8, which takes the same space as int8, twenty times as much. The vision
-    model's linear layers are int8 per row: they are a tenth of the 4B's weights, and SigLIP's 4304 columns are not a
-    multiple of 32.
+    has a setting of its own. The default is int8 per row: in int4 the table costs a small model more accuracy than all
+    its linear layers together, and in SFP8, which takes as much space as int8, the table costs twenty times as much
+    accuracy as in int8. The vision model's linear layers are int8 per row: they are a tenth of the 4B model's weights,
+    and SigLIP's 4304 columns are not a multiple of 32. Raises BadInput for values that do not exist, and for an
+    ``embedding`` with the scheme "fp32".
     """
     if scheme not in LINEAR_SCHEMES:
         raise BadInput(f"scheme {scheme!r} is unknown; use one of {', '.join(LINEAR_SCHEMES)}")
@@ -112,8 +113,7 @@ def preset(scheme: str, embedding: str | None = None) -> Recipe:
     return Recipe(f"{scheme}+embedding-{table}", (*KEPT, *_table_rules(table), *VISION_LINEARS, linears))
 
 
-# What no recipe quantizes: norms, biases, and those parts of the vision model that are not linear layers, or that
-# project into the text model.
+# What no recipe quantizes: norms, biases, the vision model's embeddings, and its projection into the text model.
 KEPT = (
     Rule("*norm*.weight", "float32"),
     Rule("vision_tower.*.bias", "float32"),
@@ -124,7 +124,7 @@ VISION_LINEARS = (
     Rule("vision_tower.*_proj.weight", "int8-channel"),
     Rule("vision_tower.*.fc[12].weight", "int8-channel"),
 )
-# Rules that need not match: a tied model has no head of its own, and a text-only model no vision model.
+# Rules that may match nothing: a tied model has no head of its own, and a text-only model has no vision model.
 OPTIONAL_PATTERNS = frozenset({HEAD, *(rule.pattern for rule in (*KEPT[1:], *VISION_LINEARS))})
 
 
@@ -136,7 +136,7 @@ def _table_rules(embedding: str) -> tuple[Rule, Rule]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe file: TOML with an ``embedding`` setting (as ``--embedding``; optional) and [[rule]] tables in order.
+    """The recipe in a TOML file, which has [[rule]] tables in order, and optionally ``embedding`` (as --embedding).
 
         embedding = "int8"
         [[rule]]
@@ -146,9 +146,9 @@ def read_recipe(path: Path) -> Recipe:
         pattern = "*_proj.weight"
         scheme = "int4-block32"
 
-    Norms stay float32 whatever the rules say, and so do the vision model's biases, embeddings and projector; its
-    linear layers are int8-channel unless a rule says otherwise. The recipe takes its name from the file. Raises
-    BadInput for a file that cannot be read, and for unknown keys and schemes.
+    Norms stay float32 whatever the rules say, and so do the vision model's biases, embeddings and projector. The vision
+    model's linear layers are int8-channel unless one of the file's rules matches them. The recipe is named after the
+    file. Raises BadInput for a file that cannot be read, without rules, or with unknown keys or schemes.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))

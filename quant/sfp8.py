@@ -1,14 +1,15 @@
-"""SFP8, gemma.cpp's "switching floating point": one byte a value, more exponents below, more mantissa above.
+"""SFP8, gemma.cpp's "switching floating point": one byte per value. Small values have more bits of exponent, large ones
+more bits of mantissa.
 
-The byte holds the sign, then seven bits m. From m = 64 on they are four bits of exponent and three of mantissa,
-2^((m >> 3) − 15) · (1 + (m & 7) / 8); below, 2^((m >> 2) − 23) · (1 + (m & 3) / 4), with m = 0 standing for 0.
-Magnitudes run from 1.25 · 2^−23 to 1.875; there is no infinity, no NaN, no negative zero. All are exact in
+The byte holds the sign, then seven bits m. From m = 64 on, m is four bits of exponent and three of mantissa:
+2^((m >> 3) − 15) · (1 + (m & 7) / 8). Below, it is 2^((m >> 2) − 23) · (1 + (m & 3) / 4), except that m = 0 stands for
+0. Magnitudes run from 1.25 · 2^−23 to 1.875; there is no infinity, no NaN, no negative zero. All values are exact in
 bfloat16.
 
-Encoding sees the sign, the exponent and six bits of mantissa, 15 bits in all, and drops the rest: so the whole
-encoder is a table of 32 768 bytes. It rounds half to even, to three bits from 1.9375 · 2^−8 on and to two below,
-and the form is chosen after rounding. Source: the SFP codec of gemma.cpp, with whose own encoder the tests
-compare (tests/quant/sfp8_vectors.npz).
+The encoder reads the sign, the exponent and six bits of mantissa of a float32, 15 bits in all, and drops the rest. So
+the whole encoder is a table of 32 768 bytes. It rounds half to even, to three bits of mantissa from 1.9375 · 2^−8 on
+and to two below, and chooses the form after rounding. Source: the SFP codec of gemma.cpp. The tests compare with
+gemma.cpp's own encoder (tests/quant/sfp8_vectors.npz).
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def _encode_table() -> NDArray[np.uint8]:
     carry = rounded == np.where(three_bits, 8, 4)
     exponent, rounded = exponent + carry, np.where(carry, 0, rounded)
     m = np.where(exponent >= -7, (exponent + 15 << 3) + rounded, (exponent + 23 << 2) + rounded)
-    m = np.where((exponent == -23) & (rounded == 0), 1, m)  # 2^−23 would be m = 0, which is zero
+    m = np.where((exponent == -23) & (rounded == 0), 1, m)  # 2^−23 would be m = 0, which stands for 0
     m = np.where(exponent < -23, 0, m)
     sign = np.where(m > 0, index >> 14 << 7, 0)
     return (sign | np.clip(m, 0, 127)).astype(np.uint8)
@@ -56,7 +57,7 @@ ENCODE = torch.from_numpy(_encode_table())
 
 
 def encode(x: Tensor) -> Tensor:
-    """uint8 codes, in x's shape, of float values within ±1.875 (values nearer to that than to ±2 included).
+    """The uint8 codes, in x's shape, of float values within ±1.875, or nearer to ±1.875 than to ±2.
 
     Raises ValueError for larger, infinite or NaN values: scale them down first (``tensor_scale``).
     """
@@ -67,17 +68,20 @@ def encode(x: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor) -> Tensor:
-    """float32 values of uint8 codes, in the codes' shape. 0x80, which is never written, decodes to −0."""
+    """The float32 values of uint8 codes, in the codes' shape. 0x80, which is never written, decodes to −0."""
     return DECODE.to(codes.device)[codes.long()]
 
 
 def tensor_scale(x: Tensor) -> Tensor:
-    """float32 scalar, as gemma.cpp chooses it: 1 unless the largest magnitude is over 1.875; it never scales up."""
+    """The scale of x as gemma.cpp chooses it, a float32 scalar: the largest magnitude / 1.875, but at least 1."""
     return (x.detach().float().abs().max() / LARGEST).clamp(min=1.0)
 
 
 def channel_scale(x: Tensor) -> Tensor:
-    """float32 [rows, 1], as the JAX library chooses it: each row's largest magnitude becomes 1.875 (a zero row: 1)."""
+    """The scales of x [rows, columns] as the JAX library chooses them, float32 [rows, 1].
+
+    Each is the row's largest magnitude / 1.875; for a row of zeros it is 1.
+    """
     largest = x.detach().float().abs().amax(-1, keepdim=True)
     return torch.where(largest > 0, largest / LARGEST, 1.0)
 
@@ -93,7 +97,7 @@ class Sfp8Weight:
 
     @property
     def ideal_bytes(self) -> int:
-        """One byte a code and four a scale."""
+        """One byte per code and four per scale."""
         return self.codes.numel() + 4 * self.scale.numel()
 
     def dequantize(self) -> Tensor:
@@ -104,14 +108,14 @@ class Sfp8Weight:
         return self.codes, self.scale
 
     def equal_codes(self, other: Any) -> int:
-        """How many places of ``other`` hold the same code; none unless all scales are the same."""
+        """How many codes of ``other`` equal the code in their place; 0 if a scale or the shape differs."""
         if not isinstance(other, Sfp8Weight) or other.codes.shape != self.codes.shape:
             return 0
         return int((other.codes == self.codes).sum()) if torch.equal(other.scale, self.scale) else 0
 
 
 def encode_weight(weight: Tensor, *, per_channel: bool) -> Sfp8Weight:
-    """Codes of weight [rows, columns] over its ``channel_scale``, or else its ``tensor_scale``.
+    """SFP8 codes of weight [rows, columns], divided by its ``channel_scale`` or by its ``tensor_scale``.
 
     Raises ValueError on NaN or infinite weights.
     """

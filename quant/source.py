@@ -1,4 +1,4 @@
-"""Sources: what a command opens where a model is asked for, a full-precision checkpoint or a quantized one."""
+"""A source is a checkpoint that a command has opened: a full-precision or a quantized one."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +15,9 @@ from quant.weights import QuantizedWeights
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A checkpoint whose weights have the form that ships: opened, or made by ``quantize`` or ``qat``.
+    """A checkpoint whose weights have the form that ships. It was opened, or made by ``quantize`` or ``qat``.
 
-    ``path`` is the directory of its configuration and tokenizer files: for messages, and for copying these.
+    ``path`` is the directory of its configuration and tokenizer files, for error messages and for copying the files.
     """
 
     path: Path
@@ -28,7 +28,7 @@ class QuantizedCheckpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises BadInput as ``Tokenizer`` does."""
+        """The checkpoint's tokenizer, read when it is first used. Raises BadInput as ``Tokenizer`` does."""
         return Tokenizer(self.path)
 
 
@@ -36,7 +36,7 @@ Source = Checkpoint | QuantizedCheckpoint
 
 
 def open_source(path: Path) -> Source:
-    """The checkpoint in the directory ``path``.
+    """Open the checkpoint in the directory ``path``, quantized or not.
 
     Raises BadInput as ``open_checkpoint`` or ``load_quantized`` does, and when the weights of a quantized one do not
     belong to its config.json.

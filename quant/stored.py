@@ -1,13 +1,13 @@
-"""Quantized checkpoints: a directory that holds the exact integers, how they came about, and what they belong to.
+"""Quantized checkpoints: a directory with the exact codes and scales, how they were made, and the model's other files.
 
     config.json, tokenizer.model, …   copied from the checkpoint that was quantized
-    quantized.safetensors             for each weight either ``name`` (kept, in the dtype it had), or
+    quantized.safetensors             for each weight either ``name`` (kept in its own dtype), or
                                       ``name.codes`` and ``name.scales``
 
-Codes are int8 [rows, columns] (integers of 4 or 8 bits, a byte each) or uint8 (SFP8). Scales are bfloat16
-[rows, groups] for integers, whose scales are on that grid, and float32 [1, 1] or [rows, 1] for SFP8. The file's
-metadata gives each weight's form: "float", "sfp8", or "int4/32" for integers of 4 bits in groups of 32 columns.
-The same weights give the same bytes.
+Codes are int8 [rows, columns] (integers of 4 or 8 bits, one byte each) or uint8 [rows, columns] (SFP8). Scales are
+bfloat16 [rows, groups] for integers, whose scales are on that grid, and float32 [1, 1] or [rows, 1] for SFP8. The
+file's metadata gives the form of each weight: "float", "sfp8", or "int4/32" for integers of 4 bits in groups of 32
+columns. The same weights give the same bytes.
 """
 
 import json
@@ -33,9 +33,9 @@ from quant.weights import QuantizedWeights, Weight
 SCHEMA_VERSION = 2  # 2: a verdict is a scheme and a reason; 1 had one text, and is still read
 READABLE = (1, 2)
 FILE = "quantized.safetensors"
-# One key: safetensors writes several in no particular order.
+# All metadata is under one key, because safetensors writes several keys in no fixed order.
 METADATA_KEY = "gemma-edge"
-# Of a form's codes and scales.
+# The dtypes of codes and scales, by form.
 DTYPES = {
     "int4": (torch.int8, torch.bfloat16),
     "int8": (torch.int8, torch.bfloat16),
@@ -45,7 +45,7 @@ BITS = {"int4": 4, "int8": 8}
 GROUP_SIZE = re.compile("[1-9][0-9]{0,8}")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Copied along where the source has them.
+# Files that are copied from the source if it has them.
 COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -68,14 +68,15 @@ class StoredWeights:
 
 
 def is_quantized(directory: Path) -> bool:
-    """Is ``directory`` a quantized checkpoint, rather than a float one?"""
+    """Does ``directory`` hold a quantized checkpoint?"""
     return (directory / FILE).is_file()
 
 
 def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, method: str, *, source: Path) -> None:
-    """Let ``directory`` appear with the weights, and with the configuration and tokenizer files of ``source``.
+    """Write the weights, and the configuration and tokenizer files of ``source``, to the new directory ``directory``.
 
-    Raises BadInput when it exists or cannot be written. After any error nothing is left behind.
+    Raises BadInput when it exists or cannot be written, and for integers whose scales are not on the bfloat16 grid.
+    The directory appears whole; after any error nothing is left behind.
     """
     assert weights.tensors.keys() == weights.verdicts.keys()
     tensors: dict[str, Tensor] = {}
@@ -112,14 +113,14 @@ def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, m
 def load_quantized(directory: Path) -> StoredWeights:
     """The weights of a quantized checkpoint, mapped from its file. Each is checked against the file's header.
 
-    Raises BadInput for a file that is missing, damaged, or of another version, and for a tensor that is missing or
-    left over, has another dtype or shape, or holds values that its kind does not allow.
+    Raises BadInput for a file that is missing, damaged or of another version, and for a tensor that is missing,
+    belongs to no weight, has another dtype or shape, or holds values that its form does not allow.
     """
     path = directory / FILE
     try:
         with safe_open(path, framework="pt") as file:
             header = _header((file.metadata() or {}).get(METADATA_KEY))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
         weights = {name: _weight(name, form, tensors) for name, form in header["forms"].items()}
         if tensors:
             raise BadInput(f"{min(tensors)} belongs to no weight of its header")
@@ -133,7 +134,7 @@ def load_quantized(directory: Path) -> StoredWeights:
 
 
 def _header(text: str | None) -> dict[str, Any]:
-    """The parsed header, of the right version and every key of the right type."""
+    """The parsed header. Raises BadInput for another version, and for a key that is missing or of another type."""
     if text is None:
         raise BadInput("has no gemma-edge header")
     try:
@@ -185,7 +186,7 @@ def _expect(keys: set[str], wanted: set[str], where: str) -> None:
 
 
 def _weight(name: str, form: str, tensors: dict[str, Tensor]) -> Weight:
-    """Take the tensors of ``name`` out of ``tensors``."""
+    """The weight ``name``, whose tensors are taken out of ``tensors``."""
     if form == "float":
         tensor = _take(name, tensors)
         if tensor.dtype not in FLOATS:
@@ -199,7 +200,7 @@ def _weight(name: str, form: str, tensors: dict[str, Tensor]) -> Weight:
         raise BadInput(f"{name} is {form} with {codes.dtype} codes and {scales.dtype} scales")
     if not _fit(codes, scales, size):
         raise BadInput(f"{name} is {form} with codes {list(codes.shape)} and scales {list(scales.shape)}")
-    # Also false for NaN.
+    # Both comparisons are false for NaN too.
     allowed = scales > 0 if kind == "sfp8" else bf16_grid(scales) == scales.float()
     if not bool((allowed & torch.isfinite(scales)).all()):
         raise BadInput(f"{name} has scales that no quantizer of ours makes: {_range(scales)}")
@@ -223,7 +224,7 @@ def _take(name: str, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _fit(codes: Tensor, scales: Tensor, size: str) -> bool:
-    """Do codes [rows, columns] and scales have shapes that go together? ``size`` is the group size, "" for SFP8."""
+    """Do the shapes of codes and scales go together? ``size`` is the group size; "" for SFP8."""
     if codes.dim() != 2 or scales.dim() != 2 or 0 in codes.shape:
         return False
     rows, columns = codes.shape

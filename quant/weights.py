@@ -1,4 +1,4 @@
-"""A model's weights in the form that ships, and the verdict on each of them."""
+"""A model's weights in the form that ships, and the verdict on each weight."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from quant.recipe import Verdict
 class QuantizedWeight(Protocol):
     """What every kind of quantized weight has: ``IntegerWeight``, ``Sfp8Weight``, and kinds to come.
 
-    A backend says which kinds its files can hold, and which scheme replaces one that they cannot.
+    A target says which kinds its file can hold, and which scheme replaces a kind that it cannot hold.
     """
 
-    kind: ClassVar[str]  # the kind's name in a backend's record
+    kind: ClassVar[str]  # the kind's name in a target's record
 
     @property
     def codes(self) -> Tensor:
-        """[rows, columns] of integers."""
+        """The codes [rows, columns], in an integer dtype."""
 
     @property
     def ideal_bytes(self) -> int:
-        """The codes at their bits, plus the scales."""
+        """The bytes of the codes at their bits, plus those of the scales."""
 
     def dequantize(self) -> Tensor:
         """float32 [rows, columns]."""
@@ -33,7 +33,7 @@ class QuantizedWeight(Protocol):
         """The codes, then the scales."""
 
     def equal_codes(self, other: Any) -> int:
-        """How many places of ``other``, of any kind, hold the same code under the same scale."""
+        """How many codes of ``other``, which may be of any kind, equal the code in their place under an equal scale."""
 
 
 # A weight as it is stored: kept in floating point, or quantized.
@@ -43,7 +43,7 @@ Weights = Mapping[str, Weight]
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """``tensors``: every weight by name, quantized or as it came. ``verdicts``: the decision about each."""
+    """``tensors`` are all weights by name, quantized or kept. ``verdicts`` are the decisions about them."""
 
     tensors: dict[str, Weight]
     verdicts: dict[str, Verdict]
@@ -69,5 +69,5 @@ class QuantizedWeights:
 
 
 def ideal_bytes(weights: Iterable[Weight]) -> int:
-    """The bytes of the bare ``weights``: quantized ones with their scales, floats at four bytes each."""
+    """The bytes of the bare ``weights``: quantized ones with their scales, kept ones at four bytes per value."""
     return sum(4 * weight.numel() if isinstance(weight, Tensor) else weight.ideal_bytes for weight in weights)

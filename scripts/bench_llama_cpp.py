@@ -51,7 +51,8 @@ class LlamaCpp:
 
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         self._llama.eval(ids)
-        logits = self._llama._ctx.get_logits()  # the high-level API copies logits only for all tokens
+        # The high-level API copies logits only when it is asked for those of all tokens.
+        logits = self._llama._ctx.get_logits()
         return np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy()
 
     def step(self, token: int) -> np.ndarray:

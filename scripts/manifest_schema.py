@@ -1,6 +1,6 @@
 """Write the JSON Schemas of a bundle's two JSON files from the dataclasses that read them.
 
-    python scripts/manifest_schema.py
+    python -m scripts.manifest_schema
 
 writes docs/manifest.schema.json and docs/plan.schema.json. A test compares them with the code.
 """

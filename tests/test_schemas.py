@@ -12,7 +12,7 @@ from tests.schemas import DOCS, check
 
 
 def test_the_schemas_in_docs_follow_from_the_code() -> None:
-    """If this fails: python scripts/manifest_schema.py, and a new MINOR in export/manifest.py if a key was added."""
+    """If this fails: python -m scripts.manifest_schema, and a new MINOR in export/manifest.py if a key was added."""
     for name, text in scripts.manifest_schema.schemas().items():
         assert (DOCS / name).read_text(encoding="utf-8") == text
         jsonschema.Draft202012Validator.check_schema(json.loads(text))

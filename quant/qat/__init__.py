@@ -1,1 +1,1 @@
-"""Quantization-aware training: fake quantization, the distillation loss, the training loop, its saved state."""
+"""Quantization-aware training: fake quantization, the distillation loss, the training loop and its saved state."""

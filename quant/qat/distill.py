@@ -1,4 +1,4 @@
-"""Quantization-aware training of a checkpoint: from its opened source to the quantized checkpoint it gives."""
+"""Quantization-aware training of a checkpoint: from opened checkpoints to a quantized checkpoint on disk."""
 
 import logging
 import shutil
@@ -25,13 +25,17 @@ from quant.stored import save_quantized
 
 log = logging.getLogger(__name__)
 
-# The demo checkpoints bring training data of their own, made by scripts/qat_sample.py and scripts/demo_images.py.
+# The training data that comes with the demo checkpoints, made by scripts/qat_sample.py and scripts/demo_images.py.
 SAMPLE = ("qat.txt", "qat.jsonl", "qat_images.jsonl")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a training starts from: the checkpoint, the quantized form of it to start at, and another teacher."""
+    """What a training run starts from.
+
+    ``checkpoint`` is the model to train, ``init`` a quantized form of it whose codes are the start (None: round to
+    nearest), and ``teacher`` the model to learn from (None: the checkpoint itself).
+    """
 
     checkpoint: Checkpoint
     init: QuantizedCheckpoint | None = None
@@ -39,7 +43,11 @@ class Sources:
 
 
 def open_sources(model: str, init: Path | None, teacher: str | None) -> Sources:
-    """Raises BadInput for what is no checkpoint, and for a quantized one where a full-precision one is needed."""
+    """Open the checkpoints of a training run; ``model`` and ``teacher`` may also name a demo checkpoint.
+
+    Raises BadInput for anything that is not a checkpoint, for a quantized ``model`` or ``teacher``, and for an ``init``
+    that is not quantized.
+    """
     start = None if init is None else open_source(init)
     if start is not None and not isinstance(start, QuantizedCheckpoint):
         raise BadInput(f"{init}: is not quantized; give a directory that `gemma-edge quantize` wrote")
@@ -63,14 +71,14 @@ def distill(
     save_every: int = 100,
     resume: bool = False,
 ) -> None:
-    """Train a checkpoint in ``recipe``; the quantized checkpoint ``out`` appears when the training is done.
+    """Train a checkpoint in ``recipe``. The quantized checkpoint ``out`` appears when the training is done.
 
-    Training starts from the codes of ``sources.init``, or else from rounding to nearest. It reads rows of ``length``
-    tokens of ``data`` (see ``gemma3.data.pack``). The teacher is the checkpoint itself unless another one is given. The
-    directory beside ``out`` with ".training" after its name keeps what a resumption needs, until ``out`` exists.
+    Training reads rows of ``length`` tokens of the files ``data`` (see ``gemma3.data.pack``), or of the sample that
+    comes with a demo checkpoint. The directory beside ``out`` with ".training" after its name keeps the state for
+    ``resume``, until ``out`` exists. The other arguments are those of ``train``.
 
-    Under torchrun every process calls this. Raises BadInput for files that cannot be used or do not belong together,
-    and what ``train`` and ``save_quantized`` raise.
+    Under torchrun every process calls this function. Raises BadInput for files that cannot be used or do not belong
+    together, and what ``train`` and ``save_quantized`` raise.
     """
     refuse_target(out)
     checkpoint, init, teacher = sources.checkpoint, sources.init, sources.teacher
@@ -122,5 +130,5 @@ def distill(
 
 
 def as_tensor(images: Sequence[Pixels], size: int) -> Tensor:
-    """uint8 [n, 3, size, size] of ``n`` images, which may be 0."""
+    """uint8 [n, 3, size, size] of n images [size, size, 3]; n may be 0."""
     return torch.from_numpy(np.array(images, np.uint8).reshape(-1, size, size, 3)).permute(0, 3, 1, 2)

@@ -1,12 +1,12 @@
-"""Fake quantization: a network that trains floats but computes with exactly the integers that will ship.
+"""Fake quantization: a network that trains floats but computes with exactly the codes and scales that will ship.
 
-Each quantized weight becomes a parametrization (torch.nn.utils.parametrize). The module holds the trained latent
-values, its ``weight`` gives the values of their codes, and the gradient passes straight through the rounding. The
-network's own code does not know about it. ``convert`` reads the codes out with the same rounding. The scales of
-integers stay as they were at the start: training them too (arXiv 1902.08153) gained nothing on the demo checkpoint.
+Each quantized weight gets a parametrization (torch.nn.utils.parametrize). The module holds the trained latent values,
+its ``weight`` is their rounded and dequantized form, and the gradient passes straight through the rounding. The
+network's own code needs no change. ``convert`` computes the final codes with the same rounding. The scales of integers
+stay as they were at the start: training them too (arXiv 1902.08153) gained nothing on the demo checkpoint.
 
-A table that embedding and head share is quantized by the embedding, and the head borrows it: under
-``parametrize.cached()`` it is computed once a pass.
+A table that embedding and head share is quantized by the embedding, and the head borrows the result. Under
+``parametrize.cached()`` it is computed once per pass.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from quant.recipe import Verdict
 from quant.sfp8 import Sfp8Weight, encode_weight
 from quant.weights import QuantizedWeight, QuantizedWeights, Weight
 
-# Latent values that start from given codes lie at most this far from them, in steps, so that they round to them.
+# How far, in steps, a latent value may start from its given code. Less than half a step, so that it rounds to the code.
 WITHIN = 0.49
 
 
@@ -45,7 +45,7 @@ straight_through: Callable[[Tensor, Tensor], Tensor] = StraightThrough.apply
 
 
 class FakeInteger(nn.Module):
-    """Parametrization by integers under fixed scales, which are on the bfloat16 grid."""
+    """A parametrization: rounds latent values to integers under fixed scales, which are on the bfloat16 grid."""
 
     scales: Tensor
 
@@ -61,17 +61,17 @@ class FakeInteger(nn.Module):
         return straight_through(latent, values.view(len(latent), -1)[:, : latent.shape[1]])
 
     def encode(self, latent: Tensor) -> IntegerWeight:
-        """The codes and scales that ``forward`` computes with, for a whole latent tensor."""
+        """The codes and scales with which ``forward`` computes, for latent values [rows, columns]."""
         codes = self._codes(latent).to(torch.int8).view(len(latent), -1)[:, : latent.shape[1]]
         return IntegerWeight(codes, self.scales, self.bits, self.group)
 
     def _codes(self, latent: Tensor) -> Tensor:
-        """Integral floats [rows, groups, size]."""
+        """The codes as floats [rows, groups, size]."""
         return nearest_codes(in_groups(latent, self.group_size), self.scales, self.bits)
 
 
 class FakeSfp8(nn.Module):
-    """Parametrization by SFP8 codes. At every step the scale, one a tensor or one a row, follows the latent values."""
+    """A parametrization: rounds latent values to SFP8 codes. Each step chooses the scales, per tensor or per row."""
 
     def __init__(self, start: Sfp8Weight) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class FakeSfp8(nn.Module):
 
 
 class BorrowedHead(nn.Module):
-    """A head without a weight of its own: it multiplies with the table as the embedding quantizes it."""
+    """A head without a weight of its own: it multiplies with the embedding's quantized table."""
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
@@ -102,12 +102,12 @@ class BorrowedHead(nn.Module):
 
 
 def prepare(model: nn.Module, start: QuantizedWeights, activations: Activations = "float") -> nn.Module:
-    """Make ``model``, in place, compute with the weights of ``start`` and train from them; returns it.
+    """Change ``model``, in place, to compute with the weights of ``start`` and to train from them; returns it.
 
-    ``start`` names every parameter of the model (a tied one once). Weights kept in floating point stay as they are
-    and do not train. The model's values become the latent values of the others, moved just enough to round to the
-    codes of ``start``. With ``activations`` "int8" every linear layer with a quantized weight rounds its input, as
-    XNNPACK's 8da4w does.
+    ``start`` names every weight of the model (a tied one once). Weights kept in floating point stay as they are and are
+    not trained. For the others, the model's values become the latent values, moved just enough to round to the codes of
+    ``start``. With ``activations`` "int8" every linear layer with a quantized weight rounds its input, as XNNPACK's
+    8da4w does. Raises BadInput for a kind of weight that cannot be trained.
     """
     model.requires_grad_(False)
     owners: dict[Tensor, nn.Module] = {}
@@ -132,9 +132,9 @@ def prepare(model: nn.Module, start: QuantizedWeights, activations: Activations 
 
 
 def convert(model: nn.Module, start: QuantizedWeights) -> QuantizedWeights:
-    """``start`` with the codes that a prepared ``model`` computes with.
+    """The weights of ``start`` with the codes with which the prepared ``model`` now computes.
 
-    Under FSDP2 every process must call this, and each gets all the weights.
+    Under FSDP2 every process must call this function, and each gets all the weights.
     """
     tensors: dict[str, Weight] = {}
     verdicts: dict[str, Verdict] = {}
@@ -151,14 +151,14 @@ def convert(model: nn.Module, start: QuantizedWeights) -> QuantizedWeights:
 
 
 def head_input(head: nn.Module, x: Tensor) -> Tensor:
-    """What ``head`` multiplies with its weight when its input is x: x itself, or x rounded to int8."""
+    """What ``head`` multiplies with its weight when its input is x: x itself, or x rounded to int8 by its hook."""
     for hook in head._forward_pre_hooks.values():
         (x,) = hook(head, (x,))
     return x
 
 
 def _weights(model: nn.Module) -> list[tuple[str, nn.Module, nn.Parameter]]:
-    """Every module with a weight. Of two that share one, the embedding comes before the head."""
+    """(name of the weight, module, weight) of every module with one. A shared one comes first from the embedding."""
     return [
         (f"{prefix}.weight", module, module.weight)
         for prefix, module in model.named_modules()
@@ -175,7 +175,10 @@ def _fake(name: str, start: QuantizedWeight) -> FakeInteger | FakeSfp8:
 
 
 def _latent(values: Tensor, start: QuantizedWeight) -> Tensor:
-    """The values nearest to ``values`` that round to the codes of ``start``. Outermost codes have no outer bound."""
+    """The values nearest to ``values`` that round to the codes of ``start``.
+
+    The smallest and the largest code have no bound on their outer side, because rounding clips there.
+    """
     if not isinstance(start, IntegerWeight):
         return values
     limit = 2 ** (start.bits - 1)
@@ -197,5 +200,5 @@ def _round_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; one that FSDP2 has sharded is put together."""
+    """The tensor, detached. A tensor that FSDP2 has sharded is gathered from all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

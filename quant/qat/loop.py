@@ -1,8 +1,8 @@
 """Quantization-aware training by distillation: the student computes with integers, the teacher is the original.
 
 One process trains on a CPU or GPU; under torchrun the same call shards both networks with FSDP2. A run is a function
-of its settings, data and weights: which rows a step sees and which logits it samples follow from the seed and the
-step alone. So a resumed run repeats an uninterrupted one to the bit on the same processes (on CPU; GPU kernels may
+of its settings, data and weights: the seed and the step alone determine which rows a step reads and what the loss
+samples. So a resumed run gives the same bits as an uninterrupted one with the same processes (on CPU; GPU kernels may
 add in another order).
 """
 
@@ -37,10 +37,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run's result depends on, besides data and weights.
+    """The settings that determine a run's result, together with data and weights.
 
     A step takes ``batch`` rows, however many processes share them. ``lr`` is the peak learning rate in units of each
-    tensor's root mean square, so that it means the same for weights of any size.
+    tensor's root mean square, so that it means the same for weights of any magnitude. ``warmup`` counts steps, and
+    ``clip`` is the largest norm of the gradient.
     """
 
     steps: int
@@ -69,18 +70,19 @@ def train(
     micro_batch: int | None = None,
     identity: Mapping[str, str] | None = None,
 ) -> QuantizedWeights:
-    """Train ``student`` in place, from the weights of ``start``, to agree with ``teacher``. Returns the trained codes.
+    """Train ``student`` in place, from the weights of ``start``, to agree with ``teacher``. Returns its weights.
 
-    ``tokens``: int [rows, length]. ``images``: uint8 [n, 3, size, size] for each row; with None, a vision model does
-    not train. Nothing is learned at the positions of ``ignored`` tokens (image tokens, padding).
+    ``tokens`` are int [rows, length]. ``images`` are uint8 [n, 3, size, size] for each row; if None, a vision model is
+    not trained. The loss leaves out the positions of ``ignored`` tokens (image tokens, padding). ``micro_batch`` rows
+    go through the networks at once (None: all rows that a process has in a step).
 
-    The directory ``run`` keeps the state of every ``save_every``-th step, and of an interruption (on Ctrl-C and
-    SIGTERM the step is finished, then KeyboardInterrupt is raised). With ``resume`` the run continues from there.
-    ``identity`` names what else must then be the same, such as the recipe. ``micro_batch`` rows go through the
-    networks at once.
+    The directory ``run`` keeps the latest state: of every ``save_every``-th step, and of an interruption. On Ctrl-C or
+    SIGTERM the step is finished and saved, then KeyboardInterrupt is raised. With ``resume`` the run continues from the
+    saved state; ``identity`` names what else must then be the same, such as the recipe.
 
-    Raises BadInput when the settings do not fit, when ``run`` holds another run or none to resume, and when the loss
-    is no longer finite; states saved before stay.
+    Raises BadInput when settings, tokens and networks do not fit together, when no weight is quantized, when ``run``
+    holds a state but ``resume`` is off, when there is no state to resume or one of another run, and when the loss or
+    the gradient is no longer finite. A saved state is kept.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(teacher.parameters()).device
@@ -135,7 +137,7 @@ def train(
                 pixels = None if images is None else torch.cat([images[row] for row in part]).to(device) / 255
                 with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
                     sums = distillation(batch, generator, places, pixels)
-                # FSDP2 averages the processes' gradients, but each is to count for its share of the batch's mean.
+                # FSDP2 averages the processes' gradients, but the step needs the mean over all tokens of the batch.
                 (sums[0] * (world / count)).backward()
                 report[:2] += sums.detach()
             report[2] = float(interrupted())
@@ -168,18 +170,18 @@ def train(
 
 
 def schedule(step: int, settings: Settings) -> float:
-    """The learning rate of a step as a fraction of its peak: linear warm-up, then half a cosine to zero."""
+    """The learning rate of a step as a fraction of its peak: half a cosine to zero, times a linear warm-up."""
     warm = (step + 1) / (settings.warmup + 1)
     return min(1.0, warm) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
 
 
 def default_lr(recipe: Recipe) -> float:
-    """The peak learning rate that trained the demo checkpoint best: SFP8, already close, needs less."""
+    """The peak learning rate that trained the demo checkpoint best. SFP8 needs less: it is closer to the original."""
     return 5e-4 if any(isinstance(SCHEMES[rule.scheme], Sfp8) for rule in recipe.rules) else 1e-3
 
 
 def _rows(step: int, count: int, settings: Settings) -> Tensor:
-    """The rows of a step. Every pass over the data has a new random order."""
+    """The numbers of the rows of a step. Every pass over the data has a new random order."""
     places = range(step * settings.batch, (step + 1) * settings.batch)
     orders = {
         turn: torch.randperm(count, generator=torch.Generator().manual_seed(_seed(settings.seed, turn)))

@@ -15,21 +15,21 @@ from quant.qat.fake import head_input
 
 Loss = Literal["full", "sampled"]
 SAMPLES = 256
-# How many logits exist at once: 64 MiB of float32, a few times over.
+# How many logits exist at once: 64 MiB of float32, in a few tensors of that size.
 LOGITS_AT_ONCE = 1 << 24
 
 
 class HeadLoss(torch.autograd.Function):
-    """The cross-entropy of student to teacher over the vocabulary, and the KL divergence, each summed over tokens.
+    """The cross-entropy of the student to its target over the vocabulary, and the KL divergence, summed over tokens.
 
     apply(hidden [T, E], table [V, E], teacher_hidden [T, E'], teacher_table [V, E'], generator) → float32 [2].
     Only the first, the cross-entropy, has a gradient. It is computed in the forward pass, where the logits are,
-    ``LOGITS_AT_ONCE`` of them at a time: all logits [T, V] never exist together.
+    ``LOGITS_AT_ONCE`` of them at a time: the logits [T, V] never exist all together.
 
-    Without a generator the target is the teacher's distribution p. With one, p is estimated by SAMPLES draws from
-    it with replacement, each worth 1/SAMPLES: an unbiased target, so the gradient is right on average. It fails to
-    keep the teacher's 256 largest probabilities, set the rest to 0 and renormalize: that teaches a sharper
-    distribution than the teacher's, and the result is worse than no training (tests/quant/qat/test_loss.py).
+    Without a generator the target is the teacher's distribution p. With one, p is estimated by SAMPLES draws from it
+    with replacement, each worth 1/SAMPLES. This target is unbiased, so the gradient is right on average. Keeping only
+    the teacher's 256 largest probabilities and renormalizing them does not work: it teaches a sharper distribution than
+    the teacher's, and the result is worse than no training (tests/quant/qat/test_loss.py).
     """
 
     @staticmethod
@@ -78,17 +78,17 @@ head_loss: Callable[..., Tensor] = HeadLoss.apply
 
 
 def sample(p: Tensor, generator: torch.Generator) -> Tensor:
-    """An estimate of p [T, V] from SAMPLES draws a row: counts / SAMPLES."""
+    """An unbiased estimate of p [T, V] from SAMPLES draws per row: counts / SAMPLES."""
     drawn = torch.multinomial(p, SAMPLES, replacement=True, generator=generator)
     return torch.zeros_like(p).scatter_add_(1, drawn, torch.full_like(p[:, :1], 1 / SAMPLES).expand(-1, SAMPLES))
 
 
 class Distillation(nn.Module):
-    """tokens [B, S] → HeadLoss of the student at the positions ``learned`` (bool [B, S]; all if None).
+    """tokens [B, S] → the sums of ``HeadLoss`` over the positions ``learned`` (bool [B, S]; None: all), float32 [2].
 
     Both networks have ``hidden(tokens)`` [B, S, E] and ``lm_head``. For data with images they also have
-    ``encode_images(pixels)``, whose result ``hidden`` takes as ``soft_tokens``; ``pixels`` is float32
-    [N, 3, size, size], and N may be 0.
+    ``encode_images(pixels)``, whose result ``hidden`` takes as ``soft_tokens``. ``pixels`` is float32
+    [N, 3, size, size] in 0 … 1; N may be 0.
     """
 
     student: Any
@@ -115,7 +115,7 @@ class Distillation(nn.Module):
 
 
 def _hidden(network: Any, tokens: Tensor, learned: Tensor | None, pixels: Tensor | None) -> Tensor:
-    """The head's inputs at the positions ``learned``, [T, E]."""
+    """The hidden values [T, E] that the head takes, at the positions ``learned``."""
     if pixels is None:
         x = network.hidden(tokens)
     else:

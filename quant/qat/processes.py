@@ -1,4 +1,4 @@
-"""One process or many: what torchrun started joins here, and FSDP2 shards the networks over it."""
+"""One process or many: joins the processes that torchrun started, and shards the networks over them with FSDP2."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 @contextmanager
 def processes() -> Iterator[tuple[torch.device, bool]]:
-    """Join the processes that torchrun started, if it did: this process's device, and whether it is the first."""
+    """Join the processes that torchrun started, if any. Yields this process's device, and whether it is the first."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
@@ -31,7 +31,7 @@ def processes() -> Iterator[tuple[torch.device, bool]]:
 
 
 def shard(distillation: nn.Module, device: torch.device) -> None:
-    """Shard with FSDP2 over all processes: each repeated block by itself, everything else together."""
+    """Shard ``distillation`` with FSDP2 over all processes: each layer by itself, everything else together."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in list(distillation.modules()):
         if isinstance(module, nn.ModuleList) and not isinstance(module, parametrize.ParametrizationList):
@@ -41,5 +41,5 @@ def shard(distillation: nn.Module, device: torch.device) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The whole tensor, if it is sharded."""
+    """``tensor`` itself, or if it is sharded, the whole tensor, gathered from all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,6 @@
 """The saved state of a training run: written whole, checked against the run that wants to continue it, and loaded.
 
-torch.distributed.checkpoint writes it as safetensors, by one process or many, and any number of processes can resume.
+torch.distributed.checkpoint writes it as safetensors, from one process or many. Any number of processes can resume it.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ PART = ".part"
 
 
 def _state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that training changes, by name: saved from here, and loaded into it."""
+    """Everything that training changes, by name. The tensors are the live ones, so that loading writes into them."""
     state: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -36,7 +36,10 @@ def _state(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def save(run: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimizer, wanted: dict[str, str]) -> None:
-    """Write ``run``/step-N, which appears whole; then remove the states before it."""
+    """Write the directory ``run``/step-N, which appears whole, then remove the earlier states. All processes call it.
+
+    ``wanted`` identifies the run; ``latest`` compares it.
+    """
     first = not dist.is_initialized() or dist.get_rank() == 0
     final = run / f"step-{step:08}"
     part = final.with_name(final.name + PART)
@@ -60,7 +63,7 @@ def save(run: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimi
 
 
 def load(saved: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the state ``saved`` into both; the number of steps it has finished."""
+    """Load the state ``saved`` into the student and the optimizer. Returns the number of finished steps."""
     step: int = json.loads((saved / STATE_FILE).read_text(encoding="utf-8"))["step"]
     for parameter in student.parameters():
         if parameter.requires_grad:
@@ -75,13 +78,17 @@ def load(saved: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> i
 
 
 def saved_steps(run: Path) -> list[tuple[int, Path]]:
-    """The finished states in ``run``, oldest first."""
+    """The completely written states in ``run`` as (finished steps, directory), oldest first."""
     found = [path for path in run.glob("step-*") if path.suffix != PART]
     return sorted((int(path.name.removeprefix("step-")), path) for path in found)
 
 
 def latest(run: Path, wanted: dict[str, str], resume: bool) -> Path | None:
-    """The state to continue from. Raises BadInput unless the run that saved it is the ``wanted`` one."""
+    """The state to continue from; None without ``resume``.
+
+    Raises BadInput when there is a state but ``resume`` is off, when there is none to resume, and when the state is
+    unreadable or of another run than ``wanted`` describes.
+    """
     saved = saved_steps(run)
     if not resume:
         if saved:
@@ -111,7 +118,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def tensors_of(weights: QuantizedWeights) -> Iterator[Tensor]:
-    """Every tensor that ``weights`` consists of."""
+    """Every tensor of ``weights``: the floats, and the codes and scales of quantized weights."""
     for weight in weights.tensors.values():
         yield from (weight,) if isinstance(weight, Tensor) else weight.tensors()
 
