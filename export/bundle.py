@@ -3,8 +3,8 @@
     with draft_bundle(quantized, out, targets=[ONNX]) as draft:
         seal(draft, prove(draft))
 
-Everything is written into a staging directory beside ``out``, proven there, synced to disk and renamed. The same
-inputs give the same bytes: nothing in a bundle depends on the time, the place or the host.
+Everything is written into a staging directory beside ``out``, proven there, synced to disk, and renamed to ``out``. The
+same inputs give the same bytes: nothing in a bundle depends on the time, the directory or the host.
 """
 
 import logging
@@ -43,13 +43,16 @@ from quant.weights import QuantizedWeights
 
 log = logging.getLogger(__name__)
 
-# The proof, the manifest and the tokenizer together stay below this.
+# An upper bound on the proof, the manifest and the tokenizer together.
 SMALL_FILES_BYTES = 32 << 20
 
 
 @dataclass
 class Draft:
-    """A bundle that is not proven yet: its staging directory, and the weights of each of its files by format."""
+    """A bundle that is not proven yet: its staging directory, its manifest, and by format the weights of each file.
+
+    ``seal`` sets ``sealed``.
+    """
 
     directory: Path
     manifest: Manifest
@@ -70,9 +73,10 @@ def draft_bundle(
     """Export ``checkpoint`` to each of ``targets``. When the block ends and the draft is sealed, ``out`` appears.
 
     SFP8 weights become 8-bit integers; with ``exact_sfp8`` they keep their codes, which only .onnx can hold.
-    ``context`` defaults to the model's, at most 4096 positions; ``chunk`` to 128 tokens, at most the context and at
-    least an image's tokens. Raises BadInput or DoesNotFit for what cannot be exported, before any work where that is
-    known by then. After any error nothing is left behind.
+    ``context`` (positions) defaults to the model's, at most 4096. ``chunk`` (tokens) defaults to 128, at most the
+    context; a multimodal model raises it to an image's tokens. Raises BadInput or DoesNotFit for what cannot be
+    exported, before the export begins where possible, and RuntimeError when the block ends without a seal. After any
+    error nothing is left behind.
     """
     config = checkpoint.config
     layouts = cache_layouts(config, targets, context, chunk)
@@ -131,7 +135,7 @@ def export_artifact(
     eos_ids: Sequence[int],
     directory: Path,
 ) -> Artifact:
-    """Write one graph into ``directory``."""
+    """Write the files of one target into ``directory``. Returns the manifest's entry, still without stand-ins."""
     log.info("exporting .%s", target.name)
     started = time.perf_counter()
     report = target.export(config, weights.tensors, layout, eos_ids, directory / target.file)
@@ -159,7 +163,10 @@ def export_artifact(
 
 
 def check_exportable(source: Source, targets: Sequence[Target], context: int | None, chunk: int | None) -> None:
-    """Raises for ``source`` what ``draft_bundle`` raises before it needs quantized weights: this saves their making."""
+    """Raises what ``draft_bundle`` would raise for ``source`` before it needs quantized weights.
+
+    So a caller learns of a bad context, chunk or tokenizer before the time-consuming quantization.
+    """
     cache_layouts(source.config, targets, context, chunk)
     tokenizer_info(source)
 
@@ -167,16 +174,16 @@ def check_exportable(source: Source, targets: Sequence[Target], context: int | N
 def cache_layouts(
     config: ModelConfig, targets: Sequence[Target], context: int | None, chunk: int | None
 ) -> dict[str, CacheLayout]:
-    """The layout of each target's caches. Raises DoesNotFit and BadInput for a context or chunk that cannot be."""
+    """The layout of each target's caches. Raises DoesNotFit or BadInput for a context or chunk that is not possible."""
     context = min(config.max_position_embeddings, DEFAULT_CONTEXT) if context is None else context
     chunk = largest_call(config, context, min(DEFAULT_CHUNK, context) if chunk is None else chunk)
     return {target.name: cache_layout(config, target.cache_style, context, chunk) for target in targets}
 
 
 def largest_call(config: ModelConfig, context: int, chunk: int) -> int:
-    """The most tokens in one call: ``chunk``, or the soft tokens of an image, which must be whole, if these are more.
+    """The most tokens in one call: the larger of ``chunk`` and the number of an image's soft tokens.
 
-    Raises DoesNotFit when an image does not fit the context.
+    An image must be whole in one call. Raises DoesNotFit when an image does not fit the context.
     """
     if config.vision is None:
         return chunk
@@ -191,11 +198,10 @@ def largest_call(config: ModelConfig, context: int, chunk: int) -> int:
 
 
 def image_bytes(config: ModelConfig) -> int:
-    """The peak memory of encoding an image, besides the weights: about eleven values of the vision model's width for
-    each patch.
+    """The peak memory, in bytes, of encoding an image, besides the weights. 0 for a text-only model.
 
-    Five of these are between the parts of a layer, and six within one. The hidden values of an MLP, which takes 1024
-    patches at a time, are fewer.
+    It is about eleven float32 vectors of SigLIP's hidden size for each patch: five between the parts of a layer, and
+    six within a part. The hidden values of an MLP, which takes 1024 patches at a time, need less.
     """
     vision = config.vision
     if vision is None:
@@ -204,7 +210,7 @@ def image_bytes(config: ModelConfig) -> int:
 
 
 def stand_in_checks(manifest: Manifest) -> list[Check]:
-    """How far the worst stand-in of each artifact is from the weight it replaces: information, without a limit."""
+    """For each artifact, how close its worst stand-in is to the weight it replaces. The checks have no limit."""
     checks = []
     for format, artifact in manifest.artifacts.items():
         if artifact.stand_ins:
@@ -216,8 +222,9 @@ def stand_in_checks(manifest: Manifest) -> list[Check]:
 
 
 def copy_tokenizer(path: Path, directory: Path) -> None:
-    """Put the tokenizer of the checkpoint at ``path`` into ``directory``, with its JSON files, which images and stock
-    runners need, if the checkpoint has them.
+    """Copy the tokenizer of the checkpoint at ``path`` into ``directory``.
+
+    Its JSON files, if there are any, are copied too: prompts with images and stock runners need them.
     """
     shutil.copyfile(path / TOKENIZER, directory / TOKENIZER)
     for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
@@ -226,7 +233,7 @@ def copy_tokenizer(path: Path, directory: Path) -> None:
 
 
 def tokenizer_info(source: Source) -> TokenizerInfo:
-    """The manifest's entry. Raises BadInput when the checkpoint's tokenizer is not its model's."""
+    """The manifest's entry for the tokenizer. Raises BadInput when tokenizer and config.json do not belong together."""
     path, config, tokenizer = source.path, source.config, source.tokenizer
     if config.vision is None:
         # Released text-only checkpoints list an image token past their embedding table.
@@ -263,9 +270,9 @@ def _check_image_ids(path: Path, vision: VisionConfig, tokenizer: Tokenizer) -> 
 
 
 def weights_behind(manifest: Manifest, source: Source, targets: Mapping[str, Target]) -> dict[str, QuantizedWeights]:
-    """The weights of each file of a bundle, made again from the checkpoint that the bundle was made from.
+    """By format, the weights of each file of a bundle, made again from the checkpoint that it was exported from.
 
-    Raises BadInput for a checkpoint that cannot be that one.
+    Raises BadInput when ``source`` cannot be that checkpoint.
     """
     if source.config != manifest.model:
         raise BadInput(f"{source.path}: not the checkpoint of this bundle, whose manifest has another configuration")
@@ -285,7 +292,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def check_disk(directory: Path, config: ModelConfig, files: Sequence[tuple[Target, QuantizedWeights]]) -> None:
-    """Raises DoesNotFit when the disk has no room for the files."""
+    """Raises DoesNotFit when the disk of ``directory`` has no room for the bundle."""
     needed = SMALL_FILES_BYTES + sum(
         own.ideal_bytes + target.repeated_bytes(config, own.tensors) for target, own in files
     )

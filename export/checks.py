@@ -1,4 +1,4 @@
-"""What a proof measures: figures, each with its limit, and whether it keeps to it. Works without torch."""
+"""What a proof measures: figures, each with its limit and whether it passed. Works without torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

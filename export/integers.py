@@ -1,4 +1,4 @@
-"""Are the codes and scales in an exported file those of the quantizer? Every one of them is compared, here alone."""
+"""Checks that the codes and scales in an exported file are the quantizer's. Compares every one of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from quant.weights import QuantizedWeight, QuantizedWeights, Weights
 
 @dataclass(frozen=True)
 class IntegerCounts:
-    """By weight, how many codes are equal under equal scales in every place that the file uses them, and how many not.
+    """By weight, how many of its codes are equal, under equal scales, and how many are not.
 
-    A weight that the file does not hold is unequal as a whole.
+    If the file uses a weight in several places, the place with the fewest equal codes counts. All codes of a weight
+    that the file does not hold count as unequal.
     """
 
     equal: dict[str, int]
@@ -32,7 +33,10 @@ class IntegerCounts:
 
 
 def compare_integers(weights: Weights, target: Target, path: Path) -> IntegerCounts:
-    """The quantized ones of ``weights`` against those in the file at ``path``. Raises what the target's reader does."""
+    """Compare the quantized weights among ``weights`` with those in the file ``path``.
+
+    Raises what the target's ``read_back`` raises.
+    """
     expected: dict[str, QuantizedWeight] = {
         name: weight for name, weight in weights.items() if not isinstance(weight, Tensor)
     }
@@ -48,7 +52,7 @@ def compare_integers(weights: Weights, target: Target, path: Path) -> IntegerCou
 def check_integers(
     directory: Path, manifest: Manifest, weights: Mapping[str, QuantizedWeights], targets: Mapping[str, Target]
 ) -> list[Check]:
-    """For each artifact that has quantized weights: the share of its integers that are those of ``weights``."""
+    """For each artifact with quantized weights, a check that all codes in its file are those of ``weights``."""
     checks = []
     for format, artifact in manifest.artifacts.items():
         if not weights[format].quantized:

@@ -1,6 +1,6 @@
-"""The bundle's manifest: frozen dataclasses that are JSON. Reads without torch.
+"""The bundle's manifest: frozen dataclasses, stored as JSON. Works without torch.
 
-``docs/manifest.schema.json`` describes the file; docs/bundle.md shows an example and says what a version means.
+docs/manifest.schema.json describes the file. docs/bundle.md shows an example and says what a version means.
 """
 
 import hashlib
@@ -121,7 +121,7 @@ class Manifest:
 
 
 def _minor(version: Any) -> int | None:
-    """The MINOR of a version with our MAJOR; None for any other."""
+    """The MINOR of a version whose MAJOR is that of this program; None for any other value."""
     if not isinstance(version, str):
         return None
     major, _, minor = version.partition(".")
@@ -129,7 +129,7 @@ def _minor(version: Any) -> int | None:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """The manifest of ``bundle``. The files it lists must be there with their sizes (contents: ``changed_files``).
+    """The manifest of ``bundle``. Checks that the files it lists exist with their sizes, but not their contents.
 
     Raises BadInput when ``bundle`` is not a bundle of this version, and VerificationFailed when a file is missing,
     is not a plain file inside the bundle, or has another size.
@@ -160,7 +160,7 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def _is_inside(bundle: Path, name: str) -> bool:
-    """Is ``name`` a file of the bundle or of its folder ``proof/``, with no link on the way?"""
+    """Is ``name`` a path to a file in the bundle or in its folder ``proof/``, without a link on the way?"""
     folder, _, base = name.rpartition("/")
     if folder not in ("", PROOF) or base in ("", ".", "..") or "\\" in base:
         return False
@@ -173,7 +173,7 @@ def sha256_of(path: Path) -> str:
 
 
 def describe_files(directory: Path) -> dict[str, FileEntry]:
-    """Size and sha256 of every file below ``directory`` but the manifest, sorted by path."""
+    """Size and sha256 of every file below ``directory`` except the manifest, by path, in the order of paths."""
     found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     return {
         name: FileEntry(path.stat().st_size, sha256_of(path))
@@ -183,5 +183,5 @@ def describe_files(directory: Path) -> dict[str, FileEntry]:
 
 
 def changed_files(bundle: Path, files: Mapping[str, FileEntry]) -> list[str]:
-    """Names of the files whose content is not what the manifest says."""
+    """The names of those of ``files`` whose content in ``bundle`` does not have the given sha256."""
     return [name for name, entry in files.items() if sha256_of(bundle / name) != entry.sha256]

@@ -1,8 +1,8 @@
-"""Kinds of weights that a target's runtime has no kernel for, replaced by a scheme that it has.
+"""Stand-ins: they replace weights of a kind for which a target's runtime has no kernel by a scheme for which it has one.
 
-SFP8 becomes 8-bit integers, about one byte a weight too: in blocks of 32 columns for ONNX Runtime, with one scale a row
-for XNNPACK (docs/sfp8.md says what else was tried). The integers are rounded to nearest from the weight's own values,
-and the resulting error is measured for each weight.
+SFP8 becomes 8-bit integers, which take about one byte per weight too: in groups of 32 columns for ONNX Runtime, with one
+scale per row for XNNPACK (docs/sfp8.md says what else was tried). The dequantized weight is rounded to nearest, and the
+resulting error is measured for each weight.
 """
 
 import math
@@ -20,7 +20,7 @@ from quant.weights import QuantizedWeight, QuantizedWeights, Weight
 def for_target(
     weights: QuantizedWeights, target: Target, exact: bool = False
 ) -> tuple[QuantizedWeights, dict[str, StandIn]]:
-    """``weights`` as the target's file holds them, and the stand-ins among them by name.
+    """``weights`` as the target's file holds them, and a description of each stand-in among them, by name.
 
     With ``exact`` nothing is replaced. Raises BadInput for a weight that the file cannot hold.
     """
@@ -45,7 +45,7 @@ def for_target(
 
 
 def stand_in(weight: QuantizedWeight, scheme: str) -> tuple[IntegerWeight, float]:
-    """The integers of ``scheme`` nearest to the weight's values, and their distance from these in decibels."""
+    """The weight's values rounded to nearest in ``scheme``, and the decibels of ``StandIn`` (infinite without error)."""
     form = SCHEMES[scheme]
     assert isinstance(form, Integers)
     values = weight.dequantize()

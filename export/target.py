@@ -1,7 +1,7 @@
-"""A target as one value: which file an exporter writes, what it can hold, how it is written and how it is read back.
+"""A target describes what an exporter writes: the file, what it can hold, how it is written and how it is read back.
 
-Each folder beside this file has one (``export/onnx/target.py``, ``export/executorch/target.py``). They are imported
-without torch or a runtime: ``export`` and ``read_back`` import what they need when they are called.
+Each folder beside this file defines one target (``export/onnx/target.py``, ``export/executorch/target.py``). Importing
+it needs neither torch nor a runtime: ``export`` and ``read_back`` import what they need when they are called.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,26 +58,29 @@ class StandIn:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an exporter says about the files it wrote. Equal files have equal reports."""
+    """What an exporter reports about the files it wrote. Equal files have equal reports."""
 
     methods: tuple[Method, ...]
     opsets: dict[str, int] = field(default_factory=dict)  # ONNX operator sets by domain
-    # What only this target has: delegates, undelegated operators, accuracy level, … JSON values.
+    # JSON values that only this target has: delegates, undelegated operators, accuracy level, …
     details: dict[str, Any] = field(default_factory=dict)
 
 
 def no_bytes(config: ModelConfig, weights: "Weights") -> int:
-    """A target whose files hold nothing twice."""
+    """``repeated_bytes`` of a target whose files hold no weight twice."""
     return 0
 
 
 class Export(Protocol):
+    """A target's exporter."""
+
     def __call__(
         self, config: ModelConfig, weights: "Weights", layout: CacheLayout, eos_ids: Sequence[int], path: Path
     ) -> ExportReport:
-        """Write the graph to ``path``, and what belongs to it beside it. The same arguments give the same bytes.
+        """Write the graph to ``path``, and the files that belong to it beside it.
 
-        Raises BadInput for weights that do not fit the configuration or the target's kernels.
+        ``weights`` are by checkpoint name. The same arguments give the same bytes. Raises BadInput for weights that do
+        not fit the configuration or the target's kernels.
         """
 
 
@@ -86,14 +89,14 @@ class Target:
     """One format that a model can be exported to. ``runtime_py.backends`` adds how its files are run and proven."""
 
     name: str  # of --format, and of the artifact in the manifest
-    file: str  # the graph's name in a bundle; whatever else it writes has a name that holds ``name``
+    file: str  # the graph's file name in a bundle; of its other files, those named *.{name}* count in its size
     cache_style: CacheStyle
-    activations: Activations  # "int8": the kernels round the input of every linear layer with integer weights
+    activations: Activations  # of the reference; "int8": the kernels round the input of linear layers with integer weights
     kinds: frozenset[str]  # the kinds of quantized weights that the file can hold
-    stand_ins: Mapping[str, str]  # for other kinds, and unless asked not to: the scheme that replaces a kind
-    packages: tuple[str, ...]  # whose versions belong together with the file
+    stand_ins: Mapping[str, str]  # kind → the scheme that replaces it, unless exact weights are asked for
+    packages: tuple[str, ...]  # the packages whose versions the manifest records
     export: Export
-    # The quantized weights in the file at a path by checkpoint name, once for every place that the file uses them in.
+    # The quantized weights in the file at a path, by checkpoint name. A weight comes once for every place of its use.
     read_back: Callable[[Path], "Iterator[tuple[str, QuantizedWeight]]"]
-    # Bytes that the file holds a second time, beyond the ideal bytes of the weights.
+    # The bytes of weights that the file holds a second time. They come on top of the weights' ideal bytes.
     repeated_bytes: Callable[[ModelConfig, "Weights"], int] = no_bytes

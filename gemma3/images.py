@@ -91,14 +91,14 @@ def read_image(path: Path | str) -> Image.Image:
     path = Path(path)
     try:
         if not path.is_file():
-            raise BadInput(f"{path}: no such file; give a picture ({READABLE})")
+            raise BadInput(f"{path}: no such file; give an image ({READABLE})")
         if path.stat().st_size > MAX_BYTES:
             raise BadInput(f"{path}: {path.stat().st_size / 1e6:.0f} MB, over {MAX_BYTES / 1e6:.0f}; make it smaller")
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about sizes and odd metadata; both are handled here
             return _read(file, path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror or error}); give a picture ({READABLE})") from None
+        raise BadInput(f"{path}: cannot be read ({error.strerror or error}); give an image ({READABLE})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -113,7 +113,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey[deep == image.info.get("transparency", -1)] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadInput(f"a picture of mode {image.mode} has no stated range; scale it to 8 bits (mode L) first")
+        raise BadInput(f"an image of mode {image.mode} has no stated range; scale it to 8 bits (mode L) first")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -137,7 +137,7 @@ def _read(file: BinaryIO, path: Path) -> Image.Image:
         raise
     except UnidentifiedImageError:
         file.seek(0)
-        raise BadInput(f"{path}: begins with {file.read(12)!r}, not a picture in {READABLE}; convert it") from None
+        raise BadInput(f"{path}: begins with {file.read(12)!r}, not an image in {READABLE}; convert it") from None
     except Image.DecompressionBombError as error:  # Pillow's own limit is a little higher; it states the count
         count = next(iter(re.findall(r"\d+", str(error))), "too many")
         raise BadInput(f"{path}: {count} pixels, over the limit of {MAX_PIXELS}; make it smaller") from None

@@ -90,7 +90,7 @@ def about_text(bundle: Path, source: Source) -> Iterator[str]:
 
 
 def about_images(bundle: Path, source: Source) -> Iterator[str]:
-    """Descriptions of held-out pictures, answers about them, and how many of the answers of each file are right."""
+    """Descriptions of held-out images, answers about them, and how many of the answers of each file are right."""
     manifest = read_manifest(bundle)
     tokenizer = Tokenizer(bundle / TOKENIZER)
     questions = read_questions(source.path / "questions_images.jsonl")
@@ -102,8 +102,8 @@ def about_images(bundle: Path, source: Source) -> Iterator[str]:
     yield ""
     yield from answers(sessions, tokenizer, [*some(descriptions, SHOWN), *some(asked, SHOWN)], manifest)
     rows = {
-        "right answers about pictures": scores(sessions, tokenizer, asked, manifest),
-        "about wide pictures": scores(sessions, tokenizer, wide, manifest),
+        "right answers about images": scores(sessions, tokenizer, asked, manifest),
+        "about wide images": scores(sessions, tokenizer, wide, manifest),
         "the same with Pan & Scan": scores(sessions, tokenizer, wide, manifest, pan_and_scan=True),
     }
     artifacts = manifest.artifacts.values()

@@ -47,7 +47,7 @@ class Sampler:
         scaled = logits.astype(np.float64) / self.temperature
         probabilities = np.exp(scaled - scaled.max())
         # A stable order: of equal logits, the ones with the highest ids are cut first.
-        order = np.argsort(-probabilities, kind="stable")
+        order = np.argsort(-logits.astype(np.float64), kind="stable")
         if self.top_k:
             probabilities[order[self.top_k :]] = 0.0
         probabilities /= probabilities.sum()

@@ -20,7 +20,7 @@ from gemma3.tokenizer import END_OF_IMAGE, START_OF_IMAGE, Tokenizer
 MOST_TOKENS = 400  # two masks of this many are 84 megapixels
 
 HIDDEN, SEEN, ITSELF, SAME_IMAGE = range(4)
-MEANING = {SEEN: "seen", ITSELF: "itself", SAME_IMAGE: "seen, of the same image", HIDDEN: "not seen"}
+MEANING = {SEEN: "visible", ITSELF: "itself", SAME_IMAGE: "visible, same image", HIDDEN: "masked"}
 GLYPHS = {HIDDEN: "·", SEEN: "■", ITSELF: "◆", SAME_IMAGE: "▣"}
 ANSI = {ITSELF: "\033[92m", SAME_IMAGE: "\033[93m"}
 RESET = "\033[0m"

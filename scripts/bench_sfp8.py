@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime  # type: ignore[import-untyped]
+import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

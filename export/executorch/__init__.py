@@ -1,1 +1,1 @@
-"""The .pte backend's graphs, files and reader."""
+"""The .pte target: its graphs, and how its file is written and read back."""

@@ -1,7 +1,7 @@
 """What a .pte holds, read from the file itself: its methods, kernels, caches and matrix multiplications.
 
-A .pte is a flatbuffer program (instructions, tensors, and the place of everything) followed by segments of data. The
-payload of a delegate is a flatbuffer of its own, the XNNPACK graph, whose constants are named data of the program.
+A .pte is a flatbuffer program (instructions, tensors, and the offsets of the data) followed by segments of data. The
+payload of a delegate is another flatbuffer, the XNNPACK graph. Its constants are named data of the program.
 """
 
 import json
@@ -32,7 +32,7 @@ from quant.integers import IntegerWeight
 
 Bytes = NDArray[np.uint8]
 
-# Kernels that move no data: sizes, symbols and views.
+# Kernels that compute no data: sizes, symbols and views.
 BOOKKEEPING = ("executorch_prim::", "aten::sym_size", "aten::_local_scalar_dense")
 HEADER_BYTES = 64
 DTYPES = {
@@ -45,7 +45,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix multiplication in a delegate. Only integer weights are read."""
+    """A matrix multiplication in a delegate, with a weight [rows, columns]. Only integer weights are read."""
 
     rows: int
     columns: int
@@ -59,7 +59,7 @@ class PteFile:
         self.path = path
         if path.stat().st_size < HEADER_BYTES:
             raise BadInput(f"{path}: {path.stat().st_size} bytes are not a .pte; export it again")
-        # Copy on write, though never written: torch wants writable memory.
+        # Mapped copy-on-write, although nothing is written, because torch wants writable memory.
         self.data: Bytes = np.memmap(path, np.uint8, "c")
         header = _get_extended_header(self.data[:HEADER_BYTES].tobytes())
         if header is None or not header.is_valid():
@@ -87,7 +87,7 @@ class PteFile:
         return [plan for plan in self.program.execution_plan if plan.chains[0].instructions]
 
     def kernels(self) -> Iterator[tuple[str, list[Any]]]:
-        """The (name, arguments) of the undelegated calls, in order, one method after the other."""
+        """The kernel calls outside the delegates as (name, arguments), in order, one method after the other."""
         for plan in self.networks:
             for instruction in plan.chains[0].instructions:
                 call = instruction.instr_args
@@ -99,7 +99,7 @@ class PteFile:
         return self.data[self.base + segment.offset :][: segment.size]
 
     def constant(self, tensor: Any) -> Tensor:
-        """A constant tensor of the program."""
+        """The values of a constant tensor of the program, mapped from the file."""
         dtype = DTYPES[tensor.scalar_type]
         offset = self.program.constant_segment.offsets[tensor.data_buffer_idx]
         count = int(np.prod(tensor.sizes)) * dtype.itemsize
@@ -111,7 +111,10 @@ class PteFile:
         return {entry.key: entry.segment_index for entry in self.program.named_data}
 
     def linears(self, method: str = FORWARD) -> Iterator[Linear]:
-        """The matrix multiplications in a method's delegates, in the order of their first calls, without the means."""
+        """The matrix multiplications in a method's delegates, in the order of the delegates' first calls.
+
+        Means, which are matrix multiplications with one row (see ``layers.Mean``), are left out.
+        """
         plan = self.plan(method)
         arguments = [instruction.instr_args for instruction in plan.chains[0].instructions]
         calls = dict.fromkeys(call.delegate_index for call in arguments if isinstance(call, DelegateCall))
@@ -142,13 +145,16 @@ class PteFile:
         scales = scales.view(torch.bfloat16 if grouped else torch.float32).float().view(rows, -1)
         if tensor["datatype"] == "xnn_datatype_qcint8":
             return Linear(rows, columns, IntegerWeight(codes.view(torch.int8).view(rows, columns), scales, 8))
-        # Rows of an odd number of columns end in half a byte of padding.
+        # A row with an odd number of columns ends in half a byte of padding.
         codes = unpack_nibbles(codes.view(rows, -1), first="low")[:, :columns]
         return Linear(rows, columns, IntegerWeight(codes, scales, 4))
 
 
 def unpack_nibbles(packed: Tensor, first: Literal["low", "high"]) -> Tensor:
-    """int8 [N, 2·B] in −8 … 7 from uint8 [N, B], whose ``first`` nibble holds the even column, with 8 added."""
+    """The codes, int8 [N, 2·B] in −8 … 7, in packed bytes, uint8 [N, B].
+
+    A nibble holds a code with 8 added. The ``first`` nibble of a byte is that of the even column.
+    """
     low, high = packed & 15, packed >> 4
     pair = (low, high) if first == "low" else (high, low)
     return torch.stack(pair, dim=-1).view(len(packed), -1).to(torch.int8) - 8
@@ -168,17 +174,17 @@ def xnnpack_graph(payload: Bytes) -> dict[str, Any]:
 
 
 def kernel_counts(file: PteFile) -> dict[str, int]:
-    """The undelegated operators that compute something and the number of their calls, the most frequent first."""
+    """Operator → number of calls outside the delegates, the most frequent first. BOOKKEEPING is left out."""
     counts = Counter(name for name, _ in file.kernels() if not name.startswith(BOOKKEEPING))
     return dict(counts.most_common())
 
 
 def cache_shapes_pte(file: PteFile) -> list[list[int]]:
-    """The shape [1, slots, K, D] of every buffer for keys or values: keys, values, keys, … by layer."""
+    """The shape [1, slots, K, D] of every cache buffer, layer by layer: keys, values, keys, values, …"""
     return [arguments[1].sizes for name, arguments in file.kernels() if name.startswith("llama::update_cache")]
 
 
 def cache_bytes_pte(path: Path) -> list[int]:
-    """The bytes of keys and values by layer, from the buffers that the file declares (float32)."""
+    """The bytes of keys and values together for each layer, from the float32 buffers that the file declares."""
     sizes = [4 * int(np.prod(shape)) for shape in cache_shapes_pte(PteFile(path))]
     return [keys + values for keys, values in zip(sizes[0::2], sizes[1::2], strict=True)]

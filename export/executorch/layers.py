@@ -1,8 +1,8 @@
-"""The layers that both networks of the .pte are built from, shaped so that XNNPACK takes them.
+"""The layers of which the text model and the vision model of the .pte are built, in a form that XNNPACK delegates.
 
-* The mean of a normalization is a linear layer with the fixed weights 1/size: XNNPACK delegates that for any rank, and
-  ``mean`` only for images.
-* Linear layers with integer weights that read the same activations share one rounding of them to int8.
+* The mean in a normalization is a linear layer with the fixed weights 1/size. XNNPACK delegates linear layers for any
+  rank, but ``mean`` only for images.
+* Linear layers with integer weights that read the same activations share one rounding of these activations to int8.
 * GELU's tanh form is spelled out, because XNNPACK computes the exact form whatever ``approximate`` says (4.7e-4 off).
 """
 
@@ -18,14 +18,18 @@ from gemma3.errors import BadInput
 from quant.integers import IntegerWeight
 from quant.weights import QuantizedWeight, Weight, Weights
 
-GROUP_MULTIPLE = 32  # XNNPACK's blockwise int4 takes groups of multiples of 32
-# GELU(x) ≈ x · sigmoid(x · (A + B·x²)): tanh(z) = 2·sigmoid(2z) − 1 in x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))).
+GROUP_MULTIPLE = 32  # XNNPACK's blockwise int4 takes group sizes that are multiples of 32
+# GELU(x) ≈ x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))), which is x · sigmoid(x · (A + B·x²)), because
+# tanh(z) = 2·sigmoid(2z) − 1.
 GELU_A = 2.0 * math.sqrt(2.0 / math.pi)
 GELU_B = GELU_A * 0.044715
 
 
 def rows(weight: Weight, index: Tensor) -> Weight:
-    """The rows ``index`` of a weight. The codes and scales of an integer weight stay what they are."""
+    """The rows ``index`` (int64) of a weight. An integer weight keeps the codes and scales of these rows.
+
+    Raises BadInput for a kind of quantized weight other than integers.
+    """
     if isinstance(weight, Tensor):
         return weight[index]
     integers = as_integers(weight)
@@ -33,7 +37,7 @@ def rows(weight: Weight, index: Tensor) -> Weight:
 
 
 def rope_half(heads: int, dim: int, half: int) -> Tensor:
-    """The row numbers of the first (0) or second (1) half of every head's ``dim`` rows."""
+    """int64 [heads · dim / 2]: the rows of a projection that are in the first (0) or second (1) half of their head."""
     return torch.arange(heads * dim).view(heads, 2, dim // 2)[:, half].reshape(-1)
 
 
@@ -45,7 +49,7 @@ def as_integers(weight: QuantizedWeight) -> IntegerWeight:
 
 
 def require_whole_groups(weight: IntegerWeight) -> None:
-    """Raises BadInput for a last group that is shorter than the others."""
+    """Raises BadInput when the last group of ``weight`` is shorter than the others."""
     if weight.group:
         raise BadInput(
             f"{weight.codes.shape[1]} columns in groups of {weight.group} end in a shorter one, for which there is no "
@@ -54,9 +58,10 @@ def require_whole_groups(weight: IntegerWeight) -> None:
 
 
 class Linear(nn.Module):
-    """A weight [N, K] in float32, or in integers that XNNPACK multiplies with int8 activations; bias [N] in float32.
+    """The weight [N, K] of a linear layer, and its bias [N] in float32.
 
-    Integers reach XNNPACK as dequantize operators in front of a linear. Raises BadInput for integers that XNNPACK
+    The weight is float32, or integers that XNNPACK multiplies with int8 activations. XNNPACK recognizes integers by the
+    dequantize operator in front of a ``linear``. ``project`` runs the layer. Raises BadInput for weights that XNNPACK
     has no kernel for.
     """
 
@@ -87,6 +92,7 @@ class Linear(nn.Module):
         self.register_buffer("zero_points", torch.zeros_like(scales, dtype=torch.int8))
 
     def value(self) -> Tensor:
+        """The weight [N, K] in float32, in a graph behind a dequantize operator if it is of integers."""
         if not self.integer:
             return self.get_buffer("weight")
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
@@ -102,7 +108,7 @@ class Linear(nn.Module):
 
 
 def round_activations(x: Tensor) -> Tensor:
-    """x rounded to int8 per token, asymmetrically. XNNPACK folds the three operators into its int8 kernels."""
+    """x rounded to int8 per token, asymmetrically, and back. XNNPACK folds the operators into its int8 kernels."""
     operators = torch.ops.quantized_decomposed
     scale, zero_point = operators.choose_qparams_per_token_asymmetric.default(x, torch.int8)
     codes = operators.quantize_per_token.default(x, scale, zero_point, -128, 127, torch.int8)
@@ -110,13 +116,13 @@ def round_activations(x: Tensor) -> Tensor:
 
 
 def project(x: Tensor, *linears: Linear) -> list[Tensor]:
-    """The result of each linear layer for x. Those with integer weights share one rounding of x."""
+    """The output [..., N] of each linear layer for x [..., K]. Those with integer weights share one rounding of x."""
     rounded = round_activations(x) if any(linear.integer for linear in linears) else x
     return [F.linear(rounded if linear.integer else x, linear.value(), linear.bias) for linear in linears]
 
 
 class Mean(nn.Module):
-    """Σ x / ``divisor`` over the last axis, which has ``size`` elements and is kept with 1."""
+    """Σ x / ``divisor`` over the last axis: x [..., size] → [..., 1]."""
 
     def __init__(self, size: int, divisor: int) -> None:
         super().__init__()
@@ -127,7 +133,7 @@ class Mean(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + weight)."""
+    """x / rms(x) · (1 + weight), over the last axis."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
@@ -140,7 +146,10 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The rows of the table for tokens [1, S]: float32 [1, S, E], unscaled."""
+    """The rows of the table for tokens int64 [...]: float32 [..., E], without the embedding scale sqrt(E).
+
+    Raises BadInput for a table that the kernels cannot read.
+    """
 
     def __init__(self, table: Weight) -> None:
         super().__init__()
@@ -152,7 +161,7 @@ class Embedding(nn.Module):
         self.bits = table.bits
         require_whole_groups(table)
         self.register_buffer("table", table.codes if table.bits == 8 else pack_embedding(table.codes))
-        # Every scale that quant.integers allows is exact in half precision, which the kernel reads too.
+        # The kernel reads float16 scales too, in which every scale that quant.integers allows is exact.
         scales = (table.scales.flatten() if table.per_channel else table.scales).half()
         if not torch.equal(scales.float().view(table.scales.shape), table.scales):
             raise BadInput("the embedding table's scales are not exact in float16; use quant.integers.bf16_grid")
@@ -169,7 +178,7 @@ class Embedding(nn.Module):
 
 
 def pack_embedding(codes: Tensor) -> Tensor:
-    """uint8 [V, E/2] as embedding_4bit reads it: the even column in the high nibble, with 8 added."""
+    """Codes int8 [V, E] as embedding_4bit reads them: uint8 [V, E/2], the even column in the high nibble, 8 added."""
     nibbles = (codes + 8).to(torch.uint8)
     return nibbles[:, 0::2] << 4 | nibbles[:, 1::2]
 

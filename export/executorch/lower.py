@@ -1,22 +1,24 @@
-"""Lower Gemma 3 to one .pte: one method for prompts and single tokens, caches inside, XNNPACK delegates.
+"""Lower Gemma 3 to one .pte: one method takes prompts and single tokens, holds the caches, and runs on XNNPACK.
 
     forward(tokens int64 [1, S], start_pos int64 [1]) → logits float32 [1, 1, V] of the last token; 1 ≤ S ≤ chunk
 
 A multimodal model has three methods in the same file, which ExecuTorch's multimodal runners look for by name. The last
-channel of E + 1 says whether an embedding belongs to an image:
+of the E + 1 channels says whether an embedding belongs to an image:
 
     vision_encoder(pixels float32 [1, 3, size, size] in 0 … 1) → soft tokens float32 [1, T, E + 1]
     token_embedding(tokens int64 [1, S]) → embeddings float32 [1, S, E + 1]
     text_decoder(embeddings float32 [1, S, E + 1], start_pos int64 [1]) → logits float32 [1, 1, V]
 
-The constant methods are those that ExecuTorch's stock runners ask for. ``to_edge_transform_and_lower``, the usual way
-here, traces the whole model four times and runs XNNPACK's 17 graph passes (for images, batch norms, stock attention)
-over every delegate: 128 s for six tiny layers. The way below takes under 20 s, for these reasons:
+The constant methods are those that ExecuTorch's stock runners ask for, and one for export/executorch/read_back.py.
+
+``to_edge_transform_and_lower``, the usual way to lower a model, traces the whole model four times and runs XNNPACK's 17
+graph passes (for images, batch norms, stock attention) over every delegate: 128 s for six tiny layers. The way below
+takes under 20 s, for these reasons:
 
 * ``to_edge`` with linear layers preserved decomposes once; ``to_backend`` then only partitions.
 * One of XNNPACK's passes runs instead of 17 (see export/executorch/partition.py).
-* Activations are two-dimensional in the model: the fake linear of a three-dimensional input of dynamic length costs
-  several symbolic reshapes.
+* Activations are two-dimensional in the model. Tracing a linear layer with a three-dimensional input of dynamic length
+  costs several symbolic reshapes.
 """
 
 import logging
@@ -51,13 +53,13 @@ log = logging.getLogger(__name__)
 def export_pte(
     config: ModelConfig, weights: Weights, layout: CacheLayout, eos_ids: Sequence[int], path: Path
 ) -> ExportReport:
-    """Write ``path``: the target's exporter (see ``export.target.Export``).
+    """Write the .pte ``path``. This is the target's exporter (see ``export.target.Export``).
 
-    ``weights`` by checkpoint name: float tensors (written as float32), or IntegerWeight of 4 bits, or of 8 bits per
-    channel. Linear layers with integer weights multiply with activations rounded to int8 per token. ``layout`` must be
-    of the ring style, and its chunk must hold an image's soft tokens. Raises BadInput for weights that XNNPACK has no
-    kernel for and for a shorter chunk, and VerificationFailed when the file's caches are not the layout's. The same
-    arguments give the same bytes.
+    ``weights`` are by checkpoint name: float tensors (written as float32), or IntegerWeight of 4 bits, or of 8 bits per
+    channel. Linear layers with integer weights round their input to int8 per token. ``layout`` must be of the ring
+    style, and its chunk must be at least an image's soft tokens. Raises BadInput for weights that XNNPACK has no kernel
+    for and for a smaller chunk, and VerificationFailed when the file's caches are not the layout's. The same arguments
+    give the same bytes.
     """
     if config.vision and layout.chunk < config.vision.tokens_per_image:
         raise BadInput(
@@ -85,12 +87,12 @@ def export_pte(
 
 
 def second_table_bytes(config: ModelConfig, weights: Weights) -> int:
-    """Bytes of the tied table's second copy: a gather and a matrix multiplication cannot share one in a .pte."""
+    """Bytes of a tied table's second copy. In a .pte, the embedding and the head cannot share one table."""
     return ideal_bytes([weights[EMBEDDING]]) if config.tie_word_embeddings else 0
 
 
 def trace(config: ModelConfig, weights: Weights, layout: CacheLayout) -> dict[str, ExportedProgram]:
-    """The graph of each method. The number of tokens is a symbol."""
+    """The traced graph of each method, by name. The number of tokens is symbolic, from 1 to the layout's chunk."""
     length = min(3, layout.chunk)
     tokens, start_pos = torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     if config.vision is None:
@@ -104,14 +106,14 @@ def trace(config: ModelConfig, weights: Weights, layout: CacheLayout) -> dict[st
 
 
 def trace_encoder(config: ModelConfig, weights: Weights) -> dict[str, ExportedProgram]:
-    """The graph of the vision model's method alone."""
+    """The traced graph of the vision model's method alone, by name."""
     assert config.vision is not None
     size = config.vision.image_size
     return {VISION_ENCODER: _trace(VisionEncoder(config, weights), (torch.zeros(1, 3, size, size),), 1)}
 
 
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> ExportedProgram:
-    """With ``longest`` over 1, the first input has 1 to ``longest`` tokens."""
+    """The traced graph. If ``longest`` is over 1, axis 1 of the first input is dynamic: 1 to ``longest`` tokens."""
     dynamic = None
     if longest > 1:
         dynamic = ({1: Dim("length", min=1, max=longest)}, *(None for _ in inputs[1:]))
@@ -134,14 +136,14 @@ def methods_of(config: ModelConfig, layout: CacheLayout) -> tuple[Method, ...]:
     )
 
 
-# Inputs stay in the caller's memory: planned ones would be copied.
+# Inputs stay in the caller's memory. If memory was planned for them, they would be copied there.
 PLANNING = {"alloc_graph_input": False}
 
 
 class CachesApart(MemoryPlanningPass):  # type: ignore[misc]
-    """Puts caches into memory of their own, which only the method that has them asks for.
+    """Plans separate memory for the caches, which only the method with the caches asks for.
 
-    Methods loaded from one program share the rest of their memory, and overwrite one another's values there.
+    Methods loaded from one program share the rest of their memory and overwrite one another's values there.
     """
 
     def __init__(self) -> None:
@@ -150,23 +152,23 @@ class CachesApart(MemoryPlanningPass):  # type: ignore[misc]
     def run(self, graph_module: GraphModule, graph_signature: ExportGraphSignature | None = None) -> PassResult:
         result = super().run(graph_module, graph_signature)
         if graph_signature is not None and not graph_signature.buffers_to_mutate:
-            self.state.graph_modules.pop()  # the graphs that get the caches' memory
+            self.state.graph_modules.pop()  # this graph must not get the caches' memory
         return result
 
 
 def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dict[str, Any]) -> Any:
-    """The methods, with XNNPACK's part delegated, in ExecuTorch's final form (an ExecutorchProgramManager).
+    """The methods in ExecuTorch's final form, with XNNPACK's part delegated: an ExecutorchProgramManager.
 
-    A program given without a name becomes the method "forward".
+    ``constants`` are the values of the constant methods, by name. A single program becomes the method "forward".
     """
     methods = programs if isinstance(programs, dict) else {FORWARD: programs}
     edge = to_edge(
         methods,
         constant_methods=constants,
         compile_config=EdgeCompileConfig(
-            # The caches' custom operators are not in the edge dialect's list.
+            # The validity check would refuse the caches' custom operators, which are not in the edge dialect.
             _check_ir_validity=False,
-            # Only the contiguous memory format occurs; tracking formats adds an operator per copy.
+            # Only the contiguous memory format occurs, and tracking formats would add an operator per copy.
             _skip_dim_order=True,
             preserve_ops=[torch.ops.aten.linear.default],
         ),
@@ -187,9 +189,9 @@ def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dic
 
 
 def unite_equal_delegates(plan: ExecutionPlan) -> bool:
-    """Point every call of equal delegates at the first of them. Returns whether there were any.
+    """Make every call of equal delegates use the first of them. Returns whether there were equal delegates.
 
-    When a method is loaded, each delegate packs its weights for itself, even if another has packed the same.
+    When a method is loaded, each delegate packs its own copy of its weights, even if another has packed the same ones.
     """
     every, kept = plan.delegates, list[BackendDelegate]()
     for delegate in every:
@@ -204,7 +206,7 @@ def unite_equal_delegates(plan: ExecutionPlan) -> bool:
 
 
 def constant_methods(config: ModelConfig, layout: CacheLayout, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """What stock runners ask a file. Their name for the largest call, the chunk, is get_max_seq_len."""
+    """The values of the constant methods by name. The stock runners' name for the chunk is get_max_seq_len."""
     return {
         "get_max_seq_len": layout.chunk,
         "get_max_context_len": layout.context,
@@ -214,6 +216,6 @@ def constant_methods(config: ModelConfig, layout: CacheLayout, eos_ids: Sequence
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": layout.chunk > 1,
-        # Ours: read_back.py names the head's weight by it.
+        # Not for stock runners: read_back.py needs it to name the head's weight.
         "tie_word_embeddings": config.tie_word_embeddings,
     }

@@ -1,7 +1,7 @@
-"""Which nodes XNNPACK gets, and in which delegate. The result is deterministic, with as few delegates as possible.
+"""Decides which nodes XNNPACK gets, and in which delegate: deterministically, with as few delegates as possible.
 
-ExecuTorch's own partitioner unites sets of nodes, so that two runs of the same export can differ in the number of
-delegates, and in the bytes of the file.
+ExecuTorch's own partitioner merges sets of nodes in no fixed order, so two runs of the same export can differ in the
+number of delegates and in the bytes of the file.
 """
 
 from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs
@@ -12,8 +12,9 @@ from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, Par
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-# The whole network but the embedding, the caches, attention, and the indices and masks of a step. Each class knows the
-# constraints of its operator, and which nodes belong to it (a linear's constants, dequantization and rounding).
+# These operators cover the whole network except the embedding, the caches, attention, and the indices and masks of a
+# step. Each class knows the constraints of its operator, and which nodes belong to it (for a linear layer the
+# constants, the dequantization and the rounding).
 DELEGATED = (
     gemm_configs.LinearConfig,
     generic_node_configs.AddConfig,
@@ -28,18 +29,18 @@ DELEGATED = (
     generic_node_configs.SubConfig,
     generic_node_configs.ViewCopyConfig,
 )
-# XNNPACK's backend runs 17 passes over every delegate, for images, batch norms and stock attention, unless this option
-# asks for the only one that could concern this graph (ConvertToLinear). They took half of the time of an export.
+# XNNPACK's backend runs 17 passes over every delegate, for images, batch norms and stock attention. With this option it
+# runs only the one that could change this graph (ConvertToLinear). The 17 passes took half of the time of an export.
 ONE_PASS = CompileSpec("dqlinear_partitioner", b"")
 
 
 class LevelPartitioner(Partitioner):  # type: ignore[misc]
-    """One delegate for all delegated nodes of a level. A node's level counts how often the path to it enters or leaves
-    XNNPACK.
+    """Puts all delegated nodes of one level into one delegate.
 
-    Levels never decrease along an edge and increase at every crossing, so no delegate depends on itself. With
-    ``apart``, nodes of a level that no edge connects become separate delegates, and concatenations, which would connect
-    them, stay outside. Delegates that compute the same are then equal to the byte.
+    A node's level is the largest number of times that a path to it enters or leaves XNNPACK. Levels never decrease
+    along an edge and increase at every crossing, so no delegate depends on its own output. With ``apart``, nodes of a
+    level that no edges connect become separate delegates, and concatenations, which would connect them, stay outside.
+    Delegates with the same computation are then equal to the byte.
     """
 
     def __init__(self, apart: bool = False) -> None:
@@ -75,12 +76,12 @@ class LevelPartitioner(Partitioner):  # type: ignore[misc]
             for index, member in enumerate(group):
                 member.meta["delegation_tag"] = tag
                 if self.apart:
-                    member.meta["debug_handle"] = index  # the only thing in a delegate that says where it stands
+                    member.meta["debug_handle"] = index  # all else in a delegate is independent of its place
         tags = dict.fromkeys(by_tag, self.spec_for_all)
         return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
 
     def members(self, node: Node, program: ExportedProgram) -> list[Node]:
-        """A delegated operator and the nodes that belong to it; nothing for a node that stays outside."""
+        """``node`` and the nodes that belong to it, if it is delegated; otherwise an empty list."""
         assert callable(node.target)
         operator = self.operators.get(format_target_name(node.target.__name__))
         if operator is None or not operator.check_constraints(node, program):
@@ -89,7 +90,7 @@ class LevelPartitioner(Partitioner):  # type: ignore[misc]
 
 
 def connected(nodes: list[Node]) -> list[list[Node]]:
-    """``nodes`` divided into groups that edges connect, each in the order given."""
+    """The connected components of ``nodes``; each keeps the order of ``nodes``."""
     piece_of: dict[Node, list[Node]] = {}
     for node in dict.fromkeys(nodes):
         joined = [node]

@@ -1,8 +1,8 @@
 """The integer weights that a .pte holds, read from its bytes.
 
-The weights have no names in the file, but the calls keep the order in which the networks make them: those of
-LAYER_LINEARS for each text layer, then the head; in the vision model the patch embedding, those of VISION_LINEARS for
-each layer, then the projection.
+The weights have no names in the file, but their matrix multiplications are in the order of the networks' code. In the
+text model this is LAYER_LINEARS for each layer, then the head. In the vision model it is the patch embedding,
+VISION_LINEARS for each layer, then the projection into the text model.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from gemma3.errors import BadInput
 from gemma3.names import EMBEDDING, HEAD, PROJECTOR, VISION_TOWER, layer, vision_layer
 from quant.integers import IntegerWeight
 
-# In the order of the calls. The query and the key projection are two linear layers each: the first and the second half
-# of the rows of every head.
+# The linear layers of a layer in order. The query and the key projection are two linear layers each: the first and the
+# second half of the rows of every head.
 LAYER_LINEARS: tuple[str, ...] = (
     "self_attn.q_proj",
     "self_attn.q_proj",
@@ -43,7 +43,7 @@ VISION_LINEARS: tuple[str, ...] = (
 
 
 def read_back_pte(path: Path) -> Iterator[tuple[str, IntegerWeight]]:
-    """Every integer weight in the file by checkpoint name; a tied table twice, once for each use.
+    """Every integer weight in the file by checkpoint name. A tied table comes twice, once for each use.
 
     Raises BadInput when the file's linear layers are not those of this network.
     """
@@ -65,7 +65,10 @@ def stored_integers(file: PteFile) -> Iterator[tuple[str, IntegerWeight]]:
 
 
 def named_linears(file: PteFile) -> Iterator[tuple[str, Linear]]:
-    """Each matrix multiplication with the checkpoint name of its weight; two halves have the same name."""
+    """Each matrix multiplication with the checkpoint name of its weight. The two halves of a projection share a name.
+
+    Raises BadInput when the number of matrix multiplications is not that of this network.
+    """
     for plan in file.networks:
         if plan.name == TOKEN_EMBEDDING:
             continue
@@ -99,7 +102,7 @@ def embedding_integers(file: PteFile, kernel: str, arguments: list[Any]) -> Inte
 
 
 def join_halves(first: IntegerWeight, second: IntegerWeight, head_dim: int) -> IntegerWeight:
-    """The projection whose rows were split into the first and the second half of every head."""
+    """The projection [heads · head_dim, K] whose rows were split into the first and the second half of every head."""
 
     def join(a: Tensor, b: Tensor) -> Tensor:
         return torch.stack([x.view(-1, head_dim // 2, x.shape[1]) for x in (a, b)], dim=1).view(-1, a.shape[1])

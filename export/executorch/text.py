@@ -1,19 +1,20 @@
-"""Gemma 3's text model written for ExecuTorch: the arithmetic of gemma3.model, shaped so that XNNPACK takes it.
+"""Gemma 3's text model written for ExecuTorch: the arithmetic of gemma3.model, in a form that XNNPACK delegates.
 
-It is built from the same configuration and weights as gemma3.model, and the tests compare the two. The differences,
-besides those of export/executorch/layers.py, and their reasons:
+It is built from the same configuration and weights as gemma3.model, and the tests compare the two. These are the
+differences, besides those of export/executorch/layers.py, and their reasons:
 
-* The query and key projections are split by rows into the two halves that RoPE rotates: slicing a dynamic length is
-  not delegated, two linear layers are. Each row has its own codes and scales, so the integers stay as they are.
-* The graph computes RoPE's angles, which saves tables of the context's length. XNNPACK's sin and cos are within 4.2e-7
-  at position 131 072.
-* The caches are buffers that custom operators write in place. Sliding-window layers keep a ring; one mask and one set
-  of slots a step serve all of them, and there is no state besides the keys and values.
+* The query and key projections are split by rows into the two halves that RoPE rotates, because XNNPACK delegates two
+  linear layers, but not the slicing of a tensor of dynamic length. Each row has its own codes and scales, so the
+  integers do not change.
+* The graph computes RoPE's angles, so it needs no tables of the context's length. XNNPACK's sin and cos are within
+  4.2e-7 at position 131 072.
+* The caches are buffers that custom operators write in place. Sliding-window layers keep a ring. One mask and one set
+  of slots per step serve all of them, and there is no state besides the keys and values.
 
 A multimodal model consists of three networks: ``TokenEmbedding`` and ``ExecutorchModel`` here, and the vision model in
-export/executorch/vision.py. Its embeddings have one channel more, 1 for a soft token of an image and 0 for text,
-because the stock runners pass on nothing but embeddings and a position. A call whose first embedding belongs to an
-image is one whole image: its positions attend to one another.
+export/executorch/vision.py. Its embeddings have an additional channel, 1 for a soft token of an image and 0 for text,
+because the stock runners pass only embeddings and a position to the text model. A call whose first embedding belongs to
+an image is one whole image: its positions attend to one another.
 
 Shapes as in gemma3.model, but with the length before the heads: S new tokens, R ring slots, H query heads, K key/value
 heads, D head dim, E hidden size, V vocabulary.
@@ -49,7 +50,7 @@ from quant.weights import Weight, Weights
 
 @dataclass(frozen=True)
 class ImageFlag:
-    """Whether a call is an image: 1 for an image and 0 for text, once as a number and once as a tensor."""
+    """Whether a call is an image, as a number and as a tensor: 1 for an image and 0 for text."""
 
     number: int  # a symbol while tracing
     factor: Tensor  # float32 [1]
@@ -63,12 +64,12 @@ class Step:
     cos: Tensor  # [1, S, 1, D/2]
     sin: Tensor  # [1, S, 1, D/2]
     slots: Tensor | None = None  # int64 [1, S]: the ring slots of the new positions (sliding-window layers)
-    mask: Tensor | None = None  # float32 [S, R]: 0 where visible, −∞ elsewhere (sliding-window layers)
+    mask: Tensor | None = None  # float32 [S, R]: 0 where s attends to slot r, else −∞ (sliding-window layers)
     image: ImageFlag | None = None  # None: a text-only model
 
 
 class HeadProjection(nn.Module):
-    """Project to heads, normalize each over D and rotate it. All of it works on the two halves of D."""
+    """Projects to heads, normalizes each head over D and applies RoPE, all on the two halves of D separately."""
 
     def __init__(self, weight: Weight, norm: Tensor, heads: int, dim: int, eps: float) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class HeadProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention that owns its cache: keys and values [1, slots, K, D] each, in float32."""
+    """Attention and its cache: x [S, E] → [S, E]; keys and values float32 [1, slots, K, D] each."""
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, cache: LayerCache, weights: Weights, name: str) -> None:
         super().__init__()
@@ -121,12 +122,13 @@ class Attention(nn.Module):
         return project(out, self.output)[0]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+        """Write the new keys and values [1, S, K, D] to the cache. Returns the heads' outputs [1, S, H, D]."""
         operators = torch.ops.llama
         cached_keys, cached_values = self.get_buffer("keys"), self.get_buffer("values")
         if self.kind == SLIDING:
             operators.update_cache_with_indices(keys, cached_keys, step.start, step.slots)
             operators.update_cache_with_indices(values, cached_values, step.start, step.slots)
-            # With a mask the operator reads the whole ring, so its own start and its causal mask are off.
+            # With a mask the operator reads the whole ring, so its own start position and causal mask are not used.
             start, mask, causal = 0, step.mask, False
         else:
             operators.update_cache(keys, cached_keys, step.start)
@@ -137,10 +139,10 @@ class Attention(nn.Module):
         return operators.custom_sdpa(queries, cached_keys, cached_values, start, mask, 0.0, causal, self.scale)
 
     def attend_to_text_or_image(self, queries: Tensor, start: int, image: ImageFlag) -> Tensor:
-        """Causal attention for text; for an image, attention to everything up to the call's end.
+        """Causal attention for text; for an image, attention to everything up to the end of the call.
 
-        Both are computed, because only the call itself says which one counts. The one that does not count begins at
-        position 0, where it reads as many keys as there are queries: one, for a single token.
+        Both are computed, because only the input of the call says which one is needed. The other one begins at position
+        0, where it reads only as many keys as there are queries: a single one when decoding.
         """
         cached = (self.get_buffer("keys"), self.get_buffer("values"))
         sdpa = torch.ops.llama.custom_sdpa
@@ -182,7 +184,7 @@ class Layer(nn.Module):
 
 
 def image_flag(embeddings: Tensor) -> ImageFlag:
-    """The flag of a call, from the last channel of its first embedding."""
+    """The flag of a call, from the last channel of its first embedding (float32 [1, S, E + 1])."""
     is_image = embeddings[0, :1, -1] > 0.5
     number = cast(int, is_image.to(torch.int64).item())
     torch._check(number >= 0)  # type: ignore[no-untyped-call]
@@ -191,10 +193,10 @@ def image_flag(embeddings: Tensor) -> ImageFlag:
 
 
 class ExecutorchModel(nn.Module):
-    """Inputs at positions start_pos (int64 [1]) onwards → logits float32 [1, 1, V] of the last one.
+    """Inputs at the positions from start_pos (int64 [1]) on → logits float32 [1, 1, V] of the last position.
 
-    The inputs are tokens int64 [1, S]; of a multimodal model they are embeddings float32 [1, S, E + 1], of text or of
-    one whole image, as the last channel of the first says.
+    The inputs of a text-only model are tokens int64 [1, S]. Those of a multimodal model are embeddings float32
+    [1, S, E + 1], all of text or of one whole image; the last channel of the first one says which.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
@@ -226,7 +228,7 @@ class ExecutorchModel(nn.Module):
         image = None if self.config.vision is None else image_flag(inputs)
         steps = {kind: self.step(kind, start, positions, start_pos + (length - 1), image) for kind in self.specs}
         if self.config.vision is None:
-            # Not folded into the table's scales, which must stay the quantizer's.
+            # The factor is not folded into the table's scales, because these must stay the quantizer's.
             x = self.embedding(inputs[0]) * math.sqrt(self.config.hidden_size)
         else:
             x = inputs[0, :, :-1]
@@ -242,8 +244,8 @@ class ExecutorchModel(nn.Module):
             return Step(start, cos, sin, image=image)
         ring = self.ring
         slots = (positions % ring).view(1, -1)
-        # The position that each slot holds after this step; negative where none has been written. ExecuTorch's integer
-        # remainder follows C for negative operands, hence the + ring in front of it.
+        # The position that each slot holds after this step, negative for a slot that is not written yet. ``ring`` is
+        # added before the remainder, because for negative operands ExecuTorch's integer remainder is that of C.
         slot_positions = last - (last + ring - torch.arange(ring)) % ring
         same_image = None if image is None else ((slot_positions >= positions[0]) & (image.factor > 0)).unsqueeze(0)
         visible = attention_mask(positions, slot_positions, window, same_image)
@@ -251,7 +253,7 @@ class ExecutorchModel(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """tokens int64 [1, S] → float32 [1, S, E + 1], with 0 in the last channel: text."""
+    """tokens int64 [1, S] → scaled embeddings float32 [1, S, E + 1], with 0 (text) in the last channel."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__()

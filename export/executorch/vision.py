@@ -1,16 +1,16 @@
-"""Gemma 3's vision model and projector written for ExecuTorch: the arithmetic of gemma3.vision, shaped for XNNPACK.
+"""Gemma 3's vision model written for ExecuTorch: the arithmetic of gemma3.vision, in a form that XNNPACK delegates.
 
-The differences, besides those of export/executorch/layers.py, and their reasons:
+These are the differences, besides those of export/executorch/layers.py, and their reasons:
 
-* A permutation cuts the patches out of the image, and one matrix product embeds them: a convolution would need passes
+* A permutation cuts the patches out of the image, and one matrix product embeds them. A convolution would need passes
   of XNNPACK's backend that export/executorch/partition.py leaves out.
-* Attention is ``llama.custom_sdpa``, which never holds the scores of all queries: for 4096 patches they take 1.07 GB.
-* What follows attention in a layer takes ROWS_AT_ONCE patches at a time, because an MLP's hidden values are the
-  largest of all. XNNPACK packs the weights of each delegate separately, so the parts must give equal delegates, which
+* Attention is ``llama.custom_sdpa``, which never holds the scores of all queries. For 4096 patches they take 1.07 GB.
+* The norm and MLP after attention take ROWS_AT_ONCE patches at a time, because an MLP's hidden values are the largest
+  tensor of all. XNNPACK packs the weights of each delegate separately, so the parts must become equal delegates, which
   export/executorch/lower.py unites into one.
 
-Shapes: S pixels a side, G patches a side, P = G² patches, C encoder width, H heads, T soft tokens an image,
-E the text model's hidden size. Nothing is dynamic.
+Shapes: S pixels per side, G patches per side, P = G² patches, C SigLIP's hidden size, H heads, T soft tokens per image,
+E the text model's hidden size. No shape is dynamic.
 """
 
 import math
@@ -70,7 +70,7 @@ class Patches(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every patch attends to every patch."""
+    """x [P, C] → [P, C]. Every patch attends to every patch."""
 
     def __init__(self, config: VisionConfig, weights: Weights, name: str) -> None:
         super().__init__()
@@ -95,6 +95,8 @@ class MLP(nn.Module):
 
 
 class NormedMLP(nn.Module):
+    """x + mlp(norm(x)) for some of the patches: [rows, C] → [rows, C]."""
+
     def __init__(self, config: VisionConfig, weights: Weights, name: str) -> None:
         super().__init__()
         self.norm = LayerNorm(weights, f"{name}.layer_norm2", config.layer_norm_eps)
@@ -109,7 +111,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = LayerNorm(weights, f"{name}.layer_norm1", config.layer_norm_eps)
         self.attention = SelfAttention(config, weights, f"{name}.self_attn")
-        # One module for each part, because a delegate must own the weights it multiplies with.
+        # One module for each part of the patches, because a delegate must own the weights it multiplies with.
         self.parts = nn.ModuleList(NormedMLP(config, aliases(weights, name), name) for _ in range(row_blocks(config)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,13 +123,13 @@ class Layer(nn.Module):
 
 
 def row_blocks(config: VisionConfig) -> int:
-    """The number of equal parts into which the patches are split, each of at most ROWS_AT_ONCE."""
+    """The number of equal parts into which the patches are split. Each part has at most ROWS_AT_ONCE patches."""
     patches = config.patches_per_side**2
     return next(n for n in count(math.ceil(patches / ROWS_AT_ONCE)) if patches % n == 0)
 
 
 def aliases(weights: Weights, prefix: str) -> dict[str, Weight]:
-    """The weights below ``prefix`` as new objects over the same memory, which torch.export keeps apart."""
+    """The weights below ``prefix`` as new tensors over the same memory, which torch.export treats as different."""
     return {name: alias(weight) for name, weight in weights.items() if name.startswith(f"{prefix}.")}
 
 
@@ -139,7 +141,7 @@ def alias(weight: Weight) -> Weight:
 
 
 class Projector(nn.Module):
-    """[P, C] → [1, T, E]: average each square of patches, then project. Soft tokens are in the order of image rows."""
+    """[P, C] → soft tokens [1, T, E], row by row of the image: averages each square of patches, then projects."""
 
     def __init__(self, config: VisionConfig, weights: Weights) -> None:
         super().__init__()
@@ -148,7 +150,7 @@ class Projector(nn.Module):
         self.soft_tokens = (1, config.tokens_per_image, -1)
         self.mean = Mean(size**2, size**2)
         self.norm = RMSNorm(floating(weights, f"{PROJECTOR}.mm_soft_emb_norm.weight"), config.layer_norm_eps)
-        # The checkpoint stores it as [C, E], to be multiplied from the right.
+        # Transposed, because the checkpoint stores it as [C, E].
         self.projection = Linear(floating(weights, f"{PROJECTOR}.mm_input_projection_weight").T.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ class Projector(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """pixels float32 [1, 3, S, S] in 0 … 1 → soft tokens float32 [1, T, E + 1], with 1 in the last channel."""
+    """pixels float32 [1, 3, S, S] in 0 … 1 → soft tokens float32 [1, T, E + 1], with 1 (image) in the last channel."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""The .onnx backend's graphs, files and reader."""
+"""The .onnx target: its graphs, and how its files are written and read back."""

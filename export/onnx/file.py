@@ -1,4 +1,4 @@
-"""Reads an .onnx file that may come from anywhere. Works without torch, so that a session can use it."""
+"""Reads .onnx files, which are not trusted. Works without torch, so that a session can use it."""
 
 import os
 import stat
@@ -17,14 +17,14 @@ VISION_FILE = "vision.onnx"  # the vision model's graph, beside the text model's
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph, without its weights. Raises BadInput unless everything it refers to lies safely beside it.
+    """The graph in the file ``path``, without its external weights.
 
-    ONNX Runtime opens any file that an initializer names. Our graphs name plain files beside them, hold weights only
-    in the main graph's initializers, and have no functions and no subgraphs but the branches of an If. Anything else
-    is refused.
+    ONNX Runtime opens any file that an initializer names. The graphs of this project name only plain files beside them,
+    hold weights only in the main graph's initializers, and have no functions, and no subgraphs except the branches of
+    an If. Raises BadInput for a file that is missing or not readable as ONNX, and for a graph with anything else.
     """
     try:
-        # onnx.load would resolve external data itself: parse the bytes alone.
+        # Not onnx.load, which would open external data before it is checked.
         model = onnx.ModelProto.FromString(path.read_bytes())
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; export the model again") from None
@@ -41,7 +41,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def data_file(path: Path) -> Path:
-    """The file with the weights of the graph at ``path``."""
+    """The external data file, with the weights of the graph ``path``."""
     return path.with_name(path.name + ".data")
 
 
@@ -52,7 +52,7 @@ def graphs_of(path: Path) -> list[Path]:
 
 
 def read_initializer(path: Path, tensor: onnx.TensorProto) -> NDArray[np.generic]:
-    """The values of an initializer of ``load_graph(path)``; external ones are mapped from their file."""
+    """The values of an initializer of ``load_graph(path)``. External ones are memory-mapped from their file."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return onnx.numpy_helper.to_array(tensor)
     entry = _external_entry(tensor)
@@ -67,10 +67,10 @@ def read_initializer(path: Path, tensor: onnx.TensorProto) -> NDArray[np.generic
 
 @contextmanager
 def exact_twin(path: Path) -> Iterator[Path]:
-    """A graph beside ``path``, over the same weights, that multiplies integers in float32. It is removed afterwards.
+    """A copy of the graph beside ``path``, over the same weights, that multiplies integers in float32.
 
-    The file itself rounds activations to int8 (accuracy level 4); its twin shows whether anything else differs from
-    the eager model.
+    The original graph rounds activations to int8 (accuracy level 4). The copy shows whether anything else differs from
+    the eager model. It is removed when the block ends. Raises BadInput as ``load_graph`` does.
     """
     model = load_graph(path)
     for node in model.graph.node:
@@ -86,7 +86,7 @@ def exact_twin(path: Path) -> Iterator[Path]:
 
 
 def _is_foreign(graph: onnx.GraphProto) -> bool:
-    """Does the graph, or a branch in it, hold weights outside the main graph's initializers?"""
+    """Does the graph, or a branch in it, hold weights outside the main graph's initializers, or other subgraphs?"""
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t") or attribute.graphs or attribute.tensors or attribute.sparse_tensors:
@@ -126,7 +126,7 @@ def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
 
 
 def cache_shapes_onnx(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every cache input, as the file declares it. Raises BadInput as ``load_graph`` does."""
+    """The shape of every cache input by name, as the file declares it. Raises BadInput as ``load_graph`` does."""
     return {
         value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
         for value in load_graph(path).graph.input

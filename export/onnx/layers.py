@@ -1,9 +1,9 @@
-"""The layers that the ONNX graphs of the text model and of the vision model are built from, and their weights.
+"""The layers of which the ONNX graphs of the text model and the vision model are built, and their weights.
 
 Weights go to the external data file as they are read, so that only the current one is in memory twice. An integer
-weight keeps its own codes and scales: MatMulNBits holds code + 2^(bits−1) with an implicit zero point of the same
-value, an even column in the low nibble, and float16 scales, in which ours are exact. The table that embedding and
-head share is in the file once; two initializers of different shapes refer to it.
+weight keeps its own codes and scales. MatMulNBits holds code + 2^(bits−1) with an implicit zero point of the same
+value, an even column in the low nibble, and float16 scales, in which the quantizer's scales are exact. The table that
+embedding and head share is in the file once; two initializers of different shapes refer to it.
 """
 
 import json
@@ -32,12 +32,12 @@ MICROSOFT = "com.microsoft"
 OPSETS = {"": 23, MICROSOFT: 1}  # 23 brought RMSNormalization and RotaryEmbedding
 IR_VERSION = 11  # opset 23's
 
-# MatMulNBits' blocks are powers of two from 16; ONNX Runtime has fast kernels up to 128.
+# The block sizes of MatMulNBits are powers of two from 16; ONNX Runtime has fast kernels up to 128.
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
 FAST_BLOCKS = (128, 64, 32)
-ALIGNMENT = 64  # bytes: a cache line, so that weights used straight from the mapped file are aligned
+ALIGNMENT = 64  # bytes of a CPU cache line, so that weights used directly from the mapped file are aligned
 SFP8_SCALE = ".scale"
-WEIGHTS_KEY = "gemma_edge.weights"  # on a node: which checkpoint weights its matrix is made of
+WEIGHTS_KEY = "gemma_edge.weights"  # a node's metadata: the checkpoint weights of which its matrix consists
 
 
 class WeightFile:
@@ -72,9 +72,10 @@ def write_graph(
     accuracy_level: int,
     build: "Callable[[GraphBuilder], tuple[list[ir.Value], list[ir.Value]]]",
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], set[str]]:
-    """Write the graph with the inputs and outputs that ``build`` returns, and its data file.
+    """Write the graph ``path`` with the inputs and outputs that ``build`` returns, and its external data file.
 
-    Returns the specs of its inputs and outputs, and the names of the weights that it used.
+    ``accuracy_level`` is that of MatMulNBits. Returns the specs of the graph's inputs and outputs, and the names of the
+    weights that it uses.
     """
     with WeightFile(data_file(path)) as file:
         graph = GraphBuilder(weights, file, accuracy_level)
@@ -102,7 +103,10 @@ def _specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 class Operators(Tape):
-    """Nodes in order. ``op.Add(x, y)`` appends one and returns its output, or a list if it has several ``outputs``."""
+    """The nodes of a graph in order. ``op.Add(x, y)`` appends a node and returns its output.
+
+    With ``outputs`` over 1 it returns a list of so many outputs.
+    """
 
     def __getattr__(self, kind: str) -> Callable[..., Any]:
         def add(*inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
@@ -114,7 +118,10 @@ class Operators(Tape):
 
 
 class GraphBuilder:
-    """The nodes (``op``), constants and weights of one graph, in order."""
+    """Builds one graph: its nodes (with ``op``), its constants and its weights.
+
+    ``used`` collects the names of the weights that the graph uses.
+    """
 
     def __init__(self, weights: Weights, file: WeightFile, accuracy_level: int) -> None:
         self.op = self._main = Operators()
@@ -134,43 +141,46 @@ class GraphBuilder:
         return self._constant(np.array(values, np.float32))
 
     def _constant(self, array: NDArray[np.generic]) -> ir.Value:
-        """The initializer of that value; equal constants share one."""
+        """The initializer with the values of ``array``. Equal constants share one initializer."""
         key = f"{array.dtype}{array.tolist()}"
         if key not in self._constants:
             self._constants[key] = self._main.initializer(ir.tensor(array), name=f"constant_{len(self._constants)}")
         return self._constants[key]
 
     def take(self, name: str) -> Weight:
-        """The weight of that name. Raises BadInput when it is missing."""
+        """The weight ``name``, which then counts as used. Raises BadInput when it is missing."""
         if name not in self._weights:
             raise BadInput(f"weight {name} is missing")
         self.used.add(name)
         return self._weights[name]
 
     def branch(self, name: str, build: Callable[[], list[ir.Value]]) -> ir.Graph:
-        """The nodes that ``build`` makes, as a branch of an If. Its constants and weights are in the main graph."""
+        """The nodes that ``build`` makes, as a branch of an If. Their constants and weights go to the main graph."""
         outer, self.op = self.op, Operators()
         outputs, nodes, self.op = build(), self.op.nodes, outer
-        # Names must differ from those outside the branch.
+        # The names of values must differ from those outside the branch.
         for index, value in enumerate(output for node in nodes for output in node.outputs):
             value.name = f"{name}.{index}"
         return ir.Graph([], outputs, nodes=nodes, name=name)
 
     def floats_of(self, name: str) -> ir.Value:
-        """The weight of that name, float32, unchanged."""
+        """The float weight ``name``, in float32."""
         weight = self.take(name)
         assert isinstance(weight, Tensor)
         return self.float_matrix([name], [weight])
 
     def norm(self, x: ir.Value, eps: float, name: str) -> ir.Value:
-        """x / rms(x) · (1 + weight)."""
+        """x / rms(x) · (1 + weight), over the last axis."""
         weight = self.take(name)
         assert isinstance(weight, Tensor)
         scale = self._stored(name, lambda: (1.0 + weight.float()).numpy())
         return self.op.RMSNormalization(x, scale, axis=-1, epsilon=eps)
 
     def linear(self, x: ir.Value, *names: str) -> list[ir.Value]:
-        """x · Wᵀ for each named weight. Weights stored in the same form become one matrix, whose product is split."""
+        """x · Wᵀ for each named weight. Weights stored in the same form become one matrix, whose product is split.
+
+        Raises BadInput for a weight that is missing, or of integers that the kernels do not support.
+        """
         weights = [self.take(name) for name in names]
         floats = [weight for weight in weights if isinstance(weight, Tensor)]
         integers = [weight for weight in weights if isinstance(weight, IntegerWeight)]
@@ -207,15 +217,15 @@ class GraphBuilder:
         return parts
 
     def float_matrix(self, names: Sequence[str], weights: Sequence[Tensor]) -> ir.Value:
-        """The rows of all the weights, one below the other: float32 [rows, columns]."""
+        """The weights stacked along the rows: float32 [rows, columns]."""
         return self._stored("+".join(names), lambda: stacked([weight.float() for weight in weights]).numpy())
 
     def integer_matrix(
         self, names: Sequence[str], weights: Sequence[IntegerWeight], block: int
     ) -> tuple[ir.Value, ir.Value]:
-        """The weights' codes, uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks].
+        """The stacked weights' codes, uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks].
 
-        The file holds one scale per row once; it is repeated for each block when the graph is loaded.
+        If a row has one scale, the file holds it once. It is repeated for each block when the graph is loaded.
         """
         label = "+".join(names)
         codes = self._stored(label + ".codes", lambda: pack(weights, block))
@@ -230,7 +240,7 @@ class GraphBuilder:
         return codes, self._scales[label]
 
     def sfp8_matrix(self, name: str, weight: Sfp8Weight) -> ir.Value:
-        """The values, float32 [rows, columns], decoded from one byte a value in the file."""
+        """The values, float32 [rows, columns]. The graph decodes them from the codes in the file, one byte per value."""
         if name not in self._decoded:
             codes = self._stored(name + ".codes", lambda: weight.codes.numpy())
             scale = self._stored(name + SFP8_SCALE, lambda: weight.scale.numpy())
@@ -241,12 +251,15 @@ class GraphBuilder:
     def integer_node(
         self, kind: str, inputs: Sequence[ir.Value], rows: dict[str, int], columns: int, attributes: dict[str, int]
     ) -> ir.Value:
-        """A node over an integer matrix that holds the weights named in ``rows``. The note is for read_back.py."""
+        """A node with an integer matrix, which consists of the weights in ``rows`` (name → number of rows).
+
+        These and ``columns`` are noted in the node's metadata, for read_back.py.
+        """
         note = json.dumps({"rows": rows, "columns": columns})
         return self.op.op(kind, inputs, attributes, domain=MICROSOFT, metadata_props={WEIGHTS_KEY: note})
 
     def flattened(self, matrix: ir.Value) -> ir.Value:
-        """The same bytes of the file, as [rows, bytes of a row]."""
+        """An initializer over the same bytes of the file, with the shape [rows, bytes of a row]."""
         tensor = matrix.const_value
         assert isinstance(tensor, ir.ExternalTensor)
         rows, *rest = tensor.shape.numpy()
@@ -261,7 +274,7 @@ class GraphBuilder:
         return self._main.initializer(flat)
 
     def _stored(self, name: str, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
-        """The initializer of that name. Its values are written to the file when it is first asked for."""
+        """The initializer ``name``. Its values are made and written to the file when it is first asked for."""
         if name not in self._matrices:
             self._matrices[name] = self._main.initializer(self._file.add(name, make()))
         return self._matrices[name]
@@ -272,8 +285,10 @@ def _kind(weight: IntegerWeight) -> tuple[int, int]:
 
 
 def block_size(name: str, weight: IntegerWeight) -> int:
-    """How many columns the kernels take as a block: the group size, or with one scale a row, the largest fast size that
-    pads the row by at most 1/64. Raises BadInput for bits or group sizes that the kernels do not support.
+    """How many columns the kernels take as one block.
+
+    It is the group size. With one scale per row, it is the largest fast size that pads the row by at most 1/64. Raises
+    BadInput for bits or group sizes that the kernels do not support.
     """
     if weight.bits not in (4, 8):
         raise BadInput(f"{name}: {weight.bits}-bit integers; ONNX Runtime's kernels take 4 or 8")
@@ -290,17 +305,17 @@ def block_size(name: str, weight: IntegerWeight) -> int:
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of one after those of the other. A single part is not copied."""
+    """The parts concatenated along the rows. A single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def pack(weights: Sequence[IntegerWeight], block: int) -> NDArray[np.uint8]:
-    """The weights' codes, one below the other, as uint8 [rows, blocks, block · bits / 8].
+    """The weights' codes, stacked along the rows, as uint8 [rows, blocks, block · bits / 8].
 
-    Columns are padded to whole blocks with the code of 0.
+    The columns are padded to whole blocks with the code that stands for 0.
     """
     bits = weights[0].bits
-    # Adding in uint8 wraps int8's two's complement to the unsigned code.
+    # Addition in uint8 wraps around, which turns int8's two's complement into the unsigned code.
     unsigned = stacked([weight.codes for weight in weights]).view(torch.uint8) + 2 ** (bits - 1)
     unsigned = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[1] % block), value=2 ** (bits - 1))
     if bits == 4:
@@ -309,7 +324,7 @@ def pack(weights: Sequence[IntegerWeight], block: int) -> NDArray[np.uint8]:
 
 
 def half_scales(name: str, weights: Sequence[IntegerWeight]) -> NDArray[np.float16]:
-    """float16 [rows, groups]. Raises BadInput when that is not exact."""
+    """The weights' scales, stacked, as float16 [rows, groups]. Raises BadInput for scales that are not exact in it."""
     scales = stacked([weight.scales for weight in weights])
     half = scales.half()
     if not torch.equal(half.float(), scales):
@@ -322,4 +337,5 @@ def typed_value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir
 
 
 def declare(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+    """Give a value its name, dtype and shape; a string in ``shape`` is a dynamic dimension."""
     value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)

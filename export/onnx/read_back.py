@@ -18,9 +18,9 @@ from quant.weights import QuantizedWeight
 
 
 def read_back_onnx(path: Path) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Every quantized weight by checkpoint name, in the file and in the vision model's file beside it.
+    """Every quantized weight by checkpoint name, from the file and from the vision model's file beside it.
 
-    A weight that several nodes use comes several times. Raises BadInput as ``load_graph`` does.
+    Integers that several nodes use come once for each node. Raises BadInput as ``load_graph`` does.
     """
     for graph in graphs_of(path):
         yield from stored_integers(graph)
@@ -28,13 +28,13 @@ def read_back_onnx(path: Path) -> Iterator[tuple[str, QuantizedWeight]]:
 
 
 def stored_integers(path: Path) -> Iterator[tuple[str, IntegerWeight]]:
-    """The operands of every node that computes with integers; a table that two nodes use comes twice."""
+    """The integer weights of every node that computes with integers. A table that two nodes use comes twice."""
     model = load_graph(path)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {output: node for node in model.graph.node for output in node.output}
 
     def read(name: str) -> NDArray[Any]:
-        """The stored values of an operand, which the graph only casts and repeats."""
+        """The stored values of an operand. Between them and the operand, the graph only casts and repeats."""
         while name not in initializers:
             name = producers[name].input[0]
         return read_initializer(path, initializers[name])
@@ -72,5 +72,5 @@ def unpack(packed: NDArray[np.uint8], bits: int, columns: int) -> Tensor:
     unsigned = packed.reshape(packed.shape[0], -1)
     if bits == 4:
         unsigned = np.stack((unsigned & 15, unsigned >> 4), axis=-1).reshape(packed.shape[0], -1)
-    # Subtracting in uint8 wraps to the two's complement that int8 reads.
+    # Subtraction in uint8 wraps around, which gives the two's complement that int8 reads.
     return torch.from_numpy((unsigned[:, :columns] - np.uint8(2 ** (bits - 1))).view(np.int8))

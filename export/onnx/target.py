@@ -1,4 +1,4 @@
-"""The .onnx target: graphs for ONNX Runtime, run by onnxruntime-genai too."""
+"""The .onnx target: graphs for ONNX Runtime, which onnxruntime-genai can run too."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ ONNX = Target(
     name="onnx",
     file="model.onnx",
     cache_style="compacting",
-    # MatMulNBits rounds activations too, by block, but the proof treats that as an error of the file.
+    # MatMulNBits rounds activations too, by block. The reference does not, so the proof counts it as a difference.
     activations="float",
     kinds=frozenset({"integers", "sfp8"}),
     stand_ins={"sfp8": "int8-block32-padded"},

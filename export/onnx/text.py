@@ -1,22 +1,23 @@
 """Gemma 3's text model as an ONNX graph for ONNX Runtime, to be read top to bottom like gemma3/model.py.
 
-Shapes: S new tokens, T = past + S, H query heads, K key/value heads, D head dim, E hidden size, V vocabulary;
-the batch is 1. In and out (the names are onnxruntime-genai's, which runs the file as it is):
+Shapes: S new tokens, T = past + S, H query heads, K key/value heads, D head dim, E hidden size, V vocabulary; the batch
+is 1. These are the inputs and outputs, with the names that onnxruntime-genai expects, which runs the file as it is:
 
     input_ids int64 [1, S], attention_mask int64 [1, T] (only its length is used)
     past_key_values.{i}.key and .value float32 [1, K, slots, D] → present.{i}.key and .value, the same shape
     logits float32 [1, 1, V], of the last token
 
 The number of slots in a cache is fixed in the file. Past and present are one buffer, which the caller binds as both.
-Sliding-window layers use GroupQueryAttention's windowed cache. T alone decides which position is in which row, so
-T = S begins a new sequence whatever the buffer held before.
+Sliding-window layers use GroupQueryAttention's windowed cache. T alone determines which position is in which row, so
+T = S begins a new sequence, whatever the buffer held before.
 
 A multimodal model has one more input, and one more graph that computes it, ``vision.onnx`` (export/onnx/vision.py):
 
     soft_tokens float32 [1, M, E], appended to the embeddings of the S tokens, unscaled; empty unless given
 
-One of the two is empty: a call takes text, or one whole image (S = 0), whose positions attend to one another. Only
-the attention differs, so only the attention is in two branches; weights, caches and everything else serve both.
+In each call, input_ids or soft_tokens is empty: a call takes text, or one whole image (input_ids [1, 0]), whose positions
+attend to one another. Only attention differs, so only attention has two branches. Weights, caches and everything else
+serve both.
 """
 
 import math
@@ -38,22 +39,22 @@ from quant.sfp8 import Sfp8Weight
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers share in one call."""
+    """The values that all layers share in one call. S here counts soft tokens too."""
 
-    past: ir.Value  # int32 [1]: T − 1, as GroupQueryAttention wants it
+    past: ir.Value  # int32 [1]: T − 1, as GroupQueryAttention expects it
     total: ir.Value  # int32 scalar: T
     rope: dict[LayerSpec, tuple[ir.Value, ir.Value]]  # cos, sin [1, S, D/2]
     is_image: ir.Value | None  # bool scalar; None: a text-only model
 
 
 def text_model(graph: GraphBuilder, config: ModelConfig, layout: CacheLayout) -> tuple[list[ir.Value], list[ir.Value]]:
-    """The graph's inputs and outputs."""
+    """Build the graph of the text model with caches of ``layout``. Returns its inputs and its outputs."""
     op = graph.op
     ids = typed_value("input_ids", ir.DataType.INT64, [1, "sequence_length"])
     mask = typed_value("attention_mask", ir.DataType.INT64, [1, "total_sequence_length"])
     inputs, caches, soft_tokens = [ids, mask], [], None
     if config.vision is not None:
-        # Empty unless the caller gives some, so that onnxruntime-genai, which does not know it, can run text.
+        # Empty by default, so that onnxruntime-genai, which does not know this input, can run text.
         soft_tokens = op.initializer(ir.tensor(np.empty((1, 0, config.hidden_size), np.float32)), name="soft_tokens")
         declare(soft_tokens, "soft_tokens", ir.DataType.FLOAT, [1, "soft_tokens_length", config.hidden_size])
         inputs.append(soft_tokens)
@@ -78,6 +79,7 @@ def text_model(graph: GraphBuilder, config: ModelConfig, layout: CacheLayout) ->
 def step_values(
     graph: GraphBuilder, config: ModelConfig, ids: ir.Value, mask: ir.Value, soft_tokens: ir.Value | None
 ) -> Step:
+    """Build the nodes that compute what all layers share."""
     op = graph.op
     total = op.Shape(mask, start=1)  # [1]
     new = op.Shape(ids, start=1)
@@ -97,7 +99,7 @@ def step_values(
 
 
 def embed(graph: GraphBuilder, config: ModelConfig, ids: ir.Value) -> ir.Value:
-    """The rows of the embedding table for ``ids``: [1, S, E]."""
+    """The rows of the embedding table for ``ids`` [1, S]: [1, S, E], without the embedding scale."""
     name = names.EMBEDDING
     weight = graph.take(name)
     if isinstance(weight, Tensor):
@@ -148,7 +150,7 @@ def attention(
     step: Step,
     past: Sequence[ir.Value],
 ) -> tuple[ir.Value, list[ir.Value]]:
-    """The output projection [1, S, E], and the present keys and values."""
+    """The output of the attention block for x [1, S, E]: [1, S, E], and the present keys and values."""
     op = graph.op
     heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
     queries, keys, values = graph.linear(x, *(f"{prefix}{part}_proj.weight" for part in "qkv"))
@@ -170,7 +172,7 @@ def attend(
 ) -> list[ir.Value]:
     """The heads' outputs [1, S, H·D], and the present keys and values.
 
-    ``operands`` are the queries, the keys, the values, and the past of both.
+    ``operands`` are the queries, the keys, the values, and the past keys and values.
     """
     window = {} if spec.window is None else {"local_window_size": spec.window, "sliding_window_cache": 1}
 
@@ -207,11 +209,12 @@ def group_query_attention(
 def image_in_window(
     graph: GraphBuilder, config: ModelConfig, spec: LayerSpec, window: int, operands: list[ir.Value], step: Step
 ) -> list[ir.Value]:
-    """``attend`` for an image in a sliding-window layer: its queries attend to all of the image, and before it to the
-    window.
+    """``attend`` for an image in a sliding-window layer.
 
-    GroupQueryAttention has a window only with a causal mask. Here it runs over the rows in use and the image's, with
-    the window as a bias. The rows that its windowed cache would keep become the present.
+    A query attends to all later positions of the image, and to the earlier positions within its window.
+    GroupQueryAttention has a window only with a causal mask. Here it runs without one, over the cache rows in use and
+    the image's rows, and a bias masks what is outside the window. The rows that GroupQueryAttention's windowed cache
+    would keep become the present.
     """
     op = graph.op
     queries, keys, values, *past = operands
@@ -223,7 +226,7 @@ def image_in_window(
     before, after = (resident_rows(graph, tokens, slots, window) for tokens in (op.Sub(end, new), end))
     rows = op.Add(before, new)
 
-    # Query i and row r both count from the image's first position. Row r is visible if r > i − window.
+    # Query i and row r both count from the image's first position. Query i attends to row r if r > i − window.
     query = op.Unsqueeze(op.Range(graph.ints(0), op.Squeeze(new), graph.ints(1)), graph.ints([0, 1, 3]))
     row = op.Range(op.Squeeze(op.Neg(before)), op.Squeeze(new), graph.ints(1))
     visible = op.Greater(row, op.Sub(query, graph.ints([window])))
@@ -242,7 +245,7 @@ def image_in_window(
 def resident_rows(graph: GraphBuilder, tokens: ir.Value, slots: int, window: int) -> ir.Value:
     """int64 [1]: how many rows a windowed cache holds after ``tokens`` tokens, by GroupQueryAttention's contract.
 
-    When all ``slots`` are full, the slots − window + 1 oldest rows are dropped at once.
+    When all ``slots`` are full and another row comes, the slots − window + 1 oldest rows are dropped at once.
     """
     op = graph.op
     dropped = graph.ints([slots - window + 1])

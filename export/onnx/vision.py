@@ -1,11 +1,11 @@
 """Gemma 3's vision model as an ONNX graph for ONNX Runtime, to be read top to bottom like gemma3/vision.py.
 
-Shapes: S pixels a side, P patches, C encoder width, T soft tokens an image, E the text model's hidden size.
+Shapes: S pixels per side, P patches, C SigLIP's hidden size, T soft tokens per image, E the text model's hidden size.
 
     pixels float32 [1, 3, S, S] in 0 … 1 → soft_tokens float32 [1, T, E]
 
-Attention is ONNX Runtime's MultiHeadAttention, which never holds all scores at once: 4096 patches take 76 MB more,
-where ONNX's own Attention takes 1 GB.
+Attention is ONNX Runtime's MultiHeadAttention, which never holds all scores at once: for 4096 patches it takes 76 MB of
+additional memory, where ONNX's own Attention takes 1 GB.
 """
 
 import math
@@ -17,12 +17,12 @@ from gemma3 import names
 from gemma3.config import ModelConfig, VisionConfig
 
 TOWER, PROJECTOR = f"{names.VISION_TOWER}.", f"{names.PROJECTOR}."
-# How many patches the MLP takes at a time. For 4096 patches this is a quarter of the memory, and 7 % faster.
+# How many patches the MLP takes at a time. For 4096 patches this takes a quarter of the memory and is 7 % faster.
 ROWS_AT_ONCE = 1024
 
 
 def vision_model(graph: GraphBuilder, config: ModelConfig) -> tuple[list[ir.Value], list[ir.Value]]:
-    """The graph's inputs and outputs."""
+    """Build the graph of the vision model. Returns its inputs and its outputs."""
     vision = config.vision
     assert vision is not None
     pixels = typed_value("pixels", ir.DataType.FLOAT, [1, 3, vision.image_size, vision.image_size])
@@ -35,7 +35,7 @@ def vision_model(graph: GraphBuilder, config: ModelConfig) -> tuple[list[ir.Valu
 
 
 def embeddings(graph: GraphBuilder, config: VisionConfig, pixels: ir.Value) -> ir.Value:
-    """[1, P, C]."""
+    """The patch embeddings [1, P, C] of ``pixels`` [1, 3, S, S], with the position embeddings added."""
     op = graph.op
     prefix = TOWER + "embeddings."
     kernel = [graph.floats_of(f"{prefix}patch_embedding.{part}") for part in ("weight", "bias")]
@@ -65,7 +65,10 @@ def attention(graph: GraphBuilder, config: VisionConfig, prefix: str, x: ir.Valu
 
 
 def mlp(graph: GraphBuilder, prefix: str, x: ir.Value, patches: int) -> ir.Value:
-    """ROWS_AT_ONCE patches at a time, because the hidden values of the MLP are the largest in the vision model."""
+    """The MLP, x [1, P, C] → [1, P, C], for ROWS_AT_ONCE patches at a time.
+
+    Its hidden values are the largest tensor in the vision model.
+    """
     op = graph.op
 
     def rows(part: ir.Value) -> ir.Value:
@@ -84,7 +87,7 @@ def linear(graph: GraphBuilder, name: str, x: ir.Value) -> ir.Value:
 
 
 def projector(graph: GraphBuilder, config: VisionConfig, x: ir.Value) -> ir.Value:
-    """Average each square of patches, then project into the text model: [1, T, E]."""
+    """x [1, P, C] → soft tokens [1, T, E]: averages each square of patches, then projects into the text model."""
     op = graph.op
     side, pool = math.isqrt(config.tokens_per_image), config.pool_size
     squares = op.Reshape(x, graph.ints([side, pool, side, pool, config.hidden_size]))

@@ -21,7 +21,10 @@ GENAI_CONFIG = "genai_config.json"
 def export(
     config: ModelConfig, weights: Weights, layout: CacheLayout, eos_ids: Sequence[int], path: Path
 ) -> ExportReport:
-    """The target's exporter (see ``export.target.Export``). ``eos_ids`` are not part of an ONNX graph."""
+    """The target's exporter (see ``export.target.Export``): ``export_onnx``, and genai_config.json beside the graph.
+
+    ``eos_ids`` are not used.
+    """
     report = export_onnx(config, weights, layout, path)
     genai = json.dumps(genai_config(config, layout, path.name), indent=1)
     path.with_name(GENAI_CONFIG).write_text(genai + "\n", encoding="utf-8")
@@ -31,14 +34,14 @@ def export(
 def export_onnx(
     config: ModelConfig, weights: Weights, layout: CacheLayout, path: Path, *, accuracy_level: int = 4
 ) -> ExportReport:
-    """Write ``path`` and its external data ``path``.data; of a multimodal model also the vision model's graph.
+    """Write the graph ``path`` and its external data ``path``.data; for a multimodal model also the vision model's graph.
 
-    ``weights`` by checkpoint name: float tensors (written as float32), IntegerWeight of 4 or 8 bits, or Sfp8Weight.
-    SFP8 codes go into the file as they are and are decoded when it is loaded (4 bytes a weight in memory): this is
-    for validation; export/stand_ins.py makes what ships. ``layout`` must be of the compacting style.
-    ``accuracy_level`` is that of MatMulNBits: 4 rounds the activations by block and multiplies in int8, 1 multiplies
-    exact weights in float32. Raises BadInput for weights that do not fit the configuration or the runtime's kernels.
-    The same arguments give the same bytes.
+    ``weights`` are by checkpoint name: float tensors (written as float32), IntegerWeight of 4 or 8 bits, or Sfp8Weight.
+    SFP8 codes go into the file as they are and are decoded when it is loaded (4 bytes per weight in memory). This is
+    for validation; export/stand_ins.py makes the integers that ship. ``layout`` must be of the compacting style.
+    ``accuracy_level`` is that of MatMulNBits: 4 rounds activations by block and multiplies in int8, 1 multiplies the
+    dequantized weights in float32. Raises BadInput for weights that do not fit the configuration or the runtime's
+    kernels. The same arguments give the same bytes.
     """
     assert layout.style == "compacting"
     for spec in config.layers:
@@ -67,9 +70,9 @@ def export_onnx(
 
 
 def genai_config(config: ModelConfig, layout: CacheLayout, filename: str = "model.onnx") -> dict[str, Any]:
-    """The content of genai_config.json, which onnxruntime-genai reads beside the tokenizer's JSON files.
+    """The content of genai_config.json, which onnxruntime-genai reads together with the tokenizer's JSON files.
 
-    Its max_length must stay the context, because the file fixes the shapes of the caches.
+    A user must not change its max_length from the context, because the graph fixes the shapes of the caches.
     """
     local = [index for index, spec in enumerate(config.layers) if spec.window is not None]
     sliding = {

@@ -336,7 +336,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_files_are_refused(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, OTHERS[name], "picture.png")
-    with pytest.raises(BadInput, match=r"picture\.png: begins with .*, not a picture in JPEG, PNG, WebP, BMP or GIF"):
+    with pytest.raises(BadInput, match=r"picture\.png: begins with .*, not an image in JPEG, PNG, WebP, BMP or GIF"):
         read_image(path)
 
 
@@ -345,13 +345,13 @@ def test_other_formats_that_pillow_knows_are_refused(format: str, tmp_path: Path
     Image.init()
     if format not in Image.SAVE:
         pytest.skip("this Pillow cannot write it")
-    with pytest.raises(BadInput, match="not a picture in JPEG, PNG"):
+    with pytest.raises(BadInput, match="not an image in JPEG, PNG"):
         read_image(write(tmp_path, saved(picture(64, 64), format), "picture.jpg"))
 
 
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.png", tmp_path, Path("/dev/null"), tmp_path / ("x" * 300)):
-        with pytest.raises(BadInput, match="give a picture") as error:
+        with pytest.raises(BadInput, match="give an image") as error:
             read_image(path)
         assert "\n" not in str(error.value)
 
