@@ -450,7 +450,8 @@ def accuracy(
     ] = None,
     format: AllFormats = None,
     context: Annotated[
-        int | None, typer.Option("--context", help="Positions in a stretch of text [what all models hold, at most 4096].")
+        int | None,
+        typer.Option("--context", help="Positions in a stretch of text [what all models hold, at most 4096]."),
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", help="Predict at most this many tokens.")] = None,
     pan_and_scan: PanAndScan = False,

@@ -35,7 +35,14 @@ from gemma3.config import ModelConfig, VisionConfig
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.host.atomic import staging
 from gemma3.host.memory import peak_rss
-from gemma3.tokenizer import END_OF_IMAGE, IMAGE_SOFT_TOKEN, START_OF_IMAGE, Tokenizer
+from gemma3.tokenizer import (
+    END_OF_IMAGE,
+    END_OF_TURN,
+    IMAGE_SOFT_TOKEN,
+    START_OF_IMAGE,
+    START_OF_TURN,
+    Tokenizer,
+)
 from quant.quantize import in_recipe
 from quant.recipe import Recipe, Rule
 from quant.source import QuantizedCheckpoint, Source
@@ -139,7 +146,7 @@ def export_artifact(
     log.info("exporting .%s", target.name)
     started = time.perf_counter()
     report = target.export(config, weights.tensors, layout, eos_ids, directory / target.file)
-    stored = sum(file.stat().st_size for file in directory.glob(f"*.{target.name}*"))
+    stored = sum((directory / name).stat().st_size for name in report.files)
     log.info(
         "%s: %.1f MB in %.0f s, peak memory of this process so far %.1f GB",
         target.file,
@@ -149,6 +156,7 @@ def export_artifact(
     )
     return Artifact(
         file=target.file,
+        files=report.files,
         cache=layout,
         methods=report.methods,
         reference_activations=target.activations if weights.integers else "float",
@@ -245,6 +253,9 @@ def tokenizer_info(source: Source) -> TokenizerInfo:
             f"{path}: {TOKENIZER} has {tokenizer.vocab_size} tokens and BOS {tokenizer.bos_id}, config.json "
             f"{config.vocab_size} and {config.bos_token_id}; they are not of the same model"
         )
+    markers = [START_OF_TURN, END_OF_TURN]
+    if config.vision is not None:
+        markers += [START_OF_IMAGE, IMAGE_SOFT_TOKEN, END_OF_IMAGE]
     # Chat models end a turn with <end_of_turn>, which some configurations leave out of eos_token_id.
     stops = dict.fromkeys((*config.eos_token_ids, tokenizer.end_of_turn_id))
     return TokenizerInfo(
@@ -253,6 +264,7 @@ def tokenizer_info(source: Source) -> TokenizerInfo:
         eos_ids=tuple(stops),
         pad_id=config.pad_token_id,
         chat_template=CHAT_TEMPLATE,
+        special_ids={marker: tokenizer.special_id(marker) for marker in markers},
     )
 
 

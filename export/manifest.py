@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from export.checks import Check
-from export.target import Activations, Method, StandIn
+from export.target import Method, StandIn
 from gemma3 import typed_json
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
-from quant.recipe import Verdict
+from quant.recipe import Activations, Verdict
 
 # MAJOR.MINOR. A new MINOR only adds keys: a reader ignores keys that it does not know in a file of a newer MINOR.
 # 3.0: one entry per layer in a cache layout, verdicts and checks as data, the chat template, proof/plan.json.
@@ -41,14 +41,16 @@ class FileEntry:
 class Artifact:
     """One exported graph and how to run it.
 
-    ``reference_activations`` says what the eager model does to the inputs of quantized linear layers when it is this
-    file's reference. ``bytes`` counts the graph and its external data; ``ideal_bytes`` counts the weights at their
-    bits plus two bytes a scale, each stored once. ``peak_memory_estimate`` is in bytes: the weights as stored, the
-    caches, and what encoding an image takes. ``stand_ins`` lists the weights that the file holds in another scheme than
-    the checkpoint (SFP8 as 8-bit integers). ``details`` is what only this kind of artifact has.
+    ``files`` lists the graphs and their external data; ``file`` is the first of them. ``reference_activations`` says
+    what the eager model does to the inputs of quantized linear layers when it is this file's reference. ``bytes``
+    counts ``files``; ``ideal_bytes`` counts the weights at their bits plus two bytes a scale, each stored once.
+    ``peak_memory_estimate`` is in bytes: the weights as stored, the caches, and what encoding an image takes.
+    ``stand_ins`` lists the weights that the file holds in another scheme than the checkpoint (SFP8 as 8-bit integers).
+    ``details`` is what only this kind of artifact has.
     """
 
     file: str
+    files: tuple[str, ...]
     cache: CacheLayout
     methods: tuple[Method, ...]
     reference_activations: Activations
@@ -65,7 +67,8 @@ class Artifact:
 class TokenizerInfo:
     """The tokenizer: the sha256 of ``tokenizer.model``, special ids, and the chat template as Jinja text.
 
-    Generation stops at any of ``eos_ids``.
+    Generation stops at any of ``eos_ids``. ``special_ids`` has the markers of turns and, for a multimodal model, of
+    images, by their text.
     """
 
     sha256: str
@@ -73,6 +76,7 @@ class TokenizerInfo:
     eos_ids: tuple[int, ...]
     pad_id: int
     chat_template: str
+    special_ids: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,8 @@ def read_manifest(bundle: Path) -> Manifest:
         manifest = Manifest.from_json(text)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
-    for name in (*(artifact.file for artifact in manifest.artifacts.values()), TOKENIZER):
+    artifacts = manifest.artifacts.values()
+    for name in (*(name for one in artifacts for name in (one.file, *one.files)), TOKENIZER):
         if name not in manifest.files:
             raise BadInput(f"{path}: {name} is not among its files; {AGAIN}")
     for name, entry in manifest.files.items():

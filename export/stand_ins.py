@@ -1,8 +1,8 @@
-"""Stand-ins: they replace weights of a kind for which a target's runtime has no kernel by a scheme for which it has one.
+"""Stand-ins: weights in another scheme, because the target's runtime has no kernel for their own kind.
 
-SFP8 becomes 8-bit integers, which take about one byte per weight too: in groups of 32 columns for ONNX Runtime, with one
-scale per row for XNNPACK (docs/sfp8.md says what else was tried). The dequantized weight is rounded to nearest, and the
-resulting error is measured for each weight.
+SFP8 becomes 8-bit integers, which take about one byte per weight too: in groups of 32 columns for ONNX Runtime, with
+one scale per row for XNNPACK (docs/sfp8.md says what else was tried). The dequantized weight is rounded to nearest, and
+the resulting error is measured for each weight.
 """
 
 import math
@@ -45,7 +45,7 @@ def for_target(
 
 
 def stand_in(weight: QuantizedWeight, scheme: str) -> tuple[IntegerWeight, float]:
-    """The weight's values rounded to nearest in ``scheme``, and the decibels of ``StandIn`` (infinite without error)."""
+    """The weight's values rounded to nearest in ``scheme``, and the decibels of ``StandIn`` (∞ without error)."""
     form = SCHEMES[scheme]
     assert isinstance(form, Integers)
     values = weight.dequantize()

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gemma3.cache import CacheLayout, CacheStyle
 from gemma3.config import ModelConfig
+from quant.recipe import Activations
 
 if TYPE_CHECKING:
     from quant.weights import QuantizedWeight, Weights
-
-Activations = Literal["float", "int8"]
 
 # The names of a graph's methods: a text-only model has one, a multimodal model three. ExecuTorch's stock runners look
 # for the methods of a .pte by these names.
@@ -23,23 +22,29 @@ FORWARD = "forward"
 VISION_ENCODER, TOKEN_EMBEDDING, TEXT_DECODER = "vision_encoder", "token_embedding", "text_decoder"
 
 
+TensorDtype = Literal["int64", "float32"]
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A graph's input or output. A string in ``shape`` is the name of a dynamic dimension."""
 
     name: str
+    dtype: TensorDtype
     shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A callable of a graph: ``forward`` of a text-only model, or one of the three of a multimodal model.
+    """A callable of a graph, and the file of the bundle that holds it.
 
-    ``vision_encoder`` turns pixels into soft tokens. In a .onnx it is a graph of its own beside the file,
-    ``vision.onnx``.
+    A text-only model has one method, ``forward``. A multimodal model also has ``vision_encoder``, which turns pixels
+    into soft tokens. In a .onnx that is a graph in a file of its own. In a .pte the text model then consists of
+    ``token_embedding`` and ``text_decoder``.
     """
 
     name: str
+    file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -61,6 +66,7 @@ class ExportReport:
     """What an exporter reports about the files it wrote. Equal files have equal reports."""
 
     methods: tuple[Method, ...]
+    files: tuple[str, ...]  # the graphs and their external data, by name
     opsets: dict[str, int] = field(default_factory=dict)  # ONNX operator sets by domain
     # JSON values that only this target has: delegates, undelegated operators, accuracy level, …
     details: dict[str, Any] = field(default_factory=dict)
@@ -89,9 +95,9 @@ class Target:
     """One format that a model can be exported to. ``runtime_py.backends`` adds how its files are run and proven."""
 
     name: str  # of --format, and of the artifact in the manifest
-    file: str  # the graph's file name in a bundle; of its other files, those named *.{name}* count in its size
+    file: str  # the graph's file name in a bundle
     cache_style: CacheStyle
-    activations: Activations  # of the reference; "int8": the kernels round the input of linear layers with integer weights
+    activations: Activations  # "int8": kernels and reference round the input of linear layers with integer weights
     kinds: frozenset[str]  # the kinds of quantized weights that the file can hold
     stand_ins: Mapping[str, str]  # kind → the scheme that replaces it, unless exact weights are asked for
     packages: tuple[str, ...]  # the packages whose versions the manifest records

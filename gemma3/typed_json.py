@@ -1,7 +1,7 @@
 """Frozen dataclasses as JSON: written, read back with every type checked, and described as a JSON Schema.
 
-Every key of a file is a field of its dataclass. An unknown or missing key, or a value of another type, is refused with
-an error that names its place in the file. Works without torch.
+Every key of a file is a field of its dataclass. An unknown key, a missing one without a default, or a value of another
+type is refused with an error that names its place in the file. Works without torch.
 """
 
 import dataclasses
@@ -39,10 +39,19 @@ def _decode(kind: Any, data: Any, where: str, ignore_unknown: bool) -> Any:
         hints = typing.get_type_hints(kind)
         _expect(isinstance(data, dict), data, "an object", where)
         unknown = set() if ignore_unknown else data.keys() - hints.keys()
-        for problem, keys in (("unknown", unknown), ("missing", hints.keys() - data.keys())):
+        optional = {
+            field.name
+            for field in dataclasses.fields(kind)
+            if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        }
+        for problem, keys in (("unknown", unknown), ("missing", hints.keys() - data.keys() - optional)):
             if keys:
                 raise BadInput(f"{problem} key {where}.{min(keys)}")
-        fields = {name: _decode(hint, data[name], f"{where}.{name}", ignore_unknown) for name, hint in hints.items()}
+        fields = {
+            name: _decode(hint, data[name], f"{where}.{name}", ignore_unknown)
+            for name, hint in hints.items()
+            if name in data
+        }
         return kind(**fields)
     if origin is tuple:
         _expect(isinstance(data, list), data, "a list", where)
@@ -102,7 +111,11 @@ def _schema(kind: Any, definitions: dict[str, Any], closed: bool) -> dict[str, A
                 "description": " ".join((inspect.getdoc(kind) or "").split()),
                 "type": "object",
                 "properties": {name: _schema(hint, definitions, closed) for name, hint in hints.items()},
-                "required": list(hints),
+                "required": [
+                    field.name
+                    for field in dataclasses.fields(kind)
+                    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+                ],
                 **({"additionalProperties": False} if closed else {}),
             }
         return {"$ref": f"#/$defs/{kind.__name__}"}

@@ -1,11 +1,7 @@
 """Rounds activations to int8, as XNNPACK's kernels round the input of a linear layer with integer weights."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-
-Activations = Literal["float", "int8"]
 
 
 def fake_quantize_per_token(x: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from gemma3.checkpoint import check_shapes, empty_model, fill
 from gemma3.config import ModelConfig
 from gemma3.model import Gemma3
-from quant.activations import Activations, fake_quantize_per_token
+from quant.activations import fake_quantize_per_token
 from quant.integers import ROWS_AT_ONCE, IntegerWeight
+from quant.recipe import Activations
 from quant.weights import QuantizedWeights
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.integers import IntegerWeight, absmax_scales, bf16_grid, nearest_codes, round_to_nearest
-from quant.methods import Method, rtn
+from quant.methods import IntegerMethod, rtn
 from quant.recipe import SCHEMES, Integers, Recipe
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ COLUMNS_AT_ONCE = 128
 Run = Callable[[Tensor], object]
 
 
-def gptq(layers: Sequence[tuple[str, nn.Module]], run: Run, batches: Sequence[Tensor], recipe: Recipe) -> Method:
+def gptq(layers: Sequence[tuple[str, nn.Module]], run: Run, batches: Sequence[Tensor], recipe: Recipe) -> IntegerMethod:
     """A method for ``quantize_weights``: calibrated integers inside ``layers``, round to nearest elsewhere.
 
     ``layers`` are the network's layers in order, as (name, module). Each takes its predecessor's output as its first

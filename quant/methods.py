@@ -11,7 +11,7 @@ from quant.sfp8 import encode_weight
 from quant.weights import QuantizedWeights, Weight
 
 # (name, weight [rows, columns], scheme) → the integers of the weight, and in a few words how they were chosen.
-Method = Callable[[str, Tensor, Integers], tuple[IntegerWeight, str]]
+IntegerMethod = Callable[[str, Tensor, Integers], tuple[IntegerWeight, str]]
 
 
 def rtn(_: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
@@ -20,7 +20,7 @@ def rtn(_: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
 
 
 def quantize_weights(
-    named_weights: Iterable[tuple[str, Tensor]], recipe: Recipe, method: Method = rtn
+    named_weights: Iterable[tuple[str, Tensor]], recipe: Recipe, method: IntegerMethod = rtn
 ) -> QuantizedWeights:
     """Each weight in the scheme of the first rule that matches its name. ``method`` chooses the integers.
 
@@ -43,7 +43,7 @@ def quantize_weights(
     return QuantizedWeights(tensors, verdicts)
 
 
-def _apply(name: str, weight: Tensor, scheme: Scheme, method: Method) -> tuple[Weight, str]:
+def _apply(name: str, weight: Tensor, scheme: Scheme, method: IntegerMethod) -> tuple[Weight, str]:
     if scheme is None:
         require_finite(weight)
         return weight, ""

@@ -14,7 +14,7 @@ from gemma3.data import pack
 from gemma3.errors import BadInput
 from quant.gptq import gptq
 from quant.hqq import hqq
-from quant.methods import Method, quantize_weights, rtn
+from quant.methods import IntegerMethod, quantize_weights, rtn
 from quant.recipe import DEFAULT_SCHEME, Recipe, preset
 from quant.source import QuantizedCheckpoint, Source
 
@@ -46,7 +46,7 @@ def quantize(
     if (method == "gptq") != bool(data):
         raise BadInput(f"method {method} {'needs' if method == 'gptq' else 'does not look at'} text (--data)")
     log.info("quantizing %d weights: %s", len(checkpoint.names), recipe.name)
-    chosen: Method = hqq if method == "hqq" else rtn
+    chosen: IntegerMethod = hqq if method == "hqq" else rtn
     if method == "gptq":
         for name in checkpoint.names:  # raises for a weight without a rule, before minutes of work
             recipe.rule(name)

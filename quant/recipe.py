@@ -7,7 +7,7 @@ import fnmatch
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gemma3.errors import BadInput
 from gemma3.names import EMBEDDING, HEAD
@@ -33,6 +33,9 @@ class Sfp8:
 
 
 Scheme = Integers | Sfp8 | None
+
+# What a kernel or the eager model does to the input of a linear layer with integer weights: nothing, or int8 per token.
+Activations = Literal["float", "int8"]
 
 _GROUPED = {f"int{bits}-block{size}": Integers(bits, size) for bits in (4, 8) for size in (32, 128)}
 # How a weight can be stored, by name. "float32" keeps it in floating point.

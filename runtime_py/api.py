@@ -1,4 +1,4 @@
-"""The Python API: the steps from a checkpoint to text, each one function. The command line calls these too.
+"""The Python API: one function for each step from a checkpoint to text. The command line calls these functions too.
 
     from runtime_py.api import export_bundle, generate, open_bundle, open_checkpoint, quantize
 
@@ -8,7 +8,7 @@
     for text in generate(open_bundle("bundle"), "What is the capital of France?", chat=True):
         print(text, end="", flush=True)
 
-Everything heavy is imported when it is needed: opening and running an .onnx loads no torch.
+Heavy packages are imported when they are needed. Opening and running an .onnx does not import torch.
 """
 
 from collections.abc import Sequence
@@ -44,9 +44,10 @@ __all__ = [
 
 
 def open_checkpoint(model: str | Path) -> "Source":
-    """Open a checkpoint, full-precision or quantized: a directory, "demo" or "demo-vision".
+    """Open a checkpoint, full-precision or quantized. ``model`` is a directory, "demo" or "demo-vision".
 
-    Its weights stay on the disk until they are used. Raises BadInput for anything that is not a Gemma 3 checkpoint.
+    A full-precision checkpoint's weights stay on disk until they are used. Raises BadInput for anything that is not a
+    Gemma 3 checkpoint.
     """
     from gemma3.checkpoint import resolve_checkpoint
     from quant.source import open_source
@@ -62,10 +63,10 @@ def quantize(
     data: Sequence[Path] = (),
     tokens: int | None = None,
 ) -> "QuantizedCheckpoint":
-    """A full-precision checkpoint in ``recipe`` (or a scheme's name), without training.
+    """Quantize a full-precision checkpoint by ``recipe`` (or the preset of a scheme's name), without training.
 
-    ``method`` chooses the integers; "gptq" is calibrated on the first ``tokens`` tokens of the files ``data``. Raises
-    BadInput when the checkpoint is quantized already, and for recipes and data that do not fit.
+    ``method`` chooses the integers. "gptq" is calibrated on the first ``tokens`` tokens (None: 65,536) of the files
+    ``data``. Raises BadInput when the checkpoint is quantized already, and for recipes and data that do not fit.
     """
     from quant.quantize import CALIBRATION_TOKENS
     from quant.quantize import quantize as run
@@ -76,7 +77,10 @@ def quantize(
 
 
 def save_checkpoint(checkpoint: "QuantizedCheckpoint", out: str | Path) -> None:
-    """Write a quantized checkpoint to the new directory ``out``, which appears whole. Raises BadInput if it exists."""
+    """Write a quantized checkpoint to the new directory ``out``, which appears whole.
+
+    Raises BadInput as ``quant.stored.save_quantized`` does.
+    """
     from quant.stored import save_quantized
 
     save_quantized(Path(out), checkpoint.weights, checkpoint.recipe, checkpoint.method, source=checkpoint.path)
@@ -92,12 +96,12 @@ def export_bundle(
     chunk: int | None = None,
     exact_sfp8: bool = False,
 ) -> Manifest:
-    """Export a checkpoint to ``formats`` (all known ones if None), prove the files, and let the bundle ``out`` appear.
+    """Export a checkpoint to ``formats`` (None: all known ones) and prove the files. Then the bundle ``out`` appears.
 
-    A full-precision checkpoint is rounded to nearest in ``recipe`` (int4-block32 if None); a quantized one keeps the
-    integers it has. The other arguments are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for
-    what cannot be exported, and VerificationFailed when a file is not the model it should be. After any error nothing
-    is left behind.
+    A full-precision checkpoint is rounded to nearest in ``recipe`` (None: int4-block32); a quantized one keeps its
+    integers. The other arguments are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what
+    cannot be exported, and VerificationFailed when a file does not agree with its reference. After any error nothing is
+    left behind.
     """
     from gemma3.host.atomic import refuse_target
 
@@ -116,20 +120,24 @@ def export_bundle(
 
 
 def validate(bundle: str | Path, checkpoint: "str | Path | Source | None" = None) -> list[Check]:
-    """Every check of ``bundle``, by replaying its proof.
+    """Replay the proof of ``bundle``. Returns every check, whether it passed or not.
 
-    With the checkpoint that it was made of, everything is computed again. A figure over its limit is a check that did
-    not pass; ``export.checks.require_passed`` raises for it.
+    With the checkpoint that the bundle was exported from, the references are computed again. A figure outside its limit
+    does not raise; ``export.checks.require_passed`` does that. Raises as ``runtime_py.proof.prove.validate`` does.
     """
     source = open_checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     return _validate(Path(bundle), source)
 
 
 def open_session(bundle: str | Path, format: str | None = None, threads: int | None = None) -> Session:
-    """A session over one graph of ``bundle``: token ids and images in, logits out."""
+    """A session over one graph of ``bundle``: token ids and images in, logits out.
+
+    ``format`` None is the bundle's first; ``threads`` None is the runtime's choice. Raises as
+    ``runtime_py.backends.open_session`` does.
+    """
     return _open_session(Path(bundle), format, threads)
 
 
 def open_bundle(bundle: str | Path, format: str | None = None, threads: int | None = None) -> OpenBundle:
-    """A session and its tokenizer, for ``generate``."""
+    """A session over one graph of ``bundle`` and its tokenizer, for ``generate``. The arguments are as above."""
     return _open_bundle(Path(bundle), format, threads)

@@ -1,7 +1,7 @@
-"""The backends, one record each: a target of export, and how its files are run and proven.
+"""The backends, one record each: a target of an export, and how its files are run and proven.
 
-``register`` adds one; after that every command knows its format. docs/extending.md shows how. Runtimes are imported
-when they are used.
+``register`` adds a backend; after that, every command accepts its format. docs/extending.md shows how. Runtimes are
+imported when they are used.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from runtime_py.proof.limits import Limits
 from runtime_py.proof.subject import ExtraCheck, Subject
 from runtime_py.sessions.protocol import Session
 
-# Opens the graph in a file: its path, its layout, the model, and the number of threads (None: the runtime's choice).
+# (path, cache layout, model, number of threads) → a session over the graph. Threads None: the runtime's choice.
 OpenGraph = Callable[[Path, CacheLayout, ModelConfig, int | None], Session]
 
 
@@ -28,12 +28,13 @@ OpenGraph = Callable[[Path, CacheLayout, ModelConfig, int | None], Session]
 class Backend:
     """Everything that the program knows about one format.
 
-    ``integer_limits`` hold for files with integer weights; for all others, FLOAT_LIMITS do.
+    ``quantized_limits`` hold for a file with quantized weights, FLOAT_LIMITS for one whose weights are all kept in
+    float32 (see ``limits_for``).
     """
 
     target: Target
-    import_runtime: Callable[[], OpenGraph]  # imports the runtime, and returns what opens a graph with it
-    integer_limits: Limits  # of a file with integer weights, against its quantized eager model
+    import_runtime: Callable[[], OpenGraph]  # imports the runtime; returns the function that opens a graph
+    quantized_limits: Limits  # of a file against its reference, if it has quantized weights
     extra_checks: tuple[ExtraCheck, ...] = ()
 
 
@@ -41,7 +42,7 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Let every command know ``backend``. Raises BadInput when its name is taken."""
+    """Add ``backend`` to those that every command knows. Raises BadInput when its name is taken."""
     if backend.target.name in BACKENDS:
         raise BadInput(f"a backend for .{backend.target.name} is registered already")
     BACKENDS[backend.target.name] = backend
@@ -55,10 +56,10 @@ def backend_of(format: str) -> Backend:
 
 
 def open_session(bundle: Path, format: str | None = None, threads: int | None = None) -> Session:
-    """A session over one graph of ``bundle``: of ``format``, or of the bundle's first one.
+    """A session over one graph of ``bundle``: that of ``format``, or the bundle's first.
 
-    ``threads`` None leaves their number to the runtime. Raises BadInput when the bundle has no such graph, and what
-    ``read_manifest`` raises.
+    ``threads`` None leaves their number to the runtime. Raises BadInput when the bundle has no such graph or the
+    runtime cannot load it, and what ``read_manifest`` raises.
     """
     manifest = read_manifest(bundle)
     format, *_ = formats_of(bundle, manifest, format)
@@ -66,13 +67,13 @@ def open_session(bundle: Path, format: str | None = None, threads: int | None = 
 
 
 def open_graph(bundle: Path, manifest: Manifest, backend: Backend, threads: int | None) -> Session:
-    """A session over the graph of ``backend`` in an opened bundle, which holds one."""
+    """A session over the graph of ``backend`` in a bundle that has one. Raises BadInput as the session does."""
     artifact = manifest.artifacts[backend.target.name]
     return backend.import_runtime()(bundle / artifact.file, artifact.cache, manifest.model, threads)
 
 
 def formats_of(bundle: Path, manifest: Manifest, format: str | None) -> list[str]:
-    """The one ``format`` asked for, or all formats of ``bundle``. Raises BadInput when the bundle does not hold it."""
+    """``format`` alone, or all formats of ``bundle`` if None. Raises BadInput when the bundle does not hold it."""
     held = list(manifest.artifacts)
     if format is not None and format not in held:
         raise BadInput(f"{bundle}: holds no .{format}, only {', '.join(held)}; pass --format {held[0]}")
@@ -113,7 +114,7 @@ register(
     Backend(
         PTE,
         import_runtime=_pte_runtime,
-        integer_limits=Limits(
+        quantized_limits=Limits(
             "the reference rounds activations as XNNPACK does; a value within float error of a rounding boundary may "
             "still be rounded the other way, and where that carries further, further",
             kl_mean=1e-5,
@@ -127,7 +128,7 @@ register(
     Backend(
         ONNX,
         import_runtime=_onnx_runtime,
-        integer_limits=Limits(
+        quantized_limits=Limits(
             "MatMulNBits at accuracy level 4 rounds activations to int8 by block, the reference keeps them float",
             kl_mean=1e-3,
             kl_max=1e-2,

@@ -1,4 +1,4 @@
-"""A chat whose turns stay in the session's cache: only new tokens are fed."""
+"""A chat whose earlier turns stay in the session's KV cache, so that only new tokens are fed."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -20,7 +20,11 @@ def stream_text(generation: Generation, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 class Conversation:
-    """Turns of a user and the model over one session, which the conversation owns from now on."""
+    """Turns of a user and the model over one session, which nothing else may feed meanwhile.
+
+    ``stop_ids`` end a turn of the model, and ``max_new_tokens`` bounds it (None: no bound). ``reason`` says why the
+    last one ended.
+    """
 
     def __init__(
         self,
@@ -39,15 +43,16 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
+        """Forget all turns."""
         self._session.reset()
         self._unfed: list[int] = []
         self.reason: StopReason | None = None
 
     def turn_ids(self, text: str, pictures: Sequence[Picture] = ()) -> list[int]:
-        """The ids to feed for the next user turn: first the whole prompt, later also the end of the model's turn.
+        """The ids to feed for the next user turn. After the first turn they begin with the end of the model's turn.
 
-        Together with the ids fed and generated so far they are the encoded conversation. The model's own words are not
-        encoded again, which could split them into other tokens.
+        The ids fed before and these ids are the encoded conversation. The model's own ids are kept, because encoding
+        its text again could split it into other tokens. Raises BadInput as ``placed`` does.
         """
         vision = self._session.vision
         content = placed(text, pictures, vision)
@@ -63,10 +68,10 @@ class Conversation:
         return [*words, self._tokenizer.end_of_turn_id, *newline, *turn[1:]]
 
     def say(self, text: str, pictures: Sequence[Picture] = ()) -> Iterator[str]:
-        """The model's answer to ``text`` as it is generated. Afterwards ``reason`` says why it ended.
+        """The model's answer to ``text``, piece by piece as it is generated. Afterwards ``reason`` says why it ended.
 
-        The pictures go where ``placed`` puts them. Raises BadInput as ``placed`` does, and DoesNotFit when the turn
-        does not fit the context; the conversation is then as before.
+        ``placed`` decides where the pictures go. Raises BadInput as ``placed`` does, and DoesNotFit when the turn does
+        not fit the context. After such an error the conversation is unchanged.
         """
         generation = generate(
             self._session,
@@ -78,6 +83,6 @@ class Conversation:
         )
         try:
             yield from stream_text(generation, self._tokenizer)
-        finally:  # also when the caller stops listening in mid-sentence
+        finally:  # also when the caller stops iterating before the answer ends
             self._unfed = generation.unfed
             self.reason = generation.reason

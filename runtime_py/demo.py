@@ -1,4 +1,4 @@
-"""The demo: both demo checkpoints exported in int4, proven, measured and asked, as ``gemma-edge demo`` prints it."""
+"""``gemma-edge demo``: exports both demo checkpoints in int4, proves and measures them, and asks them questions."""
 
 import logging
 import tempfile
@@ -30,7 +30,7 @@ ORIGINAL = "original"
 
 
 def run_demo(out: Path | None = None) -> Iterator[str]:
-    """The whole path on both demo checkpoints, line by line. With ``out`` the bundles are kept there."""
+    """Run the demo on both demo checkpoints. Yields the text to print. With ``out`` the bundles are kept there."""
     with tempfile.TemporaryDirectory() as scratch:
         for model, about in zip(DEMOS, (about_text, about_images), strict=True):
             bundle = (out or Path(scratch)) / model
@@ -43,7 +43,10 @@ def run_demo(out: Path | None = None) -> Iterator[str]:
 
 
 def about_text(bundle: Path, source: Source) -> Iterator[str]:
-    """Answers, and a table: size, agreement with the eager model, accuracy, speed and memory of each file."""
+    """The text-only model's part of the demo: some answers, then a table.
+
+    The table shows the size of each file, its agreement with the quantized eager model, accuracy, speed and memory.
+    """
     manifest = read_manifest(bundle)
     tokenizer = Tokenizer(bundle / TOKENIZER)
     asked = some(read_questions(source.path / "questions.jsonl"), QUESTIONS)
@@ -90,7 +93,7 @@ def about_text(bundle: Path, source: Source) -> Iterator[str]:
 
 
 def about_images(bundle: Path, source: Source) -> Iterator[str]:
-    """Descriptions of held-out images, answers about them, and how many of the answers of each file are right."""
+    """The multimodal model's part of the demo: answers about held-out images, then how many of each file are right."""
     manifest = read_manifest(bundle)
     tokenizer = Tokenizer(bundle / TOKENIZER)
     questions = read_questions(source.path / "questions_images.jsonl")
@@ -128,7 +131,7 @@ def some(questions: Sequence[Question], count: int) -> list[Question]:
 
 
 def open_all(bundle: Path, source: Source, manifest: Manifest) -> dict[str, Session]:
-    """Sessions of the full-precision model and of each file, by the names that the table shows."""
+    """Sessions over the original and over each file, by the names that the table shows."""
     original: Session = open_eager(source, manifest.context, manifest.chunk)
     return {ORIGINAL: original, **{f".{format}": open_session(bundle, format) for format in manifest.artifacts}}
 

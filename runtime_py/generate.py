@@ -15,10 +15,11 @@ StopReason = Literal["stop token", "length", "context"]
 
 @dataclass
 class Sampler:
-    """Applies the temperature, keeps the ``top_k`` likeliest ids, then the smallest set with ``top_p`` of the mass.
+    """Draws ids from logits: by temperature, from the ``top_k`` most likely ids, then from the ``top_p`` nucleus.
 
-    Temperature 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every id. The same seed draws the same ids. Raises
-    BadInput for settings outside their range.
+    The nucleus is the smallest set of most likely ids whose probabilities sum to ``top_p``. Temperature 0 is greedy;
+    ``top_k`` 0 and ``top_p`` 1 keep every id. The same seed draws the same ids. Raises BadInput for settings outside
+    their range.
     """
 
     temperature: float = 0.0
@@ -39,7 +40,7 @@ class Sampler:
         self._random = np.random.default_rng(self.seed)
 
     def distribution(self, logits: Logits) -> NDArray[np.float64]:
-        """The probabilities [V] from which the next id is drawn."""
+        """The probabilities float64 [V] from which the next id is drawn, for ``logits`` [V]."""
         if self.temperature == 0:
             chosen = np.zeros(logits.shape, np.float64)
             chosen[np.argmax(logits)] = 1.0
@@ -63,11 +64,11 @@ class Sampler:
 
 
 class Generation:
-    """The ids that follow what was fed to ``session``, one by one, as they are drawn.
+    """Generates the ids that follow what was fed to ``session``, and feeds them. Iterate over it once.
 
-    An image token is never drawn, because it would have no image. Iterate once. Afterwards ``reason`` says why the
-    generation ended, and ``unfed`` holds the ids that were drawn but are not in the cache: the stop token, or the last
-    id. A full context is a reason, not an error.
+    An image token is never drawn, because no image belongs to it. Afterwards ``reason`` says why the generation ended,
+    and ``unfed`` holds the id that was drawn last but not fed: the stop token, or the last id. A full context ends the
+    generation and is not an error. Raises BadInput for a ``max_new_tokens`` below 1.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ def generate(
     stop_ids: Collection[int],
     max_new_tokens: int | None = None,
 ) -> Generation:
-    """Feed ``prompt`` and its ``images`` after what the session holds, and continue it.
+    """Feed ``prompt`` and its ``images`` after what the session holds. Iterate over the result to continue it.
 
     Raises what ``Session.prefill`` raises, and BadInput for a ``max_new_tokens`` below 1.
     """

@@ -1,4 +1,4 @@
-"""Which token attends to which: the attention masks of a text, with images in it, as a PNG and in the terminal.
+"""Draws which token attends to which: the attention masks of a text, which may hold images, as PNG and as text.
 
 Modelled on transformers' AttentionMaskVisualizer. The masks are those of the eager model (gemma3.model).
 """
@@ -32,8 +32,10 @@ CELL, MARGIN, LABEL_LENGTH = 16, 16, 24
 
 @dataclass(frozen=True)
 class Masks:
-    """Labels of the S tokens; the number of each token's image (int64 [S], −1 for text); and by the layers' title,
-    which keys a query (row) attends to (bool [S, S]).
+    """The attention masks of S tokens.
+
+    ``images`` is the number of each token's image, int64 [S], −1 for text. ``layers`` says for each kind of layer, by
+    its title, which keys (columns) a query (row) attends to, bool [S, S].
     """
 
     labels: list[str]
@@ -41,7 +43,7 @@ class Masks:
     layers: dict[str, NDArray[np.bool_]]
 
     def cells(self, title: str) -> NDArray[np.int64]:
-        """HIDDEN, SEEN, ITSELF or SAME_IMAGE for each query and key: [S, S]."""
+        """HIDDEN, SEEN, ITSELF or SAME_IMAGE for each query and key: int64 [S, S]."""
         together = (self.images[:, None] == self.images) & (self.images >= 0)
         kinds = np.where(together, SAME_IMAGE, np.where(np.eye(len(self.images), dtype=bool), ITSELF, SEEN))
         return np.where(self.layers[title], kinds, HIDDEN)
@@ -55,10 +57,10 @@ def masks_of(
     window: int | None = None,
     tokens_per_image: int | None = None,
 ) -> Masks:
-    """The masks of ``text``, fed in one call; each ``<image>`` in it is an image.
+    """The masks of ``text``, fed in one call. Each ``<image>`` in it stands for an image.
 
     ``window`` and ``tokens_per_image`` replace the model's own, which are too large for most texts and screens. Raises
-    BadInput for an image in a text-only model's text, and for a text of more than 400 tokens.
+    BadInput for an image in a text-only model's text, and for a text of more than MOST_TOKENS tokens.
     """
     import torch
 
@@ -86,7 +88,7 @@ def masks_of(
 
 
 def draw(masks: Masks) -> Picture.Image:
-    """The masks side by side, with a row for each query, a column for each key, labels, and a legend."""
+    """An image of the masks side by side: a row for each query, a column for each key, labels, and a legend."""
     font = ImageFont.load_default(12)
     labels = [f"{label}  {index}" for index, label in enumerate(masks.labels)]
     band = max(round(font.getlength(label)) for label in labels) + 8
@@ -127,7 +129,10 @@ def save(masks: Masks, path: Path) -> None:
 
 
 def show(masks: Masks, colour: bool, columns: int | None = None) -> str:
-    """The masks as text, one below the other. ``columns`` is the terminal's width, which decides that of the cells."""
+    """The masks as text, one below the other, or one line that says that they do not fit.
+
+    ``columns`` is the width of the terminal (None: no limit). If there is room, a cell is two columns wide, else one.
+    """
     count, margin = len(masks.labels), max(map(len, masks.labels)) + len(f"  {len(masks.labels)} ")
     gap = " " if columns is None or margin + 2 * count <= columns else ""
     if not gap and columns is not None and margin + count > columns:
@@ -156,7 +161,7 @@ def _grid(cells: NDArray[np.int64]) -> Picture.Image:
 
 
 def _labels(ids: Sequence[int], images: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """A label for each token, in Latin-1, which fonts have."""
+    """A label for each token, in Latin-1, because the font has these characters."""
     names = {tokenizer.special_id(name): name for name in (START_OF_IMAGE, END_OF_IMAGE)} | {tokenizer.bos_id: "<bos>"}
     labels = []
     for token, image in zip(ids, images, strict=True):

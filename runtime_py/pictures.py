@@ -1,4 +1,4 @@
-"""Images in prompts: read from files, prepared for the vision model, and put at the markers in the text."""
+"""Images in prompts: reads them from files, prepares them for the vision model, and puts them at the text's markers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,10 @@ class Picture:
 
 
 def read_pictures(paths: Sequence[Path], vision: VisionConfig | None, pan_and_scan: bool = False) -> list[Picture]:
-    """The files, in order. Raises BadInput for a text-only model, and as ``gemma3.images.prepare`` does."""
+    """The image files, in order. ``vision`` None is a text-only model.
+
+    Raises BadInput for an image for a text-only model, and as ``gemma3.images.prepare`` does.
+    """
     if vision is None:
         if paths:
             raise BadInput(f"{paths[0]}: an image for a text-only model; leave it out, or use a multimodal model")
@@ -27,9 +30,10 @@ def read_pictures(paths: Sequence[Path], vision: VisionConfig | None, pan_and_sc
 
 
 def placed(text: str, pictures: Sequence[Picture], vision: VisionConfig | None) -> list[Part]:
-    """``text`` with the pictures at its markers ``<image>``, in order; before the text if it has no marker.
+    """The parts of a prompt: ``text`` with the pictures in place of its markers ``<image>``, in order.
 
-    For a text-only model ``<image>`` is text. Raises BadInput when the numbers of markers and of pictures differ.
+    If the text has no marker, the pictures come first. For a text-only model ``<image>`` is ordinary text. Raises
+    BadInput when there are markers, but not as many as pictures.
     """
     if vision is not None and not pictures and IMAGE_MARKER in text:
         said = counted(text.count(IMAGE_MARKER), "time")
@@ -38,5 +42,5 @@ def placed(text: str, pictures: Sequence[Picture], vision: VisionConfig | None) 
 
 
 def all_pixels(pictures: Iterable[Picture]) -> list[Pixels]:
-    """The pixels of all images and crops, in the order of the prompt."""
+    """The pixels of all images and their crops, in the order of the prompt."""
     return [pixels for picture in pictures for pixels in picture.pixels]

@@ -7,7 +7,7 @@ from export.manifest import Manifest
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table that is also aligned as plain text: the first ``left`` columns to the left, the others right."""
+    """A Markdown table that is also readable as plain text. All columns after the first ``left`` are right-aligned."""
     cells = [list(header), *map(list, rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]

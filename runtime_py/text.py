@@ -1,4 +1,4 @@
-"""A bundle that answers in text: its session, its tokenizer, and the ids that end a generation. Works without torch."""
+"""Text generation with a bundle. With an .onnx it works without torch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from runtime_py.sessions.protocol import Session
 
 @dataclass(frozen=True)
 class OpenBundle:
-    """A session over one graph of a bundle, with its tokenizer."""
+    """A session over one graph of a bundle, its tokenizer, and the ids that end a generation."""
 
     session: Session
     tokenizer: Tokenizer
@@ -26,14 +26,14 @@ class OpenBundle:
 
 
 def open_bundle(bundle: Path, format: str | None = None, threads: int | None = None) -> OpenBundle:
-    """Raises BadInput and VerificationFailed as ``open_session`` does."""
+    """Open one graph of ``bundle``, and its tokenizer. Raises as ``runtime_py.backends.open_session`` does."""
     manifest = read_manifest(bundle)
     session = open_session(bundle, format, threads)
     return OpenBundle(session, Tokenizer(bundle / TOKENIZER), manifest.tokenizer.eos_ids)
 
 
 class TextStream:
-    """Generated text. Iterate once; afterwards ``reason`` says why it ended."""
+    """Generated text, as a stream of pieces. Iterate over it once; afterwards ``reason`` says why it ended."""
 
     def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
         self._generation, self._tokenizer = generation, tokenizer
@@ -56,11 +56,11 @@ def generate(
     sampler: Sampler | None = None,
     max_new_tokens: int | None = None,
 ) -> TextStream:
-    """Continue ``prompt``; with ``chat`` answer it as a user's turn.
+    """Continue ``prompt``, or with ``chat`` answer it as a user's turn.
 
-    The images go at the markers ``<image>`` in the prompt, in order, or before it if it has none. ``sampler`` None is
-    greedy. Raises BadInput for an empty prompt, for images that cannot be used, and as the sampler does; DoesNotFit
-    when the prompt does not fit the context.
+    The images go at the markers ``<image>`` in the prompt, in order, or before the prompt if it has none. ``sampler``
+    None is greedy. Raises BadInput for an empty prompt, for images that cannot be used, and for a ``max_new_tokens``
+    below 1, and DoesNotFit when the prompt does not fit the context.
     """
     if not prompt:
         raise BadInput("the prompt is empty; give at least one character")

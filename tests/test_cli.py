@@ -270,6 +270,30 @@ def test_golden_vectors_perturbed_behind_a_forged_hash(gemma_edge: Cli, bundle: 
     assert "kl_mean is" in result.err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda proof: proof["artifacts"]["onnx"]["tolerances"].pop("walk/chunks"),
+        lambda proof: proof["artifacts"]["onnx"]["tolerances"].pop("reset"),
+        lambda proof: proof["artifacts"].pop("onnx"),
+        lambda proof: proof["artifacts"]["onnx"].update(reference="int4"),
+        lambda proof: proof["plan"]["ids"].pop(),
+        lambda proof: proof["plan"]["walks"]["chunks"].pop(),
+        lambda proof: proof["plan"].update(walks={}),
+        lambda proof: proof["plan"].update(image_places=[2], image_numbers=[7]),
+    ],
+)
+def test_a_forged_plan_does_not_pass(
+    gemma_edge: Cli, bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    proof = json.loads((damaged / PLAN).read_text())
+    change(proof)
+    (damaged / PLAN).write_text(json.dumps(proof))
+    forge(damaged, PLAN)
+    assert_refused(gemma_edge("validate", damaged), 5, "plan.json", "has no proof of .onnx")
+
+
 def test_a_file_cut_short_is_refused_by_every_command(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
     damaged = copy_bundle(bundle, tmp_path / "damaged")
     with (damaged / "model.onnx.data").open("r+b") as file:

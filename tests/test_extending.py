@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from export.manifest import read_manifest
+from export.manifest import PLAN, read_manifest
 from gemma3.errors import BadInput
 from runtime_py import backends
 from runtime_py.backends import BACKENDS, register
+from runtime_py.proof.plan_file import load_plan
 from tests.bundles import EXPORT, Cli, copy_bundle
 from tests.toy_backend import TOY
 
@@ -59,6 +60,26 @@ def test_its_proof_finds_a_changed_file(gemma_edge: Cli, bundle: Path, checkpoin
     data[-1000:] = bytes(value ^ 1 for value in data[-1000:])
     (damaged / "model.toy").write_bytes(data)
     assert gemma_edge("validate", damaged).code == 5
+
+
+@pytest.mark.slow
+def test_backends_whose_files_hold_other_weights_have_references_of_their_own(
+    gemma_edge: Cli, checkpoint: Path, tmp_path: Path
+) -> None:
+    """SFP8 is held as integers in blocks in the .onnx, and by row in the toy's file. Both keep activations float."""
+    bundle = tmp_path / "bundle"
+    result = gemma_edge("export", checkpoint, "-o", bundle, "--scheme", "sfp8", *EXPORT)
+    assert result.code == 0, result.err
+    assert read_manifest(bundle).artifacts.keys() == {"pte", "onnx", "toy"}
+    proof = load_plan(bundle / PLAN)
+    assert {format: one.reference for format, one in proof.artifacts.items()} == {
+        "pte": "int8",
+        "onnx": "float",
+        "toy": "float-toy",
+    }
+    for options in ((), ("--checkpoint", checkpoint)):
+        result = gemma_edge("validate", bundle, *options)
+        assert result.code == 0, result.err
 
 
 def test_a_name_can_be_registered_once() -> None:

@@ -35,9 +35,10 @@ def export(
             assert isinstance(weight, Tensor)
             tensors[name] = weight.float().contiguous()
     save_file(tensors, path, {name: bits[name] for name in sorted(bits)} or None)
-    tokens = TensorSpec("tokens", (1, f"1..{layout.chunk}"))
-    method = Method(FORWARD, (tokens,), (TensorSpec("logits", (1, 1, config.vocab_size)),))
-    return ExportReport((method,), details={"tensors": len(tensors)})
+    tokens = TensorSpec("tokens", "int64", (1, "length"))
+    logits = TensorSpec("logits", "float32", (1, 1, config.vocab_size))
+    method = Method(FORWARD, path.name, (tokens,), (logits,))
+    return ExportReport((method,), (path.name,), details={"tensors": len(tensors)})
 
 
 def read_back(path: Path) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -75,5 +76,5 @@ TOY = Backend(
         read_back=read_back,
     ),
     import_runtime=import_runtime,
-    integer_limits=Limits("the same network with the same integers", max_abs=1e-5, kl_mean=1e-9, kl_max=1e-8),
+    quantized_limits=Limits("the same network with the same integers", max_abs=1e-5, kl_mean=1e-9, kl_max=1e-8),
 )

@@ -83,7 +83,7 @@ def export_pte(
         "delegates": sum(len(plan.delegates) for plan in file.networks),
         "undelegated": kernel_counts(file),  # operator → calls
     }
-    return ExportReport(methods_of(config, layout), details=details)
+    return ExportReport(methods_of(config, path.name), (path.name,), details=details)
 
 
 def second_table_bytes(config: ModelConfig, weights: Weights) -> int:
@@ -120,19 +120,24 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> Export
     return torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic, strict=False)
 
 
-def methods_of(config: ModelConfig, layout: CacheLayout) -> tuple[Method, ...]:
-    length = f"1..{layout.chunk}"
-    tokens, start = TensorSpec("tokens", (1, length)), TensorSpec("start_pos", (1,))
-    logits = (TensorSpec("logits", (1, 1, config.vocab_size)),)
+def methods_of(config: ModelConfig, file: str) -> tuple[Method, ...]:
+    """The methods of the .pte ``file``. Of "length" there may be 1 to the chunk."""
+
+    def method(name: str, inputs: list[TensorSpec], output: TensorSpec) -> Method:
+        return Method(name, file, tuple(inputs), (output,))
+
+    tokens, start = TensorSpec("tokens", "int64", (1, "length")), TensorSpec("start_pos", "int64", (1,))
+    logits = TensorSpec("logits", "float32", (1, 1, config.vocab_size))
     if config.vision is None:
-        return (Method(FORWARD, (tokens, start), logits),)
+        return (method(FORWARD, [tokens, start], logits),)
     size, channels = config.vision.image_size, config.hidden_size + 1
-    soft_tokens = TensorSpec("soft_tokens", (1, config.vision.tokens_per_image, channels))
-    embeddings = TensorSpec("embeddings", (1, length, channels))
+    pixels = TensorSpec("pixels", "float32", (1, 3, size, size))
+    soft_tokens = TensorSpec("soft_tokens", "float32", (1, config.vision.tokens_per_image, channels))
+    embeddings = TensorSpec("embeddings", "float32", (1, "length", channels))
     return (
-        Method(VISION_ENCODER, (TensorSpec("pixels", (1, 3, size, size)),), (soft_tokens,)),
-        Method(TOKEN_EMBEDDING, (tokens,), (embeddings,)),
-        Method(TEXT_DECODER, (embeddings, start), logits),
+        method(VISION_ENCODER, [pixels], soft_tokens),
+        method(TOKEN_EMBEDDING, [tokens], embeddings),
+        method(TEXT_DECODER, [embeddings, start], logits),
     )
 
 

@@ -98,7 +98,7 @@ def _specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
         assert value.name is not None
         assert value.shape is not None
         shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-        specs.append(TensorSpec(value.name, shape))
+        specs.append(TensorSpec(value.name, "int64" if value.dtype == ir.DataType.INT64 else "float32", shape))
     return tuple(specs)
 
 
@@ -240,7 +240,7 @@ class GraphBuilder:
         return codes, self._scales[label]
 
     def sfp8_matrix(self, name: str, weight: Sfp8Weight) -> ir.Value:
-        """The values, float32 [rows, columns]. The graph decodes them from the codes in the file, one byte per value."""
+        """The values, float32 [rows, columns]. The graph decodes them from codes in the file, one byte per value."""
         if name not in self._decoded:
             codes = self._stored(name + ".codes", lambda: weight.codes.numpy())
             scale = self._stored(name + SFP8_SCALE, lambda: weight.scale.numpy())

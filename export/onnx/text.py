@@ -15,9 +15,9 @@ A multimodal model has one more input, and one more graph that computes it, ``vi
 
     soft_tokens float32 [1, M, E], appended to the embeddings of the S tokens, unscaled; empty unless given
 
-In each call, input_ids or soft_tokens is empty: a call takes text, or one whole image (input_ids [1, 0]), whose positions
-attend to one another. Only attention differs, so only attention has two branches. Weights, caches and everything else
-serve both.
+In each call, input_ids or soft_tokens is empty: a call takes text, or one whole image (input_ids [1, 0]), whose
+positions attend to one another. Only attention differs, so only attention has two branches. Weights, caches and
+everything else serve both.
 """
 
 import math

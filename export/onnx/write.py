@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.onnx.file import VISION_FILE, data_file, graphs_of
+from export.onnx.file import VISION_FILE, data_file
 from export.onnx.layers import IR_VERSION, OPSETS, write_graph
 from export.onnx.text import text_model
 from export.onnx.vision import vision_model
@@ -34,7 +34,7 @@ def export(
 def export_onnx(
     config: ModelConfig, weights: Weights, layout: CacheLayout, path: Path, *, accuracy_level: int = 4
 ) -> ExportReport:
-    """Write the graph ``path`` and its external data ``path``.data; for a multimodal model also the vision model's graph.
+    """Write the graph ``path`` and its weights ``path``.data; for a multimodal model also the vision model's graph.
 
     ``weights`` are by checkpoint name: float tensors (written as float32), IntegerWeight of 4 or 8 bits, or Sfp8Weight.
     SFP8 codes go into the file as they are and are decoded when it is loaded (4 bytes per weight in memory). This is
@@ -50,7 +50,7 @@ def export_onnx(
     inputs, outputs, used = write_graph(
         path, "gemma3", weights, accuracy_level, lambda graph: text_model(graph, config, layout)
     )
-    methods = [Method(FORWARD, inputs, outputs)]
+    methods = [Method(FORWARD, path.name, inputs, outputs)]
     if config.vision is not None:
         inputs, outputs, used_for_images = write_graph(
             path.with_name(VISION_FILE),
@@ -59,14 +59,18 @@ def export_onnx(
             accuracy_level,
             lambda graph: vision_model(graph, config),
         )
-        methods.append(Method(VISION_ENCODER, inputs, outputs))
+        methods.append(Method(VISION_ENCODER, VISION_FILE, inputs, outputs))
         used |= used_for_images
     unused = sorted(set(weights) - used)
     if unused:
         raise BadInput(f"{len(unused)} weights are not part of this model, the first is {unused[0]}")
-    files = {file.name: file.stat().st_size for graph in graphs_of(path) for file in (graph, data_file(graph))}
-    details = {"ir_version": IR_VERSION, "accuracy_level": accuracy_level, "files": files}
-    return ExportReport(tuple(methods), dict(OPSETS), details)
+    files = tuple(
+        file.name
+        for graph in dict.fromkeys(method.file for method in methods)
+        for file in (path.with_name(graph), data_file(path.with_name(graph)))
+    )
+    details = {"ir_version": IR_VERSION, "accuracy_level": accuracy_level}
+    return ExportReport(tuple(methods), files, dict(OPSETS), details)
 
 
 def genai_config(config: ModelConfig, layout: CacheLayout, filename: str = "model.onnx") -> dict[str, Any]:

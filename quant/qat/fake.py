@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from gemma3.errors import BadInput
-from quant.activations import Activations, fake_quantize_per_token
+from quant.activations import fake_quantize_per_token
 from quant.integers import IntegerWeight, bf16_grid, in_groups, nearest_codes
-from quant.recipe import Verdict
+from quant.recipe import Activations, Verdict
 from quant.sfp8 import Sfp8Weight, encode_weight
 from quant.weights import QuantizedWeight, QuantizedWeights, Weight
 

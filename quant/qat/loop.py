@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from gemma3.errors import BadInput
 from gemma3.host.progress import Progress
-from quant.activations import Activations
 from quant.qat.fake import convert, prepare
 from quant.qat.loss import Distillation, Loss
 from quant.qat.processes import local, shard
 from quant.qat.state import digest, latest, load, save, saved_steps, tensors_of
-from quant.recipe import SCHEMES, Recipe, Sfp8
+from quant.recipe import SCHEMES, Activations, Recipe, Sfp8
 from quant.weights import QuantizedWeights
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""What quantization cost, and how fast the files are."""
+"""Measures what quantization cost, and how fast the files are."""

@@ -23,12 +23,12 @@ ORIGINAL, OWN = "the original model", "its own quantized eager model"
 
 @dataclass(frozen=True)
 class Text:
-    """The tokens that all models predict, in stretches of at most a context, each beginning with a BOS of its own."""
+    """The tokens that all models predict, in stretches that fit the context. Each stretch begins with a BOS."""
 
     sha256: str  # of the file
     context: int
     stretches: tuple[Document, ...]
-    tokens: int  # how many are predicted: all but the BOS of each stretch and image tokens
+    tokens: int  # the number of predicted tokens: all except the BOS of each stretch and image tokens
 
 
 def read_text(
@@ -40,10 +40,11 @@ def read_text(
     *,
     pan_and_scan: bool = False,
 ) -> Text:
-    """The text of a file, plain or conversations (.jsonl): at most its first ``limit`` tokens.
+    """The text of a file, plain or conversations (.jsonl), in stretches of at most ``context`` predicted tokens.
 
-    A conversation with images is one stretch and is never cut. Raises DoesNotFit when it does not fit the context, and
-    what ``documents`` raises.
+    It ends once ``limit`` tokens are predicted (None: no limit). A conversation with images is one stretch and is never
+    cut. Raises DoesNotFit when such a conversation does not fit the context, BadInput for a limit below 2, and what
+    ``documents`` raises.
     """
     if limit is not None and limit < 2:
         raise BadInput(f"the number of tokens is {limit}; use 2 or more")
@@ -74,16 +75,16 @@ def _stretches(path: Path, documents: Iterable[Document], context: int) -> Itera
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure. Its weights are not in memory before a session of it is opened."""
+    """A model to measure. Its weights are not in memory before ``open`` is called, which opens a session over it."""
 
     open: Callable[[], Session]
-    own: Callable[[], Session] | None = None  # opens the quantized eager model that its file was exported from
-    integers: Check | None = None  # the count of that model's integers in the file
+    own: Callable[[], Session] | None = None  # opens the quantized eager model that the file was exported from
+    integers: Check | None = None  # how many of that model's integers are in the file
 
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """Figures by model. ``quality`` says what quantization cost, ``fidelity`` what the export changed."""
+    """Figures by the models' names. ``quality`` says what quantization cost, ``fidelity`` what the export changed."""
 
     data_sha256: str
     tokens: int
@@ -121,7 +122,7 @@ class AccuracyReport:
 
 
 def recovered(model: Comparison, baseline: Comparison) -> str:
-    """The share of the baseline's quantization loss that the model recovers: of its KL divergence, and of its ΔNLL."""
+    """The share of the baseline's quantization loss that the model recovers, as text: of KL divergence, of ΔNLL."""
     pairs = ((model.kl, baseline.kl), (model.delta_nll, baseline.delta_nll))
     return ", ".join(f"{1 - mine.value / its.value:.1%}" if its.value > 0 else "–" for mine, its in pairs)
 
@@ -134,10 +135,10 @@ def measure_accuracy(
     ask: Callable[[Session], dict[str, Score]] | None = None,
     progress: Callable[[str, int], None] = lambda name, tokens: None,
 ) -> AccuracyReport:
-    """Measure each candidate in turn, so that no more than one is in memory beside ``original``.
+    """Measure each candidate and each baseline in turn, so that only one is in memory beside ``original``.
 
-    ``ask`` puts the questions to a session. ``progress`` is called with the model and the number of tokens it has
-    predicted so far. Raises what ``compare`` does.
+    ``ask`` asks a session the questions. ``progress`` is called with the model's name and the number of tokens that it
+    has predicted so far. Raises what ``compare`` raises.
     """
     quality, fidelity, questions = {}, {}, {}
     if ask:

@@ -1,4 +1,4 @@
-"""How fast the graphs of a bundle are, and how much memory they take, each in a process of its own."""
+"""Measures how fast the graphs of a bundle are and how much memory they take, each in a process of its own."""
 
 import multiprocessing
 import statistics
@@ -39,6 +39,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Measurement:
+    """The speed, load time and memory of one graph of a bundle."""
+
     format: str
     prompt: int  # tokens fed before decoding
     new_tokens: int
@@ -63,9 +65,11 @@ def bench(
     repetitions: int = 5,
     threads: int | None = None,
 ) -> list[Measurement]:
-    """Measure the graph of ``format``, or all graphs of ``bundle``.
+    """Measure the graph of ``format``, or all graphs of ``bundle``, on random tokens.
 
-    Raises BadInput for counts below one, and DoesNotFit when they are over the bundle's context.
+    A run prefills ``prompt`` tokens and decodes ``new_tokens``; ``repetitions`` runs follow one that warms up. Raises
+    BadInput for counts below one and for a format that the bundle does not hold, DoesNotFit when the tokens are over
+    the bundle's context, and what ``read_manifest`` and opening a graph raise.
     """
     for name, count in (("-p", prompt), ("-n", new_tokens), ("-r", repetitions)):
         if count < 1:
@@ -76,7 +80,7 @@ def bench(
         raise DoesNotFit(f"-p {prompt} and -n {new_tokens} are over the bundle's context of {context}; use fewer")
     measurements = []
     for one in formats_of(bundle, manifest, format):
-        # Spawned, so that neither the parent's memory nor another runtime's counts.
+        # A new process, so that the memory of the parent and of other runtimes does not count.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             task = pool.submit(_measure, bundle, backend_of(one), prompt, new_tokens, repetitions, threads)
             measurements.append(task.result())
@@ -86,7 +90,7 @@ def bench(
 def _measure(
     bundle: Path, backend: Backend, prompt: int, new_tokens: int, repetitions: int, threads: int | None
 ) -> Measurement:
-    """In a process of its own, where ``backend`` need not be registered."""
+    """Runs in a process of its own. ``backend`` is an argument, because it may not be registered there."""
     manifest = read_manifest(bundle)
     backend.import_runtime()
     libraries = peak_rss()

@@ -30,7 +30,7 @@ class Model:
 
     @property
     def context(self) -> int:
-        """The most positions it holds."""
+        """The largest number of positions that the model can hold."""
         return self.opened.context if isinstance(self.opened, Manifest) else self.opened.config.max_position_embeddings
 
     @property
@@ -39,7 +39,7 @@ class Model:
 
 
 def open_model(path: Path) -> Model:
-    """Raises BadInput when ``path`` is neither a bundle nor a checkpoint."""
+    """Open a bundle or a checkpoint. Raises BadInput when ``path`` is neither, and what ``read_manifest`` raises."""
     return Model(path, read_manifest(path) if (path / MANIFEST).exists() else open_source(path))
 
 
@@ -57,13 +57,13 @@ def accuracy(
     pan_and_scan: bool = False,
     threads: int | None = None,
 ) -> AccuracyReport:
-    """What quantization cost ``model``, a bundle or a checkpoint: its predictions on ``data`` beside those of the
-    original, ``reference``.
+    """Measure what quantization cost: the predictions of ``model``, on ``data``, against those of the original.
 
-    ``baselines`` are measured beside it. ``checkpoint`` is what a bundle was exported from: with it the report also
-    says what the export changed. ``questions`` counts right answers. ``context`` bounds a stretch of text, ``tokens``
-    the number of predictions. Raises BadInput, DoesNotFit and VerificationFailed for models and data that cannot be
-    used or do not belong together.
+    ``model`` is a bundle or a checkpoint, ``reference`` the original, and ``baselines`` are measured too. With
+    ``checkpoint``, which the bundle was exported from, the report also says what the export changed. ``questions`` is a
+    file of questions whose right answers are counted. ``context`` bounds a stretch of text (None: what all models hold,
+    at most 4096), ``tokens`` the number of predictions. Raises BadInput, DoesNotFit and VerificationFailed for models
+    and data that cannot be used or do not belong together.
     """
     original = open_source(reference)
     asked = read_questions(questions) if questions else []
@@ -82,7 +82,10 @@ def accuracy(
 
 
 def common_context(models: Sequence[Model], wanted: int | None) -> int:
-    """The most positions that all of ``models`` hold, or ``wanted``. Raises DoesNotFit when that is more."""
+    """``wanted``, or if None the most positions that all of ``models`` can hold, but at most 4096.
+
+    Raises DoesNotFit when ``wanted`` is more than one of them can hold.
+    """
     least = min(models, key=lambda model: model.context)
     if wanted is not None and wanted > least.context:
         raise DoesNotFit(
@@ -99,10 +102,11 @@ def candidates_of(
     threads: int | None,
     checkpoint: Path | None = None,
 ) -> dict[str, Candidate]:
-    """The candidates of a model by the name that the report shows: each graph of a bundle, or a checkpoint.
+    """The candidates of a model, by the names that the report shows: each graph of a bundle, or the checkpoint itself.
 
-    ``checkpoint`` is what a bundle was exported from. Raises BadInput for another tokenizer than ``tokenizer``, and
-    VerificationFailed when the bundle does not hold that checkpoint's integers.
+    ``checkpoint`` is what the bundle was exported from. Raises BadInput when the model has another tokenizer than
+    ``tokenizer`` and when ``checkpoint`` does not belong to it, and VerificationFailed when the bundle does not hold
+    that checkpoint's integers.
     """
     path, manifest = model.path, model.opened
     name = path.resolve().name
@@ -129,7 +133,7 @@ def candidates_of(
 
 
 def _bars(tokens: int) -> Callable[[str, int], None]:
-    """A progress bar for each model, one after the other."""
+    """A function that shows one progress bar after the other, one for each model."""
     bars: dict[str, Progress] = {}
 
     def show(name: str, done: int) -> None:

@@ -1,12 +1,13 @@
-"""How much the predictions of one model differ from another's on the same tokens, teacher-forced through any session.
+"""Compares the predictions of one model with another's on the same tokens, teacher-forced through any session.
 
-The statistics are those of llama.cpp's ``llama-perplexity --kl-divergence`` (tools/perplexity/perplexity.cpp), but over
-every token of a stretch of text (llama.cpp: its second half), over the whole vocabulary (llama.cpp leaves out tokens to
-which the reference gives less than e^−16), and of the logits as they are (llama.cpp keeps the reference's in 16 bits).
-Logarithms are natural: losses and divergences are in nats a token. Standard errors treat tokens as independent.
+The statistics are those of llama.cpp's ``llama-perplexity --kl-divergence`` (tools/perplexity/perplexity.cpp), but they
+cover every token of a stretch of text (llama.cpp: its second half) and the whole vocabulary (llama.cpp leaves out
+tokens to which the reference gives less than e^−16), and they use the logits as they are (llama.cpp keeps the
+reference's in 16 bits). Logarithms are natural: losses and divergences are in nats per token. Standard errors treat
+tokens as independent.
 
-There are two questions, which are never mixed: against the original full-precision model the figures say what
-quantization cost; against the file's own quantized eager model they say what the export changed.
+There are two separate questions. Against the original, the figures say what quantization cost. Against the file's own
+quantized eager model, they say what the export changed.
 """
 
 import math
@@ -33,17 +34,17 @@ class Estimate:
 
     @staticmethod
     def of(values: ArrayLike) -> "Estimate":
-        """Of two or more independent values."""
+        """The mean of two or more independent values, and its standard error."""
         sample = np.asarray(values, np.float64)
         return Estimate(float(sample.mean()), float(sample.std(ddof=1)) / math.sqrt(len(sample)))
 
     def exp(self) -> "Estimate":
-        """e to the power of it. The error is propagated to first order."""
+        """e to the power of this estimate. The error is propagated to first order."""
         value = math.exp(self.value)
         return Estimate(value, value * self.error)
 
     def sqrt(self) -> "Estimate":
-        """Its square root. The error is propagated to first order; the square root of 0 is 0 ± 0."""
+        """The square root of this estimate. The error is propagated to first order; the root of 0 is 0 ± 0."""
         value = math.sqrt(self.value)
         return Estimate(value, 0.5 / value * self.error if value else 0.0)
 
@@ -53,36 +54,36 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against a reference on the same tokens."""
+    """The figures of a model against a reference on the same tokens."""
 
     tokens: int
     perplexity: Estimate
     reference_perplexity: Estimate
     delta_nll: Estimate  # paired: the mean over tokens of (the model's loss − the reference's)
-    perplexity_ratio: Estimate  # e^ΔNLL: tokens that are hard for both models cancel in its error too
+    perplexity_ratio: Estimate  # e^ΔNLL; paired too, so tokens that are hard for both models do not add to its error
     kl: Estimate  # KL(reference ‖ model) over the whole vocabulary
     kl_median: float
     kl_99: float  # percentiles, linearly interpolated
     kl_99_9: float
     kl_max: float
-    same_top: Estimate  # share of tokens for which both models find the same id likeliest
-    rms_delta_p: Estimate  # root mean square change of the probability of the actual next id
+    same_top: Estimate  # share of tokens for which both models have the same most likely id
+    rms_delta_p: Estimate  # root mean square difference of the probabilities of the actual next id
 
 
 class Prediction:
-    """The prediction of the next id by logits, float32 [V]."""
+    """The prediction of the next id that logits, float32 [V], make: log probabilities float64 [V], and the top id."""
 
     def __init__(self, logits: Logits) -> None:
         wide = logits.astype(np.float64)
         wide -= wide.max()
         wide -= math.log(float(np.exp(wide).sum()))
         self.log_probabilities: Floats = wide
-        self.top = int(logits.argmax())  # of the logits: subtracting can make ties
+        self.top = int(logits.argmax())  # from the logits, because the subtractions can make ties
 
 
 @dataclass
 class Tally:
-    """The four numbers kept of each token; its logits are never kept."""
+    """The four numbers that are kept for each token. Its logits are not kept."""
 
     nll: list[float] = field(default_factory=list)
     reference_nll: list[float] = field(default_factory=list)
@@ -90,7 +91,7 @@ class Tally:
     same_top: list[bool] = field(default_factory=list)
 
     def add(self, reference: Prediction, model: Prediction, token: int) -> None:
-        """Add a token that followed, and the two predictions of it."""
+        """Add the two predictions of a token, and the token that followed."""
         log_p, log_q = reference.log_probabilities, model.log_probabilities
         self.nll.append(-float(log_q[token]))
         self.reference_nll.append(-float(log_p[token]))
@@ -98,7 +99,7 @@ class Tally:
         self.same_top.append(reference.top == model.top)
 
     def comparison(self) -> Comparison:
-        """The figures over two or more tokens."""
+        """The figures over all tokens added, which must be two or more."""
         nll, reference_nll = np.array(self.nll), np.array(self.reference_nll)
         delta = Estimate.of(nll - reference_nll)
         median, p99, p999 = np.quantile(self.kl, (0.5, 0.99, 0.999)).tolist()
@@ -119,7 +120,7 @@ class Tally:
 
 
 def stretches(ids: Sequence[int], bos_id: int, context: int) -> list[Document]:
-    """Text (ids without BOS), cut into stretches that begin with BOS and are predicted within ``context``."""
+    """Text (ids without BOS), cut into stretches that begin with BOS and have at most ``context`` predicted ids."""
     return [Document([bos_id, *stretch], []) for stretch in chunks(ids, context)]
 
 
@@ -129,11 +130,11 @@ def compare(
     stretches: Iterable[Document],
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Comparison]:
-    """Compare ``model`` with all ``references`` at once, so that a slow model runs only once.
+    """Compare ``model`` with all ``references`` (by name) at once, so that a slow model runs only once.
 
-    Each stretch is fed from an empty cache; all its ids but the first and image tokens are predicted. ``progress`` is
-    called with the number predicted so far. Raises BadInput when fewer than two are predicted or a reference has
-    another vocabulary, and VerificationFailed when logits are not finite.
+    Each stretch is fed from an empty cache. All its ids are predicted, except the first and image tokens. ``progress``
+    is called with the number of predicted tokens so far. Raises BadInput when fewer than two tokens are predicted or a
+    reference has another vocabulary, and VerificationFailed when logits are not finite.
     """
     sessions = (model, *references.values())
     for name, reference in references.items():
@@ -171,7 +172,7 @@ def compare(
 
 
 def comparison_table(comparisons: Mapping[str, Comparison]) -> str:
-    """One column for each model, all against the same reference on the same tokens."""
+    """A table with one column for each model. All are compared with the same reference on the same tokens."""
     figures = comparisons.values()
     rows = {
         "perplexity": [one.perplexity.show(".5g") for one in figures],

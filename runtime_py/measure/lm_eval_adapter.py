@@ -1,12 +1,12 @@
-"""Sessions as models of EleutherAI's lm-evaluation-harness: ``pip install '.[lm-eval]'``, then
+"""Runs sessions as models of EleutherAI's lm-evaluation-harness. After ``pip install '.[lm-eval]'``:
 
     from lm_eval import simple_evaluate
     from runtime_py.measure.lm_eval_adapter import SessionLM
 
     simple_evaluate(model=SessionLM(session, tokenizer, stop_ids), tasks=["arc_easy"])
 
-where ``session`` is any of ours: eager, .pte or .onnx. Every sequence begins with BOS, without which Gemma's
-predictions are worthless, also a sequence that was cut on the left to fit the context.
+``session`` is any session of this project: eager, .pte or .onnx. Every sequence begins with BOS, without which Gemma's
+predictions are worthless, even a sequence that was cut on the left to fit the context.
 """
 
 import re
@@ -31,7 +31,10 @@ MAX_NEW_TOKENS = 256  # the harness's own default
 
 
 class SessionLM(TemplateLM):
-    """``stop_ids`` end a generation, as do the strings that a task names. Requests run one by one."""
+    """A session as a model of the harness. Requests run one by one.
+
+    A generation ends at one of ``stop_ids`` or at a stop string that the task names.
+    """
 
     def __init__(self, session: Session, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
         super().__init__()
@@ -53,14 +56,15 @@ class SessionLM(TemplateLM):
         return self._tokenizer.sha256
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """A conversation as text. Without the generation prompt, its last message stays open, to be continued."""
+        """A conversation as text. Without the generation prompt, the last message stays open and can be continued."""
         text = render_chat(chat_history, add_generation_prompt)
         return text if add_generation_prompt else text.removesuffix(f"{END_OF_TURN}\n")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids with BOS in front unless ``add_special_tokens`` is False.
+        """The ids of ``string``, with BOS in front unless ``add_special_tokens`` is False.
 
-        Turn markers become special tokens only in text that ``apply_chat_template`` made, which begins with BOS.
+        Turn markers become special tokens only in text that begins with "<bos>", as ``apply_chat_template`` makes it.
+        Such text gets no second BOS.
         """
         if not string.startswith(BOS):
             return self._tokenizer.encode(string, bos=add_special_tokens is not False)
@@ -71,11 +75,14 @@ class SessionLM(TemplateLM):
         return ids
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text, in windows of the context."""
+        """The log-likelihood of each whole text, summed over windows of the context's length."""
         return [self._text_likelihood(*request.args) for request in requests]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, cut before the first stop string. Raises BadInput when a task asks for sampling."""
+        """Greedy continuations, cut before the first stop string.
+
+        Raises BadInput when a task asks for sampling, and DoesNotFit when the context has no room for the new tokens.
+        """
         answers = []
         for request in requests:
             context, settings = request.args
@@ -94,7 +101,7 @@ class SessionLM(TemplateLM):
             if not continuation:
                 raise BadInput(f"continuation {strings[1]!r} has no token of its own; lengthen it in the task")
             ids = self._fitted([*context, *continuation[:-1]], keep=len(continuation) - 1)
-            if (ids, len(continuation)) != fed:  # choices of one token each follow the same ids
+            if (ids, len(continuation)) != fed:  # answers of one token each share their context
                 fed = ids, len(continuation)
                 predictions = list(self._predictions(*fed))
             answers.append(_score(predictions, continuation))
@@ -132,7 +139,7 @@ class SessionLM(TemplateLM):
         return text
 
     def _predictions(self, ids: Sequence[int], count: int) -> Iterator[Prediction]:
-        """The prediction after each of the last ``count`` of ``ids``, which are fed from an empty cache."""
+        """The prediction after each of the last ``count`` of ``ids``. The ids are fed from an empty cache."""
         self._session.reset()
         split = len(ids) - count + 1
         yield Prediction(self._session.prefill(ids[:split]))
@@ -140,9 +147,9 @@ class SessionLM(TemplateLM):
             yield Prediction(self._session.step(token))
 
     def _fitted(self, ids: list[int], *, keep: int = 1, room: int = 0) -> list[int]:
-        """``ids``, cut on the left after their BOS, so that ``room`` more fit the context.
+        """``ids``, cut after their BOS on the left, so that ``room`` more ids fit the context.
 
-        Raises DoesNotFit when that leaves fewer than the last ``keep``.
+        Raises DoesNotFit when fewer than the last ``keep`` ids would be left.
         """
         size = self._session.context - room
         if len(ids) <= size:

@@ -1,4 +1,4 @@
-"""Short questions with one right answer each, put to any session. Answers are scored by exact match, by category."""
+"""Asks any session short questions with one right answer each. Scores the answers by exact match, per category."""
 
 import json
 import math
@@ -22,6 +22,8 @@ MAX_NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class Question:
+    """A question, with the one answer that is right and the image files that it shows."""
+
     category: str
     prompt: str
     answer: str
@@ -29,10 +31,10 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file with one JSON object a line, which has the fields of Question as text.
+    """The questions in a file. Each line is a JSON object with the fields of ``Question`` as text.
 
-    ``images`` is optional: a list of paths, relative to the file's folder. Raises BadInput for anything else, and for
-    images that cannot be read.
+    ``images`` is optional: a list of paths relative to the file's folder. Raises BadInput for anything else, for a file
+    without questions, and for images that cannot be read.
     """
     text = read_utf8(path)
     questions = [
@@ -69,12 +71,14 @@ def _question(line: str, folder: Path, where: str) -> Question:
 
 @dataclass(frozen=True)
 class Score:
+    """How many of the questions asked were answered right."""
+
     right: int
     asked: int
 
     @property
     def share(self) -> Estimate:
-        """The share of right answers. Its standard error is that of a proportion, with questions as independent."""
+        """The share of right answers, with the standard error of a proportion. Questions count as independent."""
         share = self.right / self.asked
         return Estimate(share, math.sqrt(share * (1 - share) / max(1, self.asked - 1)))
 
@@ -89,7 +93,10 @@ def answer(
     stop_ids: Collection[int],
     pan_and_scan: bool = False,
 ) -> str:
-    """The greedy answer to ``question`` as the first turn of a chat, without surrounding space."""
+    """The greedy answer to ``question``, asked as the first turn of a chat, without surrounding whitespace.
+
+    Raises what ``read_pictures`` and ``Conversation.say`` raise.
+    """
     pictures = read_pictures(question.images, session.vision, pan_and_scan)
     conversation = Conversation(session, tokenizer, Sampler(), stop_ids=stop_ids, max_new_tokens=MAX_NEW_TOKENS)
     return "".join(conversation.say(question.prompt, pictures)).strip()
@@ -104,8 +111,9 @@ def exact_match(
     *,
     pan_and_scan: bool = False,
 ) -> dict[str, Score]:
-    """The scores by category. An answer is right if it equals the expected one. ``progress`` is called with the number
-    of questions asked so far.
+    """The scores by category. An answer is right if it equals the expected one exactly.
+
+    ``progress`` is called with the number of questions asked so far. Raises what ``answer`` raises.
     """
     right: dict[str, list[bool]] = {}
     for asked, question in enumerate(questions, 1):
@@ -120,7 +128,7 @@ def total(scores: Mapping[str, Score]) -> Score:
 
 
 def score_table(models: Mapping[str, Mapping[str, Score]]) -> str:
-    """One column for each model, one row for each category."""
+    """A table with one column for each model and one row for each category."""
     categories = next(iter(models.values()))
     rows = [(category, *(str(scores[category]) for scores in models.values())) for category in categories]
     return table(("right answers", *models), [*rows, ("all", *(str(total(scores)) for scores in models.values()))])

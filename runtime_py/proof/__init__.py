@@ -1,1 +1,1 @@
-"""Is an exported file the model it claims to be?"""
+"""The proof that an exported file is the model that it claims to be."""

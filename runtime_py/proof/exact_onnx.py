@@ -1,5 +1,7 @@
-"""An .onnx with its integers multiplied in float32: the rounding of activations is then the only difference between
-the file and these figures, so float32's limits must hold. Works without torch.
+"""Checks of an .onnx with its integers multiplied in float32, as its reference multiplies them.
+
+The file itself rounds activations to int8. Without this rounding it must keep to FLOAT_LIMITS, which shows that nothing
+else differs from the reference. Works without torch.
 """
 
 import logging
@@ -20,32 +22,37 @@ PREFIX, SUFFIX = "float32/", ", multiplied in float32"
 
 
 def check_exact_vision(subject: Subject) -> list[Check]:
-    """The vision model, of any size: in float32 the largest takes 1.7 GB. Writes into the directory for a moment."""
+    """Check the soft tokens of the vision model. Writes a temporary graph into the subject's directory.
+
+    Returns no checks for a text-only model and for float weights. In float32 the largest vision model takes 1.7 GB.
+    """
     if subject.manifest.model.vision is None or subject.limits is FLOAT_LIMITS:
         return []
-    log.info("validating .onnx's vision model multiplied in float32")
+    log.info("validating .%s's vision model multiplied in float32", subject.format)
     reference = subject.reference
     with exact_twin(subject.directory / VISION_FILE) as twin:
         encoder = open_encoder(twin, None)
         inputs = [{"pixels": network_input(image)} for image in reference.images]
         soft_tokens = [encoder.run(["soft_tokens"], pixels)[0][0] for pixels in inputs]
-    judge = Judge("onnx", tolerances(subject.plan, reference, FLOAT_LIMITS), PREFIX, SUFFIX)
+    judge = Judge(subject.format, tolerances(subject.plan, reference, FLOAT_LIMITS), PREFIX, SUFFIX)
     return soft_token_checks(judge, reference, soft_tokens)
 
 
 def check_exact_text(subject: Subject) -> list[Check]:
-    """The text model, along one walk. Writes into the directory for a moment.
+    """Check the text model along one walk. Writes a temporary graph into the subject's directory.
 
-    Only for vocabularies up to FULL_VOCABULARY: ONNX Runtime then holds the head's table in float32, which for 262 144
-    rows takes more memory than the export.
+    Returns no checks for float weights and for a vocabulary over FULL_VOCABULARY: ONNX Runtime then holds the head's
+    table in float32, which for 262 144 rows takes more memory than the export.
     """
     if subject.manifest.model.vocab_size > FULL_VOCABULARY or subject.limits is FLOAT_LIMITS:
         return []
     first = next(iter(subject.plan.walks))
     plan = replace(subject.plan, walks={first: subject.plan.walks[first]})
-    log.info("validating .onnx multiplied in float32")
+    log.info("validating .%s multiplied in float32", subject.format)
     reference = subject.reference
     with exact_twin(subject.path) as twin:
         session = OnnxSession(twin, subject.artifact.cache, subject.manifest.model, None)
         within = tolerances(plan, reference, FLOAT_LIMITS)
-        return check_session(session, plan, reference, "onnx", within, list(reference.soft_tokens), PREFIX, SUFFIX)
+        return check_session(
+            session, plan, reference, subject.format, within, list(reference.soft_tokens), PREFIX, SUFFIX
+        )

@@ -3,7 +3,7 @@
 For a vocabulary of up to 8192 every logit is kept. For a larger one, a position keeps its ``TOP`` largest logits, a
 random subset of columns (the same at every position) and the log-sum-exp over all columns, which is enough for an
 unbiased estimate of the KL divergence (see ``ReferenceLogits.compare``). For a multimodal model the images of the
-sequence and their soft tokens are kept too. With the file anyone can repeat the check without torch and without the
+sequence and their soft tokens are kept too. With the file anyone can repeat the proof without torch and without the
 checkpoint. docs/bundle.md describes its arrays.
 """
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from export.manifest import Manifest
 from gemma3.errors import VerificationFailed
 from runtime_py.sessions.protocol import Logits, SoftTokens
 
@@ -26,21 +27,24 @@ TOP, COLUMNS, SEED = 512, 4096, 0
 
 @dataclass(frozen=True)
 class Difference:
-    """The logits of a file against the reference's, at one position."""
+    """How the logits of a file differ from the reference's at one position. ``sum_…`` are over the compared logits."""
 
     position: int
     max_abs: float
     sum_abs: float
     sum_squares: float
     reference_squares: float
-    count: int  # logits compared
-    kl: float  # nats, reference to file
+    count: int  # number of compared logits
+    kl: float  # in nats: KL(reference ‖ file)
     same_top: bool
 
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """Rows are positions of ``ids``: P rows, each with the same M columns and K more of its own (K may be 0)."""
+    """The reference's logits at P positions of ``ids``, and for a multimodal model its soft tokens.
+
+    Each position has a row with the same M columns of the vocabulary and K more columns of its own (K may be 0).
+    """
 
     ids: NDArray[np.int32]  # [T]
     positions: NDArray[np.int32]  # [P]
@@ -50,16 +54,16 @@ class ReferenceLogits:
     top_values: NDArray[np.float32]  # [P, K]
     log_sum_exp: NDArray[np.float32]  # [P], over the whole vocabulary
     argmax: NDArray[np.int32]  # [P]
-    # KL divergence, at every recorded position, to the same model after a change of its inputs by one unit in the last
-    # place. Without int8 activations it is next to nothing, and left 0.
+    # At every recorded position, the KL divergence from this model to the same model after its inputs are changed by one
+    # unit in the last place. For float activations it is nearly 0, is not measured, and is stored as 0.
     noise_kl: NDArray[np.float32]
-    # Of a multimodal model; empty otherwise.
+    # For a multimodal model; empty otherwise.
     images: NDArray[np.uint8]  # [I, S, S, 3]
     soft_tokens: NDArray[np.float32]  # [I, T, E]
     soft_noise: NDArray[np.float32]  # [I]: relative RMS change of the soft tokens after the same change
 
     def at(self, positions: Iterable[int]) -> "ReferenceLogits":
-        """The rows for those of ``positions`` that are here. The noise is of the model, and stays as it is."""
+        """The reference with only the rows at ``positions``. The noise belongs to the model, so it is kept whole."""
         rows = np.flatnonzero(np.isin(self.positions, list(positions)))
         return replace(
             self,
@@ -72,10 +76,10 @@ class ReferenceLogits:
         )
 
     def compare(self, position: int, logits: Logits) -> Difference | None:
-        """Compare the ``logits`` [V] of a file after the id at ``position``; None when the reference has no such row.
+        """Compare the ``logits`` [V] of a file after the id at ``position``. None if the reference has no row for it.
 
-        KL(p‖q) = Σ p log(p/q) is summed as Σ [p log(p/q) − p + q], which is the same because p and q sum to 1. Its
-        terms are all ≥ 0, so the random columns estimate the columns left out with little variance.
+        KL(p‖q) = Σ p log(p/q) is summed as Σ [p log(p/q) − p + q], which is the same because p and q sum to 1. All its
+        terms are ≥ 0, so the random columns estimate the sum over the omitted columns with little variance.
         """
         found = np.flatnonzero(self.positions == position)
         if len(found) == 0:
@@ -106,7 +110,7 @@ class ReferenceLogits:
 
 
 def relative_rms(seen: SoftTokens, expected: SoftTokens) -> float:
-    """The root mean square of the difference, as a share of that of ``expected``."""
+    """The root mean square of the difference, divided by the root mean square of ``expected``."""
     delta = seen.astype(np.float64) - expected
     return math.sqrt(float((delta**2).sum() / (expected.astype(np.float64) ** 2).sum()))
 
@@ -129,7 +133,7 @@ class Recorder:
         self._rows: dict[int, tuple[Logits, NDArray[np.int64], Logits, float, int]] = {}
 
     def add(self, position: int, logits: Logits) -> None:
-        """``logits`` float32 [V] after the id at ``position``."""
+        """Add the row of ``position`` from the ``logits``, float32 [V], after the id at that position."""
         top = np.sort(np.argpartition(-logits, self._top)[: self._top])
         total = log_sum_exp(logits.astype(np.float64))
         self._rows[position] = (logits[self._columns], top, logits[top], total, int(np.argmax(logits)))
@@ -155,23 +159,39 @@ class Recorder:
         )
 
 
-IMAGES = "images"  # the same for all references, and saved once
+def reference_keys(manifest: Manifest) -> dict[str, str]:
+    """For each format of a bundle, the name of its reference in the golden vectors.
+
+    Artifacts whose references treat activations alike share one, named after that ("float", "int8"), unless their
+    stand-ins differ: then they are made of other weights.
+    """
+    keys: dict[str, str] = {}
+    stand_ins: dict[str, object] = {}
+    for format, artifact in manifest.artifacts.items():
+        key: str = artifact.reference_activations
+        if stand_ins.setdefault(key, artifact.stand_ins) != artifact.stand_ins:
+            key = f"{key}-{format}"
+        keys[format] = key
+    return keys
+
+
+IMAGES = "images"  # the same in all references, so saved once
 FIELDS = tuple(field.name for field in fields(ReferenceLogits) if field.name != IMAGES)
 
 
 def save_golden(path: Path, references: Mapping[str, ReferenceLogits]) -> None:
-    """Write the references by activations into one safetensors file, with names such as ``int8.values``."""
+    """Write the references, by key (see ``reference_keys``), into one safetensors file, as ``int8.values`` and so on."""
     arrays = {
         f"{activations}.{name}": np.ascontiguousarray(getattr(reference, name))
         for activations, reference in references.items()
         for name in FIELDS
     }
     arrays[IMAGES] = next(iter(references.values())).images
-    path.write_bytes(save(arrays))  # save_file would leave it readable by its owner alone
+    path.write_bytes(save(arrays))  # not save_file, whose file only the owner can read
 
 
 def load_golden(path: Path) -> dict[str, ReferenceLogits]:
-    """The references by activations. Raises VerificationFailed when the file is damaged."""
+    """The references by key (see ``reference_keys``). Raises VerificationFailed when the file is damaged."""
     try:
         arrays = load_file(str(path))
         images = arrays.pop(IMAGES)

@@ -1,4 +1,4 @@
-"""How far a file may be from its reference, and why that far: limits, and the tolerance of every check."""
+"""How far a file may be from its reference, and why: limits for a kind of file, and the tolerances of every check."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from runtime_py.proof.plan import ONE_BY_ONE, Plan, ends
 
 AT_LEAST = ("top1_agreement", "equal")  # metrics whose limit is a minimum
 RESET = "reset"
-# By check id and metric, the limit. A metric that is missing is reported, but has no limit.
+# Check id → metric → limit. A metric that is missing is reported, but has no limit.
 Tolerances = Mapping[str, Mapping[str, float]]
 
 
@@ -34,19 +34,20 @@ FLOAT_LIMITS = Limits(
     "float32 on both sides: only the order of additions differs", max_abs=1e-4, top1_agreement=1.0, soft_rms=1e-5
 )
 
-# Once one int8 activation is rounded the other way, later layers and positions see inputs that differ by its step, and
-# more values are rounded the other way: in a deep model any change, however small, ends in a difference of the same
-# size. The reference shows how large: it is run again with its inputs changed by one unit in the last place
-# (``ReferenceLogits.noise_kl``). A file may differ by as much, with factors for the spread of a mean over a few
-# positions and of a maximum (demo checkpoint: the changed reference 1.2e-4 and 8e-4, the .pte 1.8e-4 and 1.3e-3).
+# Once one int8 activation is rounded the other way, later layers and positions get inputs that differ by a whole step,
+# and more values are rounded the other way. So in a deep model any change, however small, ends in a difference of about
+# the same size. To measure this size, the reference is run again with its inputs changed by one unit in the last place
+# (``ReferenceLogits.noise_kl``). A file may differ by as much, times a factor for the spread of a mean over a few
+# positions, and another for that of a maximum. (Mean and maximum on the demo checkpoint: 1.2e-4 and 8e-4 for the changed
+# reference, 1.8e-4 and 1.3e-3 for the .pte.)
 NOISE, PEAK_NOISE = 2.0, 4.0
 
 
 def with_noise_limits(limits: Limits, reference: ReferenceLogits, positions: int) -> Limits:
-    """``limits`` for figures over so many ``positions``, raised to what the reference's own noise explains.
+    """``limits`` for figures over this number of ``positions``, raised to what the reference's own noise explains.
 
-    The noise has a long tail: among any few positions one may be at its peak (QAT's demo checkpoint: 2.0e-3 at one of
-    the 9 positions of a whole prompt, whose mean is 4.6e-4; 2.1e-4 over all).
+    The noise has a long tail, so one of a few positions may be at its peak. (On QAT's demo checkpoint it is 2.0e-3 at
+    one of the 9 positions of the whole prompt, and 4.6e-4 on average over the 9, but 2.1e-4 over all positions.)
     """
     if limits.kl_mean is None or limits.kl_max is None:
         return limits
@@ -59,14 +60,14 @@ def with_noise_limits(limits: Limits, reference: ReferenceLogits, positions: int
     return replace(raised, soft_rms=max(limits.soft_rms, PEAK_NOISE * float(reference.soft_noise.max())))
 
 
-def limits_for(manifest: Manifest, integer_limits: Limits) -> Limits:
-    """The limits of a bundle's files: ``integer_limits`` unless every weight is kept in float32."""
+def limits_for(manifest: Manifest, quantized_limits: Limits) -> Limits:
+    """The limits of a bundle's files: ``quantized_limits`` unless every weight is kept in float32."""
     exact = all(verdict.scheme == "float32" for verdict in manifest.weights.values())
-    return FLOAT_LIMITS if exact else integer_limits
+    return FLOAT_LIMITS if exact else quantized_limits
 
 
 def tolerances(plan: Plan, reference: ReferenceLogits, limits: Limits) -> dict[str, dict[str, float]]:
-    """The limit of every check that replays ``plan`` and compares at the positions of ``reference``."""
+    """The limits of all checks that replay ``plan`` and compare at the positions of ``reference``: id → metric → limit."""
     found: dict[str, dict[str, float]] = {}
     for number in range(len(reference.soft_tokens)):
         found[soft_tokens_id(number)] = _given(with_noise_limits(limits, reference, 1), "soft_rms")
@@ -103,7 +104,7 @@ def soft_tokens_id(number: int) -> str:
 
 
 def judged(artifact: str, id: str, name: str, metric: str, value: float, limit: float | None) -> Check:
-    """The check with its verdict. NaN does not pass."""
+    """The check of one figure. Without a limit it passes; NaN does not keep to any limit."""
     if limit is None:
         return Check(artifact, id, metric, name, value, None, True)
     passed = value >= limit if metric in AT_LEAST else value <= limit

@@ -1,9 +1,9 @@
 """The plan of a proof: what is fed to a model, and at which positions its logits are compared.
 
 One token sequence is fed in several ways ("walks"), each after a reset. It crosses the sliding window W (W − 1, W,
-W + 1, 2W) and several wraps of the bounded caches. For a multimodal model it contains images: first, across the chunk,
-the window and the wraps, two in a row, and past every wrap. The logits of a file are known after an image, never inside
-one.
+W + 1, 2W) and several wraps of the bounded caches. For a multimodal model it contains images: one at the start, one
+across each of the chunk, the window and the wraps, two in a row, and one near the end. A file gives logits after an
+image, but never inside one.
 """
 
 import itertools
@@ -21,23 +21,23 @@ from gemma3.config import SLIDING, VisionConfig
 from gemma3.images import Pixels
 from runtime_py.sessions.protocol import Image, SoftTokens
 
-# How far the sequence goes: this many windows past the first wrap of the larger bounded cache, and this many turns of
-# that cache; never past the context.
+# The length of the sequence: at least this many windows past the first wrap of the larger bounded cache, and at least
+# this many turns of that cache, but never more than the context.
 WINDOWS_PAST_THE_WRAP = 4
 TURNS = 3
-# A sequence up to this length is stepped through one by one. A longer one is fed in chunks up to NEAR positions before
-# a landmark, and stepped through around it.
+# The walk ONE_BY_ONE feeds every id of a sequence up to this length by itself. In a longer sequence it does so only for
+# the ids at most NEAR positions from a landmark, and feeds the ids between them in one call.
 STEP_EVERYTHING = 1024
 NEAR = 16
-# Golden vectors keep the positions this near to a landmark.
+# Golden vectors keep the positions at most this far from a landmark.
 GOLDEN_NEAR = 1
 TAIL = 8  # positions decoded one by one after the whole prompt
 SEED = 20_250_312
-# Two images reveal a mix-up; each more would cost a run of the vision model and an image's bytes. They repeat in this
-# order, whose first three and more are another sequence when reversed.
+# Two images are enough to reveal a mix-up. Each more would cost a run of the vision model and an image's bytes. They
+# repeat in this order. No beginning of three or more entries reads the same backwards, so a reversed order is found too.
 IMAGES = 2
 ORDER = (0, 0, 1, 0, 1, 1)
-MORE_FOR_IMAGES = 4  # so many images longer is the sequence of a multimodal model
+MORE_FOR_IMAGES = 4  # the sequence of a multimodal model is longer by so many images
 
 ODD_SIZES, ONE_BY_ONE, CHUNKS, WHOLE_PROMPT = "odd-sizes", "one-by-one", "chunks", "whole-prompt"
 
@@ -58,21 +58,21 @@ class Plan:
 
     @property
     def positions(self) -> list[int]:
-        """Every position whose logits some walk gives: the last one of each call."""
+        """Every position at which some walk gives logits: the last one of each call."""
         return sorted({end for lengths in self.walks.values() for end in ends(lengths)})
 
     @property
     def golden_positions(self) -> list[int]:
-        """The positions around the landmarks, and those that the walks with longer calls give."""
+        """The positions around the landmarks, and those at which the walks other than ONE_BY_ONE give logits."""
         found = {end for walk, lengths in self.walks.items() if walk != ONE_BY_ONE for end in ends(lengths)}
         return sorted(found.union(near(self.landmarks.values(), GOLDEN_NEAR, len(self.ids))))
 
     def images_between(self, start: int, end: int) -> slice:
-        """Which of the places are from position ``start`` to before ``end``."""
+        """The slice of ``image_places`` that lies in the positions ``start`` … ``end`` − 1."""
         return slice(bisect_left(self.image_places, start), bisect_left(self.image_places, end))
 
     def images_to_feed(self, soft_tokens: Sequence[SoftTokens], pixels: Sequence[Pixels] = ()) -> list[Image]:
-        """The image at each place: its soft tokens, or with ``pixels`` those where it comes for the first time."""
+        """What to feed at each of the places: the image's soft tokens, or at its first place its ``pixels`` if given."""
         numbers = self.image_numbers
         return [
             pixels[number] if len(pixels) and number not in numbers[:index] else soft_tokens[number]
@@ -81,7 +81,7 @@ class Plan:
 
 
 def make_plan(manifest: Manifest) -> Plan:
-    """The plan for a bundle. It depends on its configuration, cache layouts, context and chunk alone."""
+    """The plan for a bundle. It depends only on the model's configuration, the cache layouts, context and chunk."""
     layouts = [artifact.cache for artifact in manifest.artifacts.values()]
     window, chunk, vision = manifest.model.sliding_window, manifest.chunk, manifest.model.vision
     wraps = sorted({local_slots(layout) for layout in layouts})
@@ -126,15 +126,16 @@ def plan_images(manifest: Manifest) -> NDArray[np.uint8]:
 
 
 def local_slots(layout: CacheLayout) -> int:
-    """The slots of the sliding-window layers' caches (the context if there are none)."""
+    """The slots of the sliding-window layers' caches, or the context if there are no such layers."""
     return min((layer.slots for layer in layout.layers if layer.kind == SLIDING), default=layout.context)
 
 
 def image_places(soft_tokens: int, across: Iterable[int], length: int) -> list[int]:
-    """Where images of ``soft_tokens`` begin in a sequence of ``length`` positions, each between its two markers.
+    """The first position of each image in a sequence of ``length`` positions. An image stands between two markers.
 
-    The first image follows BOS and its marker. Then one lies across each of the positions ``across`` that no image
-    covers yet, two follow one another in the middle, and one is near the end. Images without room are left out.
+    The first image follows BOS and its marker. Then one lies across each of the positions ``across`` (in the first half)
+    that no image covers yet, two follow one another in the middle, and one is near the end. Images for which there is no
+    room are left out.
     """
     places: list[int] = []
 
@@ -155,11 +156,11 @@ def image_places(soft_tokens: int, across: Iterable[int], length: int) -> list[i
 
 
 def probe_ids(manifest: Manifest, length: int, places: Sequence[int] = ()) -> list[int]:
-    """BOS, then ids drawn evenly from the whole vocabulary, so that every row of the table may occur; images at
-    ``places``.
+    """The ids of the sequence: BOS, then random ids, with images at ``places``.
 
-    Text would hide faults. On the demo checkpoint a window off by one costs a mean KL divergence of 2.8e-3 over these
-    ids and 2.7e-4 over held-out text, which is within the noise of int8 activations.
+    The ids are drawn uniformly from the whole vocabulary, so that every row of the table may occur. Text would hide
+    faults: on the demo checkpoint a window that is off by one costs a mean KL divergence of 2.8e-3 over these ids, but
+    2.7e-4 over held-out text, which is within the noise of int8 activations.
     """
     random = np.random.default_rng(SEED)
     ids = [manifest.tokenizer.bos_id, *random.integers(manifest.model.vocab_size, size=length - 1).tolist()]
@@ -178,9 +179,9 @@ def probe_ids(manifest: Manifest, length: int, places: Sequence[int] = ()) -> li
 
 
 def probe_images(vision: VisionConfig) -> NDArray[np.uint8]:
-    """[IMAGES, S, S, 3]: the average of random colours for each soft token's square, each patch and each pixel.
+    """uint8 [IMAGES, S, S, 3]: a pixel is the average of random colours of its soft token's square, its patch and itself.
 
-    Noise for each pixel alone would not do: averaged over a square it all looks alike, which hides a mix-up of soft
+    Random pixels alone would not do. Averaged over a square they all look alike, which would hide a mix-up of soft
     tokens.
     """
     random = np.random.default_rng(SEED)
@@ -200,7 +201,7 @@ def near(landmarks: Iterable[int], distance: int, length: int) -> list[int]:
 
 
 def _images_whole(lengths: Iterable[int], places: Iterable[int], soft_tokens: int) -> tuple[int, ...]:
-    """``lengths`` with each cut that would be inside an image moved to the image's end."""
+    """``lengths`` of calls, where each cut inside an image is moved to the end of the image."""
     cuts = set(itertools.accumulate(lengths))
     for place in places:
         inside = set(range(place + 1, place + soft_tokens)) & cuts
@@ -223,7 +224,7 @@ def _lengths_to(positions: Iterable[int], length: int) -> tuple[int, ...]:
 
 
 def _fill(sizes: Iterable[int], length: int) -> tuple[int, ...]:
-    """The first of ``sizes``, the last one shortened, that add up to ``length``."""
+    """As many of ``sizes`` as add up to ``length``, with the last one shortened."""
     lengths: list[int] = []
     for size in sizes:
         lengths.append(min(size, length - sum(lengths)))

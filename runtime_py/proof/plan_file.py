@@ -1,4 +1,4 @@
-"""``proof/plan.json``: the proof of a bundle as data. Python, Kotlin, C++ or anyone can replay it.
+"""``proof/plan.json``: the proof of a bundle as data, which Python, Kotlin, C++ or any other program can replay.
 
 docs/bundle.md explains the file, and docs/validation.md how its figures are computed. Works without torch.
 """
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.target import Activations
 from gemma3 import typed_json
 from gemma3.errors import BadInput, VerificationFailed
 from runtime_py.proof.limits import AT_LEAST, Limits
@@ -25,7 +24,7 @@ class ArtifactProof:
     file; ``tolerances`` are the resulting limits by check id and metric. A metric without one is information.
     """
 
-    reference: Activations
+    reference: str
     limits: Limits
     tolerances: dict[str, dict[str, float]]
 

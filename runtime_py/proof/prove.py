@@ -1,20 +1,21 @@
-"""Is an exported file the model it claims to be? The proof of a draft, and its repetition for a bundle.
+"""The proof that an exported file is the model that it claims to be: made for a draft, and repeated for a bundle.
 
-``prove`` writes the proof into the draft: the plan and the golden vectors. ``validate`` repeats it from these, or
-computes the references again from the checkpoint. Repeating it for an .onnx works without torch.
+``prove`` writes the plan and the golden vectors into the draft. ``validate`` repeats the proof from these, or computes
+the references again from the checkpoint. The repetition for an .onnx works without torch.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.checks import Check
 from export.manifest import GOLDEN, PLAN, Manifest, changed_files, read_manifest
+from export.target import Target
 from gemma3.errors import VerificationFailed
 from runtime_py.backends import backend_of, open_session
-from runtime_py.proof.golden import ReferenceLogits, load_golden, save_golden
-from runtime_py.proof.limits import Tolerances, limits_for, tolerances
+from runtime_py.proof.golden import ReferenceLogits, load_golden, reference_keys, save_golden
+from runtime_py.proof.limits import RESET, Limits, Tolerances, limits_for, tolerances, walk_id
 from runtime_py.proof.plan import Plan, make_plan
 from runtime_py.proof.plan_file import ArtifactProof, load_plan, save_plan
 from runtime_py.proof.subject import Subject
@@ -29,39 +30,35 @@ log = logging.getLogger(__name__)
 
 
 def prove(draft: "Draft") -> list[Check]:
-    """Everything that must hold before a bundle may appear. Writes the draft's plan and golden vectors."""
+    """Check everything that must hold before a bundle may appear. Writes the draft's plan and golden vectors."""
     from export.integers import check_integers
     from runtime_py.proof.references import fresh_references
 
     manifest = draft.manifest
-    backends = {format: backend_of(format) for format in manifest.artifacts}
-    targets = {format: backend.target for format, backend in backends.items()}
-    integers = check_integers(draft.directory, manifest, draft.weights, targets)
+    integers = check_integers(draft.directory, manifest, draft.weights, targets_of(manifest))
     if not all(check.passed for check in integers):
-        return integers  # the wrong weights need no further proof
+        return integers  # with wrong weights, everything else fails too
     plan = make_plan(manifest)
     references = fresh_references(manifest, plan, draft.weights)
     golden = {key: reference.at(plan.golden_positions) for key, reference in references.items()}
     save_golden(draft.directory / GOLDEN, golden)
     proofs = {}
-    for format, artifact in manifest.artifacts.items():
-        limits = limits_for(manifest, backends[format].integer_limits)
-        activations = artifact.reference_activations
-        proofs[format] = ArtifactProof(activations, limits, tolerances(plan, golden[activations], limits))
+    for format, key in reference_keys(manifest).items():
+        limits = limits_of(manifest, format)
+        proofs[format] = ArtifactProof(key, limits, tolerances(plan, golden[key], limits))
     save_plan(draft.directory / PLAN, plan, proofs)
-    return [
-        *integers,
-        *check_walks(draft.directory, manifest, plan, references, fresh_tolerances(manifest, plan, references)),
-        *extra_checks(draft.directory, manifest, plan, references, draft.weights, drafts=True),
-    ]
+    subjects = subjects_of(draft.directory, manifest, plan, references, draft.weights)
+    return [*integers, *fresh_checks(subjects), *extra_checks(subjects, drafts=True)]
 
 
 def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
-    """Every check of ``bundle``: its files' hashes, and the logits of each graph along its plan.
+    """Every check of ``bundle``: its files' hashes, and the logits of each graph along the plan.
 
-    With the opened checkpoint that it was made of, the references are computed again, every integer is read back from
-    the files, and the checks of single steps run too. Without it the golden vectors are replayed. Raises what
-    ``read_manifest`` raises; a comparison that fails is a check that did not pass.
+    Without ``source`` the golden vectors are replayed. With the opened checkpoint that the bundle was exported from, the
+    references are computed again, every integer is read back from the files, and the backends' extra checks run too. A
+    comparison that fails does not raise: it is a check that did not pass. Raises what ``read_manifest`` raises,
+    VerificationFailed when the proof is damaged or incomplete, and BadInput when ``source`` is not the bundle's
+    checkpoint or a graph cannot be opened.
     """
     manifest = read_manifest(bundle)
     hashes = check_hashes(bundle, manifest)
@@ -71,93 +68,99 @@ def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
     from export.integers import check_integers
     from runtime_py.proof.references import fresh_references
 
-    targets = {format: backend_of(format).target for format in manifest.artifacts}
+    targets = targets_of(manifest)
     weights = weights_behind(manifest, source, targets)
     if not hashes.passed:
-        return [hashes]  # what a damaged file computes means nothing, and its reader may not survive it
+        return [hashes]  # the figures of a damaged file mean nothing, and reading it may crash
     integers = check_integers(bundle, manifest, weights, targets)
     plan = load_plan(bundle / PLAN).plan
     references = fresh_references(manifest, plan, weights)
-    checks = [
-        *integers,
-        hashes,
-        *check_walks(bundle, manifest, plan, references, fresh_tolerances(manifest, plan, references)),
-    ]
+    subjects = subjects_of(bundle, manifest, plan, references, weights)
+    checks = [*integers, hashes, *fresh_checks(subjects)]
     if all(check.passed for check in checks):  # a file that failed is not examined further
-        checks += extra_checks(bundle, manifest, plan, references, weights, drafts=False)
+        checks += extra_checks(subjects, drafts=False)
     return checks
 
 
 def _replay(bundle: Path, manifest: Manifest) -> list[Check]:
+    """Raises VerificationFailed when the bundle's proof does not cover its artifacts."""
+    for name in (PLAN, GOLDEN):
+        if name not in manifest.files:
+            raise VerificationFailed(f"{bundle / name}: is not among the bundle's files; export the bundle again")
     proof, references = load_plan(bundle / PLAN), load_golden(bundle / GOLDEN)
+    checks = []
     for format in manifest.artifacts:
-        if format not in proof.artifacts or proof.artifacts[format].reference not in references:
+        judged = proof.artifacts.get(format)
+        reference = references.get(judged.reference) if judged else None
+        if judged is None or reference is None or not _covers(proof.plan, judged.tolerances, reference):
             raise VerificationFailed(f"{bundle / PLAN}: has no proof of .{format}; export the bundle again")
-    within = {format: one.tolerances for format, one in proof.artifacts.items()}
-    return check_walks(bundle, manifest, proof.plan, references, within)
+        checks += check_walks(bundle, format, proof.plan, reference, judged.tolerances)
+    return checks
+
+
+def _covers(plan: Plan, within: Tolerances, reference: ReferenceLogits) -> bool:
+    """Do plan, limits and golden vectors belong together, with a limit for every walk?"""
+    return (
+        reference.ids.tolist() == list(plan.ids)
+        and all(sum(lengths) == len(plan.ids) and min(lengths) > 0 for lengths in plan.walks.values())
+        and len(plan.image_numbers) == len(plan.image_places)
+        and all(0 <= number < len(reference.images) for number in plan.image_numbers)
+        and bool(plan.walks)
+        and all(within.get(walk_id(walk)) for walk in plan.walks)
+        and RESET in within
+    )
+
+
+def targets_of(manifest: Manifest) -> dict[str, Target]:
+    return {format: backend_of(format).target for format in manifest.artifacts}
+
+
+def limits_of(manifest: Manifest, format: str) -> Limits:
+    return limits_for(manifest, backend_of(format).quantized_limits)
 
 
 def check_hashes(bundle: Path, manifest: Manifest) -> Check:
+    """The check of every file's sha256."""
     changed = changed_files(bundle, manifest.files)
     name = "sha256 of every file" + (f"; changed: {', '.join(changed)}" if changed else "")
     return Check("bundle", "files", "equal", name, 1 - len(changed) / len(manifest.files), 1.0, not changed)
 
 
-def fresh_tolerances(
-    manifest: Manifest, plan: Plan, references: Mapping[str, ReferenceLogits]
-) -> dict[str, Tolerances]:
-    """The tolerances of each artifact for its whole reference."""
-    return {
-        format: tolerances(
-            plan,
-            references[artifact.reference_activations],
-            limits_for(manifest, backend_of(format).integer_limits),
-        )
-        for format, artifact in manifest.artifacts.items()
-    }
-
-
-def check_walks(
-    bundle: Path,
-    manifest: Manifest,
-    plan: Plan,
-    references: Mapping[str, ReferenceLogits],
-    within: Mapping[str, Tolerances],
-) -> list[Check]:
-    """The logits of every graph in ``bundle``. Raises VerificationFailed when a reference is of another plan."""
-    checks = []
-    for format, artifact in manifest.artifacts.items():
-        reference = references[artifact.reference_activations]
-        if reference.ids.tolist() != list(plan.ids):
-            raise VerificationFailed(f"{bundle / GOLDEN}: its ids are not those of the plan; export the bundle again")
-        log.info("validating .%s over %d positions", format, len(plan.ids))
-        checks += check_session(open_session(bundle, format), plan, reference, format, within[format])
-    return checks
-
-
-def extra_checks(
+def subjects_of(
     directory: Path,
     manifest: Manifest,
     plan: Plan,
     references: Mapping[str, ReferenceLogits],
     weights: "Mapping[str, QuantizedWeights]",
-    *,
-    drafts: bool,
-) -> list[Check]:
-    """The checks that each backend adds for its files; with ``drafts`` also those that write into the directory."""
+) -> list[Subject]:
+    """Each artifact with its weights and its fresh reference."""
+    return [
+        Subject(directory, manifest, format, weights[format], plan, references[key], limits_of(manifest, format))
+        for format, key in reference_keys(manifest).items()
+    ]
+
+
+def fresh_checks(subjects: Sequence[Subject]) -> list[Check]:
+    """The walks of each artifact, judged by what follows from its whole reference."""
     checks = []
-    for format, artifact in manifest.artifacts.items():
-        backend = backend_of(format)
-        subject = Subject(
-            directory,
-            manifest,
-            artifact,
-            weights[format],
-            plan,
-            references[artifact.reference_activations],
-            limits_for(manifest, backend.integer_limits),
-        )
-        for extra in backend.extra_checks:
-            if drafts or not extra.draft_only:
-                checks += extra.run(subject)
+    for one in subjects:
+        within = tolerances(one.plan, one.reference, one.limits)
+        checks += check_walks(one.directory, one.format, one.plan, one.reference, within)
     return checks
+
+
+def check_walks(bundle: Path, format: str, plan: Plan, reference: ReferenceLogits, within: Tolerances) -> list[Check]:
+    """The logits of one graph in ``bundle`` along every walk."""
+    log.info("validating .%s over %d positions", format, len(plan.ids))
+    return check_session(open_session(bundle, format), plan, reference, format, within)
+
+
+def extra_checks(subjects: Sequence[Subject], *, drafts: bool) -> list[Check]:
+    """The checks that backends add for their files. With ``drafts`` also those that write into the directory."""
+    return [
+        check
+        for one in subjects
+        for extra in backend_of(one.format).extra_checks
+        if drafts or not extra.draft_only
+        for check in extra.run(one)
+    ]

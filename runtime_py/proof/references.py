@@ -1,4 +1,4 @@
-"""Fresh references: what the quantized eager model of each artifact computes along a plan."""
+"""Computes fresh references: the logits of each artifact's quantized eager model along a plan."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,28 +13,28 @@ from export.manifest import Artifact, Manifest
 from gemma3.cache import cache_layout
 from quant.eager import quantized_model
 from quant.weights import QuantizedWeights
-from runtime_py.proof.golden import FULL_VOCABULARY, Recorder, ReferenceLogits, relative_rms
+from runtime_py.proof.golden import FULL_VOCABULARY, Recorder, ReferenceLogits, reference_keys, relative_rms
 from runtime_py.proof.plan import Plan, plan_images
 from runtime_py.sessions.eager import EagerSession
 from runtime_py.sessions.protocol import Session, SoftTokens, every_position
 
-DRAWS = 4  # how often the noise of a small model is drawn
+DRAWS = 4  # how many times the noise of a small model is measured, with other changes each time
 
 
 def fresh_references(
     manifest: Manifest, plan: Plan, weights: Mapping[str, QuantizedWeights]
 ) -> dict[str, ReferenceLogits]:
-    """The references of a bundle's artifacts, which are made of ``weights``, by ``reference_activations``.
+    """The references of a bundle's artifacts, which are made of ``weights`` by format. Their keys are those of
+    ``reference_keys``.
 
     No more than one eager model is in memory at a time, and none together with a runtime's.
     """
-    # Artifacts whose references treat activations alike are made of the same weights.
-    formats = {artifact.reference_activations: format for format, artifact in manifest.artifacts.items()}
     images = plan_images(manifest)
-    return {
-        activations: _fresh(manifest, manifest.artifacts[format], plan, images, weights[format])
-        for activations, format in formats.items()
-    }
+    found: dict[str, ReferenceLogits] = {}
+    for format, key in reference_keys(manifest).items():
+        if key not in found:
+            found[key] = _fresh(manifest, manifest.artifacts[format], plan, images, weights[format])
+    return found
 
 
 def _fresh(
@@ -49,13 +49,13 @@ def _fresh(
 
 
 def eager_session(manifest: Manifest, artifact: Artifact, weights: QuantizedWeights) -> EagerSession:
-    """The eager model that ``artifact`` was exported from: its weights, and its runtime's rounding of activations."""
+    """The quantized eager model of ``artifact``, with its ``weights`` and its reference's rounding of activations."""
     layout = cache_layout(manifest.model, "ring", manifest.context, manifest.chunk)
     return EagerSession(quantized_model(manifest.model, weights, artifact.reference_activations), layout)
 
 
 def record(session: EagerSession, plan: Plan, images: NDArray[np.uint8] | None = None) -> ReferenceLogits:
-    """The logits of ``session`` (at position 0) along ``plan``, at the plan's positions."""
+    """The logits of ``session``, which must be at position 0, at the plan's positions, and the images' soft tokens."""
     images = np.zeros((0, 0, 0, 3), np.uint8) if images is None else images
     soft_tokens = encode(session, images)
     recorder, wanted = Recorder(plan.ids, session.vocab_size), set(plan.positions)
@@ -66,17 +66,17 @@ def record(session: EagerSession, plan: Plan, images: NDArray[np.uint8] | None =
 
 
 def encode(session: Session, images: NDArray[np.uint8]) -> SoftTokens:
-    """The soft tokens of all images, [IMAGES, T, E]; [0, 0, 0] without images."""
+    """The soft tokens of all ``images`` [I, S, S, 3]: float32 [I, T, E], or [0, 0, 0] without images."""
     encoded = [session.encode_image(image) for image in images]
     return np.stack(encoded) if encoded else np.zeros((0, 0, 0), np.float32)
 
 
 def with_noise(reference: ReferenceLogits, session: EagerSession, plan: Plan) -> ReferenceLogits:
-    """``reference`` with its noise, measured with ``session`` (the same model, at position 0).
+    """``reference`` with its noise, measured with ``session``, which runs the same model.
 
     The noise is the distance between the reference and the same model after the inputs of the text model and of the
-    vision model's layers are changed by one unit in the last place. A small model has few values near a rounding
-    boundary, and one draw may miss them all, so its noise is the largest of several draws.
+    vision model's layers are randomly changed by one unit in the last place. A small model has few values near a
+    rounding boundary, and one draw may miss them all, so its noise is the largest of several draws.
     """
     generator = torch.Generator().manual_seed(0)
 

@@ -1,9 +1,9 @@
-"""Single steps of a .pte, each compared with a step of the reference that begins with the file's own cache.
+"""Compares single steps of a .pte with steps of the reference that begin with a copy of the file's cache.
 
-When a file that multiplies in int8 and its reference are each fed freely, they drift apart once a value is rounded the
-other way: the change stays in the cache, and makes more values round the other way. One step from the same cache has
-no such past. Unless one of its own values lies within float error of a rounding boundary, it agrees as float32 does.
-So these figures show whether anything but such roundings differs.
+A file that multiplies in int8 and its reference drift apart once a value is rounded the other way, because the change
+stays in the cache and makes more values round the other way. In a single step from the same cache there is no such
+history. Unless one of the step's own values lies within float error of a rounding boundary, file and reference agree as
+well as in float32. So these figures show whether anything else differs.
 """
 
 import logging
@@ -26,14 +26,14 @@ from runtime_py.sessions.pte import PteSession
 
 log = logging.getLogger(__name__)
 
-FLOAT_AGREEMENT = 1e-4  # a step whose logits are this near had no value rounded the other way
+FLOAT_AGREEMENT = 1e-4  # if no logit differs by more, no value of the step was rounded the other way
 
 
 def check_single_steps(subject: Subject) -> list[Check]:
-    """The checks of a .pte that multiplies in int8; none for another.
+    """The checks of single steps of a .pte that multiplies in int8; no checks for another .pte.
 
-    A small model is compared after every id, a large one around the plan's landmarks: each comparison costs a step of
-    the eager model.
+    A small model is compared after every id. A large one is compared only around the plan's landmarks, because each
+    comparison takes a step of the eager model.
     """
     if subject.artifact.reference_activations != "int8":
         return []
@@ -41,7 +41,7 @@ def check_single_steps(subject: Subject) -> list[Check]:
     compared = set(range(len(plan.ids)))
     if manifest.model.vocab_size > FULL_VOCABULARY:
         compared = set(near(plan.landmarks.values(), GOLDEN_NEAR, len(plan.ids)))
-    log.info("validating .pte from its own cache at %d positions", len(compared))
+    log.info("validating .%s from its own cache at %d positions", subject.format, len(compared))
     session = PteSession(subject.path, subject.artifact.cache, manifest.model, None)
     model = eager_session(manifest, subject.artifact, subject.weights).model
     differences = list(steps(session, model, plan, compared, subject.reference.images))
@@ -50,7 +50,7 @@ def check_single_steps(subject: Subject) -> list[Check]:
     agree = sum(difference.max_abs <= FLOAT_AGREEMENT for difference in differences) / len(differences)
     name = f"one by one, each from the file's own cache ({len(kl)} positions)"
     return [
-        judged("pte", "single-steps", name, metric, value, limit)
+        judged(subject.format, "single-steps", name, metric, value, limit)
         for metric, value, limit in (
             ("kl_mean", sum(kl) / len(kl), limits.kl_mean),
             ("kl_median", median(kl), None),
@@ -67,8 +67,10 @@ def steps(
     compared: Collection[int],
     images: NDArray[np.uint8] | tuple[()] = (),
 ) -> Iterator[Difference]:
-    """Feed ``plan`` to a new ``session``, text one id at a time. At the positions ``compared`` the model makes the same
-    step from a copy of the file's cache. Both are fed the soft tokens that the file computes of ``images``.
+    """Feed ``plan`` to a new ``session``, text one id at a time, and compare with ``model`` at the positions ``compared``.
+
+    There the model makes the same step from a copy of the file's cache. Both are fed the soft tokens that the file
+    computes from ``images``.
     """
     to_feed = plan.images_to_feed([session.encode_image(image) for image in images])
     for call in calls(session, plan.ids, to_feed, text_chunk=1):
@@ -90,6 +92,6 @@ def steps(
 
 
 def file_cache(session: PteSession, layers: int) -> list[LayerKV]:
-    """Copies of the file's caches in the shape that gemma3.model keeps them: [1, K, slots, D]."""
+    """Copies of the file's caches, in the shape in which gemma3.model keeps them: [1, K, slots, D]."""
     pairs = (session.cache(layer) for layer in range(layers))
     return [LayerKV(*(torch.from_numpy(part).transpose(1, 2).contiguous() for part in pair)) for pair in pairs]

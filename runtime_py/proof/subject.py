@@ -1,4 +1,4 @@
-"""What an extra check of a backend looks at."""
+"""What a backend's extra check is, and what it gets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """One artifact of a bundle in ``directory``, with the weights that it was made of and its fresh reference."""
+    """One artifact of a bundle in ``directory``, the weights that it was made of, and its fresh reference."""
 
     directory: Path
     manifest: Manifest
-    artifact: Artifact
+    format: str
     weights: "QuantizedWeights"
     plan: Plan
     reference: ReferenceLogits
     limits: Limits
+
+    @property
+    def artifact(self) -> Artifact:
+        return self.manifest.artifacts[self.format]
 
     @property
     def path(self) -> Path:
@@ -34,10 +38,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class ExtraCheck:
-    """A check beyond the walks, which all backends have in common.
+    """A check of one backend, in addition to the walks, which all backends have in common.
 
-    It runs at export and with ``validate --checkpoint``; with ``draft_only`` at export alone, because it writes into
-    the bundle's directory for a moment.
+    It runs at export and with ``validate --checkpoint``. With ``draft_only`` it runs only at export, because it writes
+    a temporary file into the bundle's directory.
     """
 
     run: Callable[[Subject], list[Check]]

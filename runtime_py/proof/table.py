@@ -13,7 +13,10 @@ METRICS = (
 
 
 def validation_table(checks: Sequence[Check]) -> str:
-    """One row a check, with its figures side by side; a figure over its limit is marked. The limits are below."""
+    """A table with one row per check id and its figures side by side, and the limits below.
+
+    A figure that did not pass is marked FAILED.
+    """
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     limits: dict[str, set[str]] = {}
     for check in checks:

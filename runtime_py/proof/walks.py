@@ -1,8 +1,8 @@
-"""A session against its reference, along every walk of a plan.
+"""Compares a session with its reference, along every walk of a plan.
 
 The plan's sequence is fed in several ways, each after a reset, and the logits after every call are compared with the
-reference's at that position. The images' soft tokens, which the file itself computes, are fed and compared too; one
-walk is fed the images as pixels.
+reference's at that position. The soft tokens that the file computes from the images are compared too, and then fed. In
+the first walk, an image's first occurrence is fed as pixels.
 """
 
 import math
@@ -27,10 +27,11 @@ def check_session(
     prefix: str = "",
     suffix: str = "",
 ) -> list[Check]:
-    """Take a new ``session`` along every walk of ``plan``; the first walk comes again at the end, after a reset.
+    """Feed every walk of ``plan`` to a new ``session``, then the first walk again, which must give the same logits.
 
-    ``given`` soft tokens of the plan's images are fed instead of the session's own, which are then not compared.
-    Every check's id begins with ``prefix``, and its name ends with ``suffix``; ``tolerances`` are by id without it.
+    If soft tokens of the plan's images are ``given``, they are fed instead of the session's own, which are then not
+    compared. The id of every check begins with ``prefix``, and its name ends with ``suffix``. The ids in ``tolerances``
+    have no prefix.
     """
     judge = Judge(artifact, tolerances, prefix, suffix)
     checks = noise_checks(judge, reference)
@@ -61,7 +62,7 @@ def check_session(
 
 
 class Judge:
-    """Makes the checks of one artifact, each with the limit that the tolerances have for it."""
+    """Makes the checks of one artifact, with the limits from ``tolerances``. Adds ``prefix`` to ids, ``suffix`` to names."""
 
     def __init__(self, artifact: str, tolerances: Tolerances, prefix: str = "", suffix: str = "") -> None:
         self._artifact, self._tolerances, self._prefix, self._suffix = artifact, tolerances, prefix, suffix
@@ -80,7 +81,7 @@ def title(walk: str) -> str:
 
 
 def soft_token_checks(judge: Judge, reference: ReferenceLogits, soft_tokens: Sequence[SoftTokens]) -> list[Check]:
-    """The soft tokens of each of the plan's images."""
+    """The checks of the soft tokens [T, E] of each golden image."""
     return [
         judge.check(soft_tokens_id(number), f"soft tokens of image {number + 1}", "soft_rms", relative_rms(*pair))
         for number, pair in enumerate(zip(soft_tokens, reference.soft_tokens, strict=True))
@@ -88,7 +89,7 @@ def soft_token_checks(judge: Judge, reference: ReferenceLogits, soft_tokens: Seq
 
 
 def noise_checks(judge: Judge, reference: ReferenceLogits) -> list[Check]:
-    """The reference against itself after a change of its inputs, for information."""
+    """The reference against itself after a change of its inputs (see ``with_noise``). The figures have no limits."""
     if not reference.noise_kl.any():
         return []
     figures = {"kl_mean": float(reference.noise_kl.mean()), "kl_max": float(reference.noise_kl.max())}
@@ -101,8 +102,9 @@ def noise_checks(judge: Judge, reference: ReferenceLogits) -> list[Check]:
 def follow(
     session: Session, plan: Plan, lengths: Iterable[int], images: Sequence[Image]
 ) -> Iterator[tuple[int, Logits]]:
-    """Feed the plan's ids from position 0 in calls of ``lengths``, with ``images`` at their places: the (position,
-    logits) of the last id of each call.
+    """Feed the plan's ids from position 0 in calls of ``lengths``, with ``images`` at their places.
+
+    Yields (position, logits [V]) of the last id of each call.
     """
     if session.position:
         session.reset()
@@ -113,7 +115,7 @@ def follow(
 
 
 def summarize(judge: Judge, walk: str, differences: Sequence[Difference]) -> list[Check]:
-    """The figures over all compared positions of one walk."""
+    """The checks of the figures over all compared positions of one walk."""
     if not differences:
         return []
     count = sum(difference.count for difference in differences)
@@ -132,7 +134,7 @@ def summarize(judge: Judge, walk: str, differences: Sequence[Difference]) -> lis
 
 
 def at_landmarks(judge: Judge, plan: Plan, differences: Sequence[Difference]) -> list[Check]:
-    """The figures at each landmark, because a mean can hide a fault at one position."""
+    """The checks of the figures at each landmark, because a mean can hide a fault at one position."""
     by_position = {difference.position: difference for difference in differences}
     return [
         check
@@ -147,5 +149,5 @@ def at_landmarks(judge: Judge, plan: Plan, differences: Sequence[Difference]) ->
 
 
 def figures_of(checks: Sequence[Check], artifact: str, id: str) -> dict[str, float]:
-    """The values of one check of ``artifact``, by metric."""
+    """The figures of the check ``id`` of ``artifact``, by metric."""
     return {check.metric: check.value for check in checks if (check.artifact, check.id) == (artifact, id)}

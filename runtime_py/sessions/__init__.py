@@ -1,1 +1,1 @@
-"""One protocol for running a model, and what implements it."""
+"""One protocol for running a model, and its implementations."""

@@ -15,7 +15,10 @@ from runtime_py.sessions.protocol import Call, Image, Logits, SoftTokens, calls,
 
 
 class EagerSession:
-    """``layout`` must be of the ring style. The model is not copied: several sessions can share one."""
+    """A session over the eager ``model``. ``layout`` must be of the ring style.
+
+    The model is not copied, so several sessions can share one.
+    """
 
     def __init__(self, model: Gemma3, layout: CacheLayout) -> None:
         vision = model.config.vision
@@ -45,7 +48,7 @@ class EagerSession:
 
     @torch.inference_mode()
     def call(self, call: Call) -> Logits:
-        """Feed ``call``: float32 [n, V], the logits after each id of text, or after the last one alone of an image."""
+        """Feed ``call``. Returns float32 [n, V]: the logits after each id of text; of an image only after the last id."""
         tokens = torch.tensor(call.ids, dtype=torch.int64)[None]
         soft_tokens = None if call.image is None else torch.from_numpy(soft_tokens_of(self, call.image))[None]
         logits = self.model(
@@ -61,9 +64,9 @@ class EagerSession:
 
 
 def open_eager(source: Source, context: int, chunk: int) -> EagerSession:
-    """The eager model of an opened checkpoint, with float activations. A chunk holds at least an image.
+    """A session over the eager model of an opened checkpoint, with float activations.
 
-    Raises DoesNotFit for a context that the model does not have.
+    The chunk is raised to an image's tokens if it is smaller. Raises DoesNotFit and BadInput as ``cache_layout`` does.
     """
     config = source.config
     tokens_per_image = 1 if config.vision is None else config.vision.tokens_per_image

@@ -18,13 +18,13 @@ PARTS = ("key", "value")
 
 
 class OnnxSession:
-    """The cache is one set of buffers, bound as both past and present, which the graph updates in place.
+    """A session over an .onnx. Its KV cache is one set of buffers, bound as past and present, and updated in place.
 
     With ``threads`` None, ONNX Runtime chooses their number. Raises BadInput when the file is damaged, refers to
     anything unsafe, or does not have the caches and the vocabulary of ``layout`` and ``config``.
 
-    The vision model is in memory only while a prompt's images are encoded, before the prompt is fed: loading it takes
-    little time beside an image's, and on a phone the text model needs the memory.
+    The vision model is in memory only while a prompt's images are encoded, before the prompt is fed. Loading it takes
+    little time compared with encoding an image, and on a phone the text model needs the memory.
     """
 
     def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
@@ -56,7 +56,7 @@ class OnnxSession:
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
 
     def reset(self) -> None:
-        """The buffers keep their bytes: the position alone decides which rows are read."""
+        """Go back to position 0. The buffers keep their bytes, because the position alone decides which rows are read."""
         self.position = 0
         self.logits = np.empty(0, np.float32)
 
@@ -86,14 +86,15 @@ class OnnxSession:
         self._binding.bind_cpu_input("input_ids", tokens)
         self._binding.bind_cpu_input("attention_mask", self._mask[:, :end])
         if self.vision is not None:
-            # Kept while the graph runs, like the caches. (bind_cpu_input does not know inputs with a default.)
+            # In a variable, because the binding does not own the memory while the graph runs. (bind_cpu_input does not
+            # accept inputs with a default value.)
             soft_tokens_buffer = ort.OrtValue.ortvalue_from_numpy(soft_tokens)
             self._binding.bind_ortvalue_input("soft_tokens", soft_tokens_buffer)
         self._session.run_with_iobinding(self._binding)
         self.position = end
 
     def _encode(self, images: Sequence[Image]) -> list[SoftTokens]:
-        """The soft tokens [1, T, E] of each; an image given as soft tokens is passed on."""
+        """The soft tokens [1, T, E] of each image. An image that is given as soft tokens is passed through."""
         encoder = open_encoder(self._vision_path, self._threads) if any(map(is_pixels, images)) else None
         encoded: list[SoftTokens] = []
         for image in images:
@@ -105,14 +106,16 @@ class OnnxSession:
 
 
 def open_encoder(path: Path, threads: int | None) -> ort.InferenceSession:
-    """The vision model's graph, without a memory plan, for which ONNX Runtime would keep 100 MB from the second image
-    on."""
+    """An ONNX Runtime session over the vision model's graph. Raises BadInput as ``open_graph`` does.
+
+    It has no memory plan, because with one ONNX Runtime would keep 100 MB from the second image on.
+    """
     return open_graph(path, threads, plan_memory=False)
 
 
 def open_graph(path: Path, threads: int | None, plan_memory: bool = True) -> ort.InferenceSession:
-    """Raises BadInput when the file is damaged or refers to anything unsafe."""
-    load_graph(path)  # refuses what ONNX Runtime should not be asked to open
+    """An ONNX Runtime session over a graph. Raises BadInput when the file is damaged or refers to anything unsafe."""
+    load_graph(path)  # raises for a graph that ONNX Runtime must not open
     options = ort.SessionOptions()
     options.enable_mem_pattern = plan_memory
     options.log_severity_level = 3
@@ -133,7 +136,7 @@ def _cache_shapes(layout: CacheLayout) -> dict[str, list[int]]:
 
 
 def _check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, Sequence[int | str]]) -> None:
-    """The file must declare the shapes of the layout, by which the buffers are allocated."""
+    """Raises BadInput unless the graph declares the ``expected`` shapes, with which the buffers are allocated."""
     declared = {
         value.name: value.shape
         for value in (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())

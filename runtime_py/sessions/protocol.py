@@ -1,6 +1,6 @@
 """One protocol over every way to run a model: eager PyTorch, .pte, .onnx, and backends to come.
 
-A session holds the cache of one sequence. Token ids are fed at ``position``; the logits are those of the last id fed.
+A session holds the KV cache of one sequence. Token ids are fed at ``position``; ``logits`` are those of the last id fed.
 An image is given as ``Pixels`` of the model's own size, or as soft tokens that the same session has encoded. Its T soft
 tokens replace T image tokens in the ids.
 """
@@ -21,47 +21,50 @@ Logits = NDArray[np.float32]
 SoftTokens = NDArray[np.float32]  # [T, E]
 Image = Pixels | SoftTokens
 
-# Logits of a vocabulary of 262 144 take a megabyte a position.
+# For a vocabulary of 262 144, the logits of one position take a megabyte.
 ROWS_AT_ONCE = 32
 
 
 class Session(Protocol):
-    """Its input is checked as a whole before any of it is fed (see ``calls`` for what is raised)."""
+    """A model with the KV cache of one sequence.
+
+    ``prefill`` and ``step`` check their whole input before they feed any of it, and raise what ``calls`` raises.
+    """
 
     @property
     def context(self) -> int:
-        """Positions the cache can hold."""
+        """The number of positions that the cache can hold."""
 
     @property
     def chunk(self) -> int:
-        """The most ids in one call of the graph: ``prefill`` splits text into chunks. No image has more."""
+        """The most ids in one call: ``prefill`` splits text into chunks. An image never has more ids than this."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def vision(self) -> VisionConfig | None:
-        """None: a text-only model."""
+        """The configuration of the vision model; None for a text-only model."""
 
     @property
     def position(self) -> int:
-        """Ids fed since the last reset."""
+        """The number of ids fed since the last reset."""
 
     @property
     def logits(self) -> Logits:
-        """float32 [V], of the last id fed; empty until something was fed."""
+        """The logits after the last id fed, float32 [V]; empty before anything is fed."""
 
     def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
-        """Feed one or more ids, with ``images`` for their image tokens. Returns the logits of the last id."""
+        """Feed one or more ids, with ``images`` for their image tokens. Returns the logits after the last id."""
 
     def step(self, token: int) -> Logits:
-        """Feed one id. Returns its logits."""
+        """Feed one id. Returns the logits after it."""
 
     def reset(self) -> None:
         """Go back to position 0. The next sequence gets the logits that a new session would give."""
 
     def encode_image(self, image: Pixels) -> SoftTokens:
-        """The soft tokens of ``image``, float32 [T, E]. For multimodal models."""
+        """The soft tokens of ``image``, float32 [T, E]. Only for multimodal models."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ def calls(
 ) -> list[Call]:
     """The calls that feed ``ids``, in order: text in chunks of ``text_chunk`` (None: the session's), each image whole.
 
-    Raises BadInput when the number of images is not the number of runs of image tokens, when an image does not have
-    the model's size, when the model is text-only, and when a run is not as long as an image; also what ``check_ids``
-    raises.
+    Raises BadInput when there are images for a text-only model, when the number of images is not that of the runs of
+    image tokens, when such a run is not as long as an image, and when an image does not have the model's size. Raises
+    what ``check_ids`` raises too.
     """
     text_chunk = text_chunk or session.chunk
     vision = session.vision
@@ -115,7 +118,7 @@ def calls(
 
 
 def soft_tokens_of(session: Session, image: Image) -> SoftTokens:
-    """The soft tokens [T, E] of an image in either form."""
+    """The soft tokens [T, E] of an image. Pixels are encoded, soft tokens are returned as they are."""
     return session.encode_image(image) if is_pixels(image) else cast(SoftTokens, image)
 
 
@@ -124,7 +127,7 @@ def is_pixels(image: Image) -> TypeGuard[Pixels]:
 
 
 def check_image(image: Image, vision: VisionConfig) -> None:
-    """Raises BadInput when ``image`` is neither uint8 [S, S, 3] of the encoder's size nor T soft tokens."""
+    """Raises BadInput when ``image`` is neither uint8 [S, S, 3] of the vision model's size nor T soft tokens."""
     if image.dtype == np.float32 and image.ndim == 2 and len(image) == vision.tokens_per_image:
         return
     shape = (vision.image_size, vision.image_size, 3)
@@ -142,10 +145,10 @@ def _check(session: Session, ids: Sequence[int], images: Sequence[Image]) -> Non
 
 
 def check_ids(ids: Sequence[int], *, vocab_size: int, position: int, context: int, images: int = 0) -> None:
-    """Refuse ids that must not reach a graph.
+    """Refuse ids that must not reach a graph. ``images`` is the number of images among them, for the message.
 
-    Raises BadInput for no ids or an id outside the vocabulary, DoesNotFit when ``position + len(ids)`` is over
-    the context.
+    Raises BadInput when there are no ids and for an id outside the vocabulary, and DoesNotFit when
+    ``position + len(ids)`` is over the context.
     """
     if len(ids) == 0:
         raise BadInput("the prompt is empty; give at least one token")
@@ -164,23 +167,23 @@ def check_ids(ids: Sequence[int], *, vocab_size: int, position: int, context: in
 
 
 def chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """``ids`` in order, in chunks of ``size``; the last may be shorter."""
+    """``ids``, in order, in chunks of ``size``. The last chunk may be shorter."""
     for start in range(0, len(ids), size):
         yield ids[start : start + size]
 
 
 @runtime_checkable
 class EveryLogit(Protocol):
-    """A session that can give the logits after every id of a call; graphs give those of the last id alone."""
+    """A session that can give the logits after every id of a call. Exported graphs give only those of the last id."""
 
     def call(self, call: Call) -> Logits:
-        """Feed ``call``: float32 [n, V], the logits after each id of text, or after the last one alone of an image."""
+        """Feed ``call``. Returns float32 [n, V]: the logits after each id of text; of an image only after the last id."""
 
 
 def every_position(session: Session, ids: Sequence[int], images: Sequence[Image] = ()) -> Iterator[tuple[int, Logits]]:
-    """Feed ``ids`` after what ``session`` holds: (position, logits [V]) after each id of text and each image.
+    """Feed ``ids`` after what ``session`` holds. Yields (position, logits [V]) after each id of text and each image.
 
-    Only a few of the logits are in memory at a time.
+    The logits of at most ROWS_AT_ONCE positions are in memory at a time. Raises what ``calls`` raises.
     """
     if isinstance(session, EveryLogit):
         for call in calls(session, ids, images, text_chunk=min(session.chunk, ROWS_AT_ONCE)):

@@ -1,4 +1,4 @@
-"""A .pte, run by ExecuTorch on the CPU, with the XNNPACK delegate and the threads of the Python wheel."""
+"""A .pte file, run by ExecuTorch on the CPU, with the XNNPACK delegate and the thread pool of the Python wheel."""
 
 import io
 import os
@@ -9,14 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# ExecuTorch has threads of its own. If torch's matrix library adds more inside each of them, decoding takes twice as
-# long. The variable is read when torch is imported, so it is set before.
+# ExecuTorch has its own threads. If torch's matrix library starts more threads in each of them, decoding takes twice as
+# long. The variable is read when torch is imported, so it is set before that.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch  # loads libtorch, which the libraries below need
 
-# The library itself: the Python module around it also imports the compiler, which takes ten seconds.
+# The native library itself. The Python module around it also imports the compiler, which takes ten seconds.
 from executorch.extension.pybindings import _portable_lib as runtime
 
 from export.target import FORWARD, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
@@ -26,7 +26,8 @@ from gemma3.errors import BadInput
 from gemma3.images import Pixels, network_input
 from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls, soft_tokens_of
 
-# The operators of attention and the caches, and of the quantized embedding. Loading them registers them.
+# The libraries with the operators of attention, the caches and the quantized embedding. Loading a library registers its
+# operators.
 OPERATORS = {
     "executorch.extension.llm.custom_ops": "*custom_ops_aot_lib.*",
     "executorch.kernels.quantized": "*quantized_ops_aot_lib.*",
@@ -38,19 +39,19 @@ for package, library in OPERATORS.items():
     found = next(Path(spec.submodule_search_locations[0]).glob(library))
     torch.ops.load_library(str(found))  # type: ignore[no-untyped-call]
 
-# On every machine ExecuTorch looks for files that only ARM machines have, and reports that on stderr, as it does every
-# change of its threads.
+# What ExecuTorch writes to stderr without need: on every machine it looks for files that only ARM machines have, and
+# reports that they are missing. It also reports every change of its thread pool.
 NOISE = ("[cpuinfo_utils.cpp", "Resetting threadpool")
 
 
 class PteSession:
-    """The caches are inside the loaded program; their content beyond the position is never read.
+    """A session over a .pte. The KV cache is inside the loaded program; its content beyond the position is never read.
 
-    The vision model, which is most of a small multimodal model, is loaded when there is an image to encode, and
-    unloaded before the text model takes its soft tokens.
+    The vision model, which is most of a small multimodal model, is loaded when there is an image to encode. It is
+    unloaded before the text model takes the image's soft tokens.
 
     With ``threads`` None, ExecuTorch chooses their number; a number applies to the whole process. Raises BadInput when
-    the file does not load, or does not have the layout and the vocabulary of ``layout`` and ``config``.
+    the file does not load, or does not have the chunk and context of ``layout`` and the vocabulary of ``config``.
     """
 
     def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
@@ -82,13 +83,13 @@ class PteSession:
         self.logits: Logits = np.empty(0, np.float32)
 
     def cache(self, layer: int) -> tuple[Logits, Logits]:
-        """The keys and values [1, slots, K, D] of one layer now: copies of the program's own buffers."""
+        """Copies of the current keys and values of one layer, float32 [1, slots, K, D] each."""
         names = (f"layers.{layer}.attention.keys", f"layers.{layer}.attention.values")
         keys, values = (self._decoder.get_attribute(name).numpy().copy() for name in names)
         return keys, values
 
     def reset(self) -> None:
-        """The caches keep their bytes: masks hide every slot that has not been written since."""
+        """Go back to position 0. The caches keep their bytes, because masks hide every slot not written since."""
         self.position = 0
         self.logits = np.empty(0, np.float32)
 
@@ -127,15 +128,15 @@ def open_program(path: Path) -> Any:
 
 
 def image_embeddings(soft_tokens: SoftTokens) -> torch.Tensor:
-    """The decoder's input for an image: float32 [1, T, E + 1], with 1 in the last channel."""
+    """The text decoder's input for an image with ``soft_tokens`` [T, E]: float32 [1, T, E + 1], 1 in the last channel."""
     return torch.nn.functional.pad(torch.from_numpy(soft_tokens), (0, 1), value=1.0)[None]
 
 
 @contextmanager
 def native_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to load ``path`` into BadInput, with the reason that ExecuTorch writes to stderr.
+    """Turns a failure to load ``path`` into BadInput, with the reason that ExecuTorch writes to stderr.
 
-    Without a failure, what it writes is passed on, except for NOISE.
+    Without a failure, the output of ExecuTorch is passed on to stderr, except for NOISE.
     """
     written = io.StringIO()
     try:

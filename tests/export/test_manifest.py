@@ -20,7 +20,8 @@ def small() -> Manifest:
     onnx = replace(
         manifest.artifacts["onnx"],
         file="model.onnx",
-        methods=(Method("forward", (TensorSpec("input_ids", (1, "sequence_length")),), ()),),
+        files=("model.onnx",),
+        methods=(Method("forward", "model.onnx", (TensorSpec("input_ids", "int64", (1, "sequence_length")),), ()),),
         opsets={"": 23},
         details={"anything": [1, {"goes": None}]},
     )

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gemma3.model import Gemma3
-from quant.activations import Activations
 from quant.eager import with_integer_weights
 from quant.integers import IntegerWeight, round_to_nearest
 from quant.methods import quantize_weights
 from quant.qat.fake import BorrowedHead, FakeInteger, FakeSfp8, convert, prepare
-from quant.recipe import preset
+from quant.recipe import Activations, preset
 from quant.sfp8 import encode_weight
 from quant.weights import QuantizedWeights
 from tests.shapes import random_model, random_tokens, tiny_config

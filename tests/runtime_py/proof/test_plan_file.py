@@ -16,7 +16,7 @@ from tests.shapes import tiny_config, tiny_vision_config
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     text_only = request.param == "text-only"
     plan = make_plan(manifest_of(tiny_config()) if text_only else seeing_manifest(tiny_vision_config()))
-    limits = BACKENDS["pte"].integer_limits
+    limits = BACKENDS["pte"].quantized_limits
     proofs = {
         "pte": ArtifactProof("int8", limits, {"walk/chunks": {"kl_mean": 1e-5}, "reset": {"max_abs": 0.0}}),
         "onnx": ArtifactProof("float", FLOAT_LIMITS, {}),

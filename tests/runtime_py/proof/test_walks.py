@@ -24,7 +24,7 @@ from tests.manifests import CHUNK, CONTEXT, manifest_of, seeing_manifest
 from tests.shapes import VISION_SHAPES, random_model, tiny_config, tiny_vision_config
 
 WINDOW = 12
-INTEGER_LIMITS = {format: backend.integer_limits for format, backend in BACKENDS.items()}
+INTEGER_LIMITS = {format: backend.quantized_limits for format, backend in BACKENDS.items()}
 
 
 def check(session: Session, plan: Plan, reference: ReferenceLogits, artifact: str, limits: Limits) -> list[Check]:
