@@ -1,7 +1,9 @@
-"""gemma-edge: each command parses its options and makes one call. Data goes to stdout, everything else to stderr.
+"""The command line, gemma-edge. Each command parses its options and calls a function of the other packages.
+
+Data goes to stdout, everything else to stderr.
 
 Exit codes: 0 done, 1 internal error, 2 usage, 3 bad input, 4 does not fit, 5 verification failed.
-The calls are imported inside the commands: --help and running an .onnx must not wait for torch.
+The functions are imported inside the commands, because --help and running an .onnx must not wait for torch.
 """
 
 import errno
@@ -79,32 +81,34 @@ Format = Annotated[
 AllFormats = Annotated[
     str | None,
     typer.Option(
-        "--format", metavar="FORMAT", callback=_one_known_format, help=f"The bundle's graph: {FORMATS} [all it has]."
+        "--format", metavar="FORMAT", callback=_one_known_format, help=f"The bundle's graph: {FORMATS} [all of them]."
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Number of threads [the runtime's choice].")]
-MaxNew = Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Stop after this many tokens.")]
+MaxNew = Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Stop after this many new tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k likeliest tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens with this much of the mass.")]
-Seed = Annotated[int, typer.Option("--seed", help="The same seed draws the same tokens.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Sample from the most likely tokens that reach this probability together.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
 Images = Annotated[
     list[Path] | None,
-    typer.Option("--image", metavar="PATH", help="An image, for the next <image> in the text or before the text."),
+    typer.Option("--image", metavar="PATH", help="An image, for the next <image> in the text, or else before it."),
 ]
 PanAndScan = Annotated[
-    bool, typer.Option("--pan-and-scan", help="Also show up to 4 crops of each image that is far from square.")
+    bool, typer.Option("--pan-and-scan", help="Also feed up to 4 crops of each image that is far from square.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def main() -> None:
-    """The console script. An error that a user can cause ends in one line and its exit code."""
+    """The console script. An error that a user can cause ends with one line on stderr and its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for package in ("cli", "export", "quant", "runtime_py"):
         logging.getLogger(package).setLevel(logging.INFO)
     if not os.environ.get(DEBUG):
-        # torch, torchao and executorch warn about their own internals; our own problems are raised or logged.
+        # torch, torchao and executorch warn about their own internals. The code of this project raises or logs instead.
         warnings.simplefilter("ignore")
         for noisy in ("torchao", "torch.utils._pytree"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -115,7 +119,7 @@ def main() -> None:
 
 
 def report_error(error: Exception) -> int:
-    """Write one line to stderr. Returns the exit code."""
+    """Write ``error`` as one line to stderr. Returns the exit code."""
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
@@ -165,13 +169,13 @@ def export(
         int | None, typer.Option("--context", help="Positions that the caches hold [the model's, at most 4096].")
     ] = None,
     chunk: Annotated[
-        int | None, typer.Option("--chunk", help="Tokens in a prefill call [128, at most the context].")
+        int | None, typer.Option("--chunk", help="The most tokens in one prefill call [128, at most the context].")
     ] = None,
     exact_sfp8: Annotated[
         bool, typer.Option("--exact-sfp8", help="Keep SFP8's codes in the .onnx: exact but slow, for validation.")
     ] = False,
 ) -> None:
-    """Export a checkpoint, quantized or not. The bundle appears once its files are proven."""
+    """Export a checkpoint, quantized or not. The bundle appears only when its files are proven."""
     from runtime_py.api import export_bundle
     from runtime_py.proof.table import validation_table
     from runtime_py.report import bundle_line
@@ -196,7 +200,7 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="The quantized checkpoint's directory; must not exist.")],
     method: Annotated[
         Literal["rtn", "gptq", "hqq"],
-        typer.Option("--method", help="Round to nearest; GPTQ, calibrated on text; HQQ's scales, without data."),
+        typer.Option("--method", help="rtn: round to nearest. gptq: GPTQ, with --data. hqq: HQQ's scales, no data."),
     ] = "rtn",
     scheme: SchemeOption = None,
     embedding: EmbeddingOption = None,
@@ -204,7 +208,7 @@ def quantize(
     data: Annotated[
         list[Path] | None, typer.Option("--data", metavar="FILE", help="Text, or conversations (.jsonl), for gptq.")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text that gptq reads.")] = 65_536,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of --data that gptq reads.")] = 65_536,
 ) -> None:
     """Quantize a checkpoint without training. `gemma-edge export` takes the result as it is."""
     from gemma3.host.atomic import refuse_target
@@ -237,8 +241,8 @@ def qat(
         ),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Training steps.")] = 500,
-    batch: Annotated[int, typer.Option("--batch", help="Rows in a step.")] = 4,
-    length: Annotated[int, typer.Option("--length", help="Tokens in a row.")] = 256,
+    batch: Annotated[int, typer.Option("--batch", help="Rows per step.")] = 4,
+    length: Annotated[int, typer.Option("--length", help="Tokens per row.")] = 256,
     pan_and_scan: PanAndScan = False,
     micro_batch: Annotated[
         int | None,
@@ -246,12 +250,14 @@ def qat(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", help="Peak learning rate, in root mean squares of each weight [0.001; 0.0005 with SFP8]."),
+        typer.Option(
+            "--lr", help="Peak learning rate, relative to each weight's root mean square [0.001; SFP8: 0.0005]."
+        ),
     ] = None,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps until the peak.")] = 10,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps until the peak of the learning rate.")] = 10,
     loss: Annotated[
         Literal["full", "sampled"],
-        typer.Option("--loss", help="The teacher's probabilities over the whole vocabulary, or 256 samples of them."),
+        typer.Option("--loss", help="Learn the teacher's whole distribution, or 256 tokens sampled from it."),
     ] = "full",
     activations: Annotated[
         Literal["float", "int8"],
@@ -269,7 +275,7 @@ def qat(
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between saved states.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the state saved beside --out.")] = False,
 ) -> None:
-    """Train a checkpoint with the integers it will ship. `gemma-edge export` takes the result as it is.
+    """Train a checkpoint with the quantized weights it will ship. `gemma-edge export` takes the result as it is.
 
     On several GPUs or machines: torchrun … -m cli qat … with the same options.
     """
@@ -300,11 +306,11 @@ def validate(
     bundle: Bundle,
     checkpoint: Annotated[
         str | None,
-        typer.Option("--checkpoint", help="What it was made from: compute everything again [replay the proof]."),
+        typer.Option("--checkpoint", help="What it was exported from: compute references anew [replay the proof]."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle's graphs with their own quantized eager model; exit code 5 when they differ."""
+    """Compare a bundle's graphs with their own quantized eager model; exit code 5 if a difference is over its limit."""
     from export.checks import require_passed
     from runtime_py.api import validate as run
     from runtime_py.proof.table import validation_table
@@ -333,7 +339,10 @@ def generate(
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Continue a text as a stream. Images replace the markers <image> in it, or come first if it has none."""
+    """Continue a text and print it as it is generated.
+
+    Images replace the markers <image> in the text, or come first if it has none.
+    """
     from runtime_py import text
     from runtime_py.generate import Sampler
 
@@ -370,8 +379,9 @@ def chat(
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Talk to a bundle. Each line is a turn. /image PATH adds an image to the next turn, as --image does to the first;
-    /reset starts over, Ctrl-D ends.
+    """Chat with a bundle. Each line is a turn.
+
+    /image PATH adds an image to the next turn, as --image does to the first. /reset starts over, Ctrl-D ends the chat.
     """
     from runtime_py import text
     from runtime_py.conversation import Conversation
@@ -443,10 +453,10 @@ def accuracy(
     ] = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option("--checkpoint", help="What the bundle was exported from: also measures the export by itself."),
+        typer.Option("--checkpoint", help="What the bundle was exported from: also measure what the export changed."),
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option("--questions", metavar="FILE", help="Also count right answers to these (.jsonl).")
+        Path | None, typer.Option("--questions", metavar="FILE", help="Also count the right answers to these (.jsonl).")
     ] = None,
     format: AllFormats = None,
     context: Annotated[
@@ -458,7 +468,7 @@ def accuracy(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what quantization cost, on the file that ships: its predictions beside the original's."""
+    """Measure what quantization cost: compare the predictions of the file that ships with the original's."""
     from gemma3.checkpoint import resolve_checkpoint
     from runtime_py.measure.candidates import accuracy as run
 
@@ -492,12 +502,12 @@ def inspect(
     out: Annotated[Path, typer.Option("-o", "--out", help="The drawing (PNG); replaced if it exists.")] = Path(
         "attention_mask.png"
     ),
-    window: Annotated[int | None, typer.Option("--window", min=1, help="Of the local layers [the model's].")] = None,
+    window: Annotated[int | None, typer.Option("--window", min=1, help="Local layers' window [the model's].")] = None,
     tokens_per_image: Annotated[
         int | None, typer.Option("--tokens-per-image", min=1, help="Tokens to draw for an image [the model's].")
     ] = None,
 ) -> None:
-    """Draw the attention masks of a local and a global layer, here and as a PNG."""
+    """Draw the attention masks of the local and the global layers, in the terminal and as a PNG."""
     from gemma3.checkpoint import CONFIG, resolve_checkpoint
     from gemma3.config import read_config
     from gemma3.tokenizer import Tokenizer
@@ -517,7 +527,7 @@ def inspect(
 def demo(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the bundles in this directory.")] = None,
 ) -> None:
-    """Run the whole path on both demo checkpoints, text and vision: export in int4, prove, measure, ask."""
+    """Export both demo checkpoints, text and vision, in int4, prove and measure the files, and ask them questions."""
     from runtime_py.demo import run_demo
 
     for line in run_demo(out):
@@ -526,7 +536,7 @@ def demo(
         log.info("the bundles are in %s", out)
 
 
-# What the commands share.
+# Functions that several commands use.
 
 
 def recipe_of(scheme: str | None, embedding: str | None, file: Path | None) -> "Recipe | None":
@@ -542,7 +552,7 @@ def recipe_of(scheme: str | None, embedding: str | None, file: Path | None) -> "
 
 @contextmanager
 def whole(out: Path) -> Iterator[None]:
-    """Says, when the user interrupts a command that writes ``out`` whole or not at all, that it was not written."""
+    """For commands that write ``out`` whole or not at all. On Ctrl-C it says that ``out`` was not written."""
     try:
         yield
     except KeyboardInterrupt:
@@ -551,7 +561,7 @@ def whole(out: Path) -> Iterator[None]:
 
 
 def lines(prompt: str) -> Iterator[str]:
-    """The lines of stdin that are not blank. A terminal shows ``prompt``."""
+    """The lines of stdin that are not blank, without surrounding whitespace. On a terminal it shows ``prompt``."""
     while True:
         if sys.stdin.isatty():
             print(prompt, end="", file=sys.stderr, flush=True)

@@ -2,8 +2,8 @@
 
 ``Pixels`` are uint8 [S, S, 3] in RGB, where S is the vision model's ``image_size``: an image is resized to a square,
 whatever its aspect ratio. Pan & Scan (the Gemma 3 report, arXiv 2503.19786, section 2.1) adds crops of an image that is
-far from square. Uses only Pillow and numpy. Files are not trusted: the size of a file and of its image, as the header
-states it, are checked before anything is decoded.
+far from square. Uses only Pillow and numpy. Files are not trusted: the size of the file, and the image size that its
+header states, are checked before anything is decoded.
 """
 
 import math

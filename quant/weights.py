@@ -58,6 +58,7 @@ class QuantizedWeights:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each weight, by name; of a quantized one, that of its codes."""
         return {
             name: tuple(weight.shape if isinstance(weight, Tensor) else weight.codes.shape)
             for name, weight in self.tensors.items()

@@ -139,6 +139,7 @@ def open_all(bundle: Path, source: Source, manifest: Manifest) -> dict[str, Sess
 def answers(
     sessions: Mapping[str, Session], tokenizer: Tokenizer, asked: Sequence[Question], manifest: Manifest
 ) -> Iterator[str]:
+    """Each question, then the answer of each file, line by line."""
     for question in asked:
         yield " ".join((">", *(path.name for path in question.images), question.prompt))
         for name, session in sessions.items():
@@ -153,6 +154,7 @@ def scores(
     manifest: Manifest,
     pan_and_scan: bool = False,
 ) -> dict[str, Score]:
+    """How many questions each session answers right, by the sessions' names."""
     right = {}
     for name, session in sessions.items():
         log.info("%s: asking %d questions%s", name, len(asked), " with Pan & Scan" if pan_and_scan else "")

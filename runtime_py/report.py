@@ -27,6 +27,7 @@ def megabytes(count: float) -> str:
 
 
 def bundle_line(out: Path, manifest: Manifest) -> str:
+    """One line on a proven bundle: the size of each artifact, also as a multiple of its ideal bytes."""
     sizes = [
         f".{format} {megabytes(artifact.bytes)} ({artifact.bytes / artifact.ideal_bytes:.3f} × ideal)"
         for format, artifact in manifest.artifacts.items()

@@ -71,6 +71,7 @@ class PteFile:
         self.program = _flatbuffer_to_program(self.data[: header.program_size].tobytes())
 
     def plan(self, method: str) -> ExecutionPlan:
+        """The execution plan of a method. Raises BadInput when the file has no such method."""
         for plan in self.program.execution_plan:
             if plan.name == method:
                 return plan

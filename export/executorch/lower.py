@@ -121,7 +121,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> Export
 
 
 def methods_of(config: ModelConfig, file: str) -> tuple[Method, ...]:
-    """The methods of the .pte ``file``. Of "length" there may be 1 to the chunk."""
+    """The methods of the .pte ``file``. The dimension "length" may be 1 to the chunk."""
 
     def method(name: str, inputs: list[TensorSpec], output: TensorSpec) -> Method:
         return Method(name, file, tuple(inputs), (output,))

@@ -52,6 +52,7 @@ class LevelPartitioner(Partitioner):  # type: ignore[misc]
         }
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """Tag each delegated node with its delegate."""
         nodes = [node for node in exported_program.graph.nodes if node.op == "call_function"]
         members = {node: self.members(node, exported_program) for node in nodes}
         delegated = {member for group in members.values() for member in group}

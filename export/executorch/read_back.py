@@ -93,6 +93,7 @@ def named_linears(file: PteFile) -> Iterator[tuple[str, Linear]]:
 
 
 def embedding_integers(file: PteFile, kernel: str, arguments: list[Any]) -> IntegerWeight:
+    """The table that a call of an embedding kernel reads."""
     table, scales = arguments[:2]
     bits = 8 if "embedding_byte" in kernel else 4
     codes = file.constant(table)

@@ -152,6 +152,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x [S, E] → [S, E]: down(gelu(gate(x)) · up(x)), with GELU in its tanh form."""
+
     def __init__(self, weights: Weights, name: str) -> None:
         super().__init__()
         self.gate = Linear(weights[f"{name}.gate_proj.weight"])
@@ -165,6 +167,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """A residual block on x [S, E]: x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
     def __init__(self, config: ModelConfig, spec: LayerSpec, cache: LayerCache, weights: Weights, name: str) -> None:
         super().__init__()
 
@@ -237,6 +241,7 @@ class ExecutorchModel(nn.Module):
         return project(self.norm(x[-1:]), self.head)[0].unsqueeze(0)
 
     def step(self, kind: LayerKind, start: int, positions: Tensor, last: Tensor, image: ImageFlag | None) -> Step:
+        """What the layers of ``kind`` share in a call at ``positions`` [S], which ends at the position ``last`` [1]."""
         angles = positions.view(1, -1, 1, 1).float() * self.get_buffer(f"{kind}_frequencies")
         cos, sin = angles.cos(), angles.sin()
         window = self.specs[kind].window

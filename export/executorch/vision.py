@@ -85,6 +85,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x [rows, C] → [rows, C], with GELU in its tanh form."""
+
     def __init__(self, weights: Weights, name: str) -> None:
         super().__init__()
         self.fc1, self.fc2 = (linear(weights, f"{name}.{which}") for which in ("fc1", "fc2"))
@@ -107,6 +109,8 @@ class NormedMLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """A residual block on x [P, C]: x + attention(norm(x)), then x + mlp(norm(x)), for parts of the patches."""
+
     def __init__(self, config: VisionConfig, weights: Weights, name: str) -> None:
         super().__init__()
         self.norm = LayerNorm(weights, f"{name}.layer_norm1", config.layer_norm_eps)

@@ -58,6 +58,7 @@ class WeightFile:
         self._file.close()
 
     def add(self, name: str, array: NDArray[np.generic]) -> ir.ExternalTensor:
+        """Append ``array`` to the file. Returns a tensor that refers to it."""
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
         self._file.write(np.ascontiguousarray(array).data)

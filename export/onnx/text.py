@@ -131,6 +131,8 @@ def layer(
     step: Step,
     past: Sequence[ir.Value],
 ) -> tuple[ir.Value, list[ir.Value]]:
+    """The output of a layer for x [1, S, E]: [1, S, E], and the present keys and values."""
+
     def norm(value: ir.Value, name: str) -> ir.Value:
         return graph.norm(value, config.rms_norm_eps, f"{prefix}{name}.weight")
 
@@ -194,6 +196,7 @@ def attend(
 def group_query_attention(
     graph: GraphBuilder, config: ModelConfig, spec: LayerSpec, inputs: Sequence[ir.Value | None], **attributes: int
 ) -> list[ir.Value]:
+    """A GroupQueryAttention node: the heads' outputs [1, S, H·D], and the present keys and values."""
     outputs: list[ir.Value] = graph.op.GroupQueryAttention(
         *inputs,
         num_heads=spec.num_attention_heads,
@@ -255,6 +258,7 @@ def resident_rows(graph: GraphBuilder, tokens: ir.Value, slots: int, window: int
 
 
 def mlp(graph: GraphBuilder, prefix: str, x: ir.Value) -> ir.Value:
+    """x [1, S, E] → [1, S, E]: down(gelu(gate(x)) · up(x)), with GELU in its tanh form."""
     gate, up = graph.linear(x, prefix + "gate_proj.weight", prefix + "up_proj.weight")
     hidden = graph.op.Mul(graph.op.Gelu(gate, approximate="tanh"), up)
     (down,) = graph.linear(hidden, prefix + "down_proj.weight")

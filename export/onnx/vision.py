@@ -46,6 +46,7 @@ def embeddings(graph: GraphBuilder, config: VisionConfig, pixels: ir.Value) -> i
 
 
 def layer(graph: GraphBuilder, config: VisionConfig, prefix: str, x: ir.Value) -> ir.Value:
+    """A residual block on x [1, P, C]: x + attention(norm(x)), then x + mlp(norm(x))."""
     op = graph.op
     x = op.Add(x, attention(graph, config, prefix + "self_attn.", layer_norm(graph, config, prefix + "layer_norm1", x)))
     normed = layer_norm(graph, config, prefix + "layer_norm2", x)
@@ -58,6 +59,7 @@ def layer_norm(graph: GraphBuilder, config: VisionConfig, name: str, x: ir.Value
 
 
 def attention(graph: GraphBuilder, config: VisionConfig, prefix: str, x: ir.Value) -> ir.Value:
+    """x [1, P, C] → [1, P, C]. Every patch attends to every patch."""
     queries, keys, values = (linear(graph, f"{prefix}{part}_proj", x) for part in "qkv")
     heads = config.num_attention_heads
     out = graph.op.MultiHeadAttention(queries, keys, values, num_heads=heads, domain=MICROSOFT)

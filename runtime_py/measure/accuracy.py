@@ -99,6 +99,7 @@ class AccuracyReport:
         return asdict(self)
 
     def show(self) -> str:
+        """The report as text with tables."""
         blocks = [
             f"{self.tokens} tokens in stretches of at most {self.context}, data sha256 {self.data_sha256}",
             f"Quality: against {ORIGINAL}\n\n{comparison_table(self.quality)}",

@@ -127,6 +127,7 @@ def _measure(
 
 
 def bench_table(measurements: Sequence[Measurement]) -> str:
+    """A table with one row for each measurement. All must have the same numbers of tokens and repetitions."""
     first = measurements[0]
     header = (
         "format",

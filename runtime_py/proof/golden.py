@@ -54,8 +54,8 @@ class ReferenceLogits:
     top_values: NDArray[np.float32]  # [P, K]
     log_sum_exp: NDArray[np.float32]  # [P], over the whole vocabulary
     argmax: NDArray[np.int32]  # [P]
-    # At every recorded position, the KL divergence from this model to the same model after its inputs are changed by one
-    # unit in the last place. For float activations it is nearly 0, is not measured, and is stored as 0.
+    # At every recorded position, the KL divergence from this model to the same model after its inputs are changed by
+    # one unit in the last place. For float activations it is nearly 0, is not measured, and is stored as 0.
     noise_kl: NDArray[np.float32]
     # For a multimodal model; empty otherwise.
     images: NDArray[np.uint8]  # [I, S, S, 3]
@@ -141,6 +141,7 @@ class Recorder:
     def reference(
         self, images: NDArray[np.uint8] | None = None, soft_tokens: SoftTokens | None = None
     ) -> ReferenceLogits:
+        """The rows added so far, with the given images [I, S, S, 3] and soft tokens [I, T, E]. The noise is 0."""
         positions = sorted(self._rows)
         values, tops, top_values, totals, argmax = zip(*(self._rows[position] for position in positions), strict=True)
         return ReferenceLogits(
@@ -162,8 +163,8 @@ class Recorder:
 def reference_keys(manifest: Manifest) -> dict[str, str]:
     """For each format of a bundle, the name of its reference in the golden vectors.
 
-    Artifacts whose references treat activations alike share one, named after that ("float", "int8"), unless their
-    stand-ins differ: then they are made of other weights.
+    Artifacts whose references treat activations alike share one reference, named "float" or "int8". If their stand-ins
+    differ, they have different weights and so separate references.
     """
     keys: dict[str, str] = {}
     stand_ins: dict[str, object] = {}
@@ -180,7 +181,7 @@ FIELDS = tuple(field.name for field in fields(ReferenceLogits) if field.name != 
 
 
 def save_golden(path: Path, references: Mapping[str, ReferenceLogits]) -> None:
-    """Write the references, by key (see ``reference_keys``), into one safetensors file, as ``int8.values`` and so on."""
+    """Write the references, by key (see ``reference_keys``), into one safetensors file: ``int8.values`` and so on."""
     arrays = {
         f"{activations}.{name}": np.ascontiguousarray(getattr(reference, name))
         for activations, reference in references.items()

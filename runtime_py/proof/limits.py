@@ -38,8 +38,8 @@ FLOAT_LIMITS = Limits(
 # and more values are rounded the other way. So in a deep model any change, however small, ends in a difference of about
 # the same size. To measure this size, the reference is run again with its inputs changed by one unit in the last place
 # (``ReferenceLogits.noise_kl``). A file may differ by as much, times a factor for the spread of a mean over a few
-# positions, and another for that of a maximum. (Mean and maximum on the demo checkpoint: 1.2e-4 and 8e-4 for the changed
-# reference, 1.8e-4 and 1.3e-3 for the .pte.)
+# positions, and another for that of a maximum. (Mean and maximum on the demo checkpoint: 1.2e-4 and 8e-4 for the
+# changed reference, 1.8e-4 and 1.3e-3 for the .pte.)
 NOISE, PEAK_NOISE = 2.0, 4.0
 
 
@@ -67,7 +67,7 @@ def limits_for(manifest: Manifest, quantized_limits: Limits) -> Limits:
 
 
 def tolerances(plan: Plan, reference: ReferenceLogits, limits: Limits) -> dict[str, dict[str, float]]:
-    """The limits of all checks that replay ``plan`` and compare at the positions of ``reference``: id → metric → limit."""
+    """Check id → metric → limit, of all checks that replay ``plan`` and compare at the positions of ``reference``."""
     found: dict[str, dict[str, float]] = {}
     for number in range(len(reference.soft_tokens)):
         found[soft_tokens_id(number)] = _given(with_noise_limits(limits, reference, 1), "soft_rms")

@@ -2,7 +2,7 @@
 
 One token sequence is fed in several ways ("walks"), each after a reset. It crosses the sliding window W (W − 1, W,
 W + 1, 2W) and several wraps of the bounded caches. For a multimodal model it contains images: one at the start, one
-across each of the chunk, the window and the wraps, two in a row, and one near the end. A file gives logits after an
+across each of the chunk, the window and the wraps, two in a row, and one past every wrap. A file gives logits after an
 image, but never inside one.
 """
 
@@ -26,7 +26,7 @@ from runtime_py.sessions.protocol import Image, SoftTokens
 WINDOWS_PAST_THE_WRAP = 4
 TURNS = 3
 # The walk ONE_BY_ONE feeds every id of a sequence up to this length by itself. In a longer sequence it does so only for
-# the ids at most NEAR positions from a landmark, and feeds the ids between them in one call.
+# the ids at most NEAR positions from a landmark, and feeds the ids between them in chunks.
 STEP_EVERYTHING = 1024
 NEAR = 16
 # Golden vectors keep the positions at most this far from a landmark.
@@ -34,7 +34,7 @@ GOLDEN_NEAR = 1
 TAIL = 8  # positions decoded one by one after the whole prompt
 SEED = 20_250_312
 # Two images are enough to reveal a mix-up. Each more would cost a run of the vision model and an image's bytes. They
-# repeat in this order. No beginning of three or more entries reads the same backwards, so a reversed order is found too.
+# repeat in this order. Its first n entries, for n ≥ 3, do not read the same backwards, which reveals a reversed order.
 IMAGES = 2
 ORDER = (0, 0, 1, 0, 1, 1)
 MORE_FOR_IMAGES = 4  # the sequence of a multimodal model is longer by so many images
@@ -72,7 +72,7 @@ class Plan:
         return slice(bisect_left(self.image_places, start), bisect_left(self.image_places, end))
 
     def images_to_feed(self, soft_tokens: Sequence[SoftTokens], pixels: Sequence[Pixels] = ()) -> list[Image]:
-        """What to feed at each of the places: the image's soft tokens, or at its first place its ``pixels`` if given."""
+        """What to feed at each place: the image's soft tokens, or at its first place its ``pixels``, if given."""
         numbers = self.image_numbers
         return [
             pixels[number] if len(pixels) and number not in numbers[:index] else soft_tokens[number]
@@ -133,9 +133,9 @@ def local_slots(layout: CacheLayout) -> int:
 def image_places(soft_tokens: int, across: Iterable[int], length: int) -> list[int]:
     """The first position of each image in a sequence of ``length`` positions. An image stands between two markers.
 
-    The first image follows BOS and its marker. Then one lies across each of the positions ``across`` (in the first half)
-    that no image covers yet, two follow one another in the middle, and one is near the end. Images for which there is no
-    room are left out.
+    The first image follows BOS and its marker. Then one lies across each of the positions ``across`` in the first half
+    that no image covers yet, two follow one another in the middle, and one is near the end. Images for which there is
+    no room are left out.
     """
     places: list[int] = []
 
@@ -179,7 +179,7 @@ def probe_ids(manifest: Manifest, length: int, places: Sequence[int] = ()) -> li
 
 
 def probe_images(vision: VisionConfig) -> NDArray[np.uint8]:
-    """uint8 [IMAGES, S, S, 3]: a pixel is the average of random colours of its soft token's square, its patch and itself.
+    """uint8 [IMAGES, S, S, 3]: the average of three random colours, one per soft token's square, per patch, per pixel.
 
     Random pixels alone would not do. Averaged over a square they all look alike, which would hide a mix-up of soft
     tokens.

@@ -54,8 +54,8 @@ def prove(draft: "Draft") -> list[Check]:
 def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
     """Every check of ``bundle``: its files' hashes, and the logits of each graph along the plan.
 
-    Without ``source`` the golden vectors are replayed. With the opened checkpoint that the bundle was exported from, the
-    references are computed again, every integer is read back from the files, and the backends' extra checks run too. A
+    Without ``source`` the golden vectors are replayed. With the opened checkpoint that the bundle was exported from,
+    the references are computed again, every integer is read back from the files, and the backends' extra checks run. A
     comparison that fails does not raise: it is a check that did not pass. Raises what ``read_manifest`` raises,
     VerificationFailed when the proof is damaged or incomplete, and BadInput when ``source`` is not the bundle's
     checkpoint or a graph cannot be opened.
@@ -141,7 +141,7 @@ def subjects_of(
 
 
 def fresh_checks(subjects: Sequence[Subject]) -> list[Check]:
-    """The walks of each artifact, judged by what follows from its whole reference."""
+    """The checks of the walks of each artifact, with the tolerances that follow from its whole fresh reference."""
     checks = []
     for one in subjects:
         within = tolerances(one.plan, one.reference, one.limits)

@@ -24,8 +24,7 @@ DRAWS = 4  # how many times the noise of a small model is measured, with other c
 def fresh_references(
     manifest: Manifest, plan: Plan, weights: Mapping[str, QuantizedWeights]
 ) -> dict[str, ReferenceLogits]:
-    """The references of a bundle's artifacts, which are made of ``weights`` by format. Their keys are those of
-    ``reference_keys``.
+    """The references of a bundle's artifacts, by key (see ``reference_keys``). ``weights`` are by format.
 
     No more than one eager model is in memory at a time, and none together with a runtime's.
     """

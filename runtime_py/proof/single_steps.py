@@ -67,9 +67,9 @@ def steps(
     compared: Collection[int],
     images: NDArray[np.uint8] | tuple[()] = (),
 ) -> Iterator[Difference]:
-    """Feed ``plan`` to a new ``session``, text one id at a time, and compare with ``model`` at the positions ``compared``.
+    """Feed ``plan`` to a new ``session``, text one id at a time. Yields the differences at the positions ``compared``.
 
-    There the model makes the same step from a copy of the file's cache. Both are fed the soft tokens that the file
+    There ``model`` makes the same step from a copy of the file's cache. Both are fed the soft tokens that the file
     computes from ``images``.
     """
     to_feed = plan.images_to_feed([session.encode_image(image) for image in images])

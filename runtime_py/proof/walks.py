@@ -62,7 +62,7 @@ def check_session(
 
 
 class Judge:
-    """Makes the checks of one artifact, with the limits from ``tolerances``. Adds ``prefix`` to ids, ``suffix`` to names."""
+    """Makes the checks of one artifact. ``tolerances`` has their limits, by ids without ``prefix``."""
 
     def __init__(self, artifact: str, tolerances: Tolerances, prefix: str = "", suffix: str = "") -> None:
         self._artifact, self._tolerances, self._prefix, self._suffix = artifact, tolerances, prefix, suffix

@@ -48,7 +48,7 @@ class EagerSession:
 
     @torch.inference_mode()
     def call(self, call: Call) -> Logits:
-        """Feed ``call``. Returns float32 [n, V]: the logits after each id of text; of an image only after the last id."""
+        """Feed ``call``. Returns float32 [n, V], the logits after each id of text, or after an image (n = 1)."""
         tokens = torch.tensor(call.ids, dtype=torch.int64)[None]
         soft_tokens = None if call.image is None else torch.from_numpy(soft_tokens_of(self, call.image))[None]
         logits = self.model(

@@ -56,7 +56,7 @@ class OnnxSession:
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
 
     def reset(self) -> None:
-        """Go back to position 0. The buffers keep their bytes, because the position alone decides which rows are read."""
+        """Go back to position 0. The buffers keep their bytes: the position alone decides which rows are read."""
         self.position = 0
         self.logits = np.empty(0, np.float32)
 

@@ -1,6 +1,6 @@
 """One protocol over every way to run a model: eager PyTorch, .pte, .onnx, and backends to come.
 
-A session holds the KV cache of one sequence. Token ids are fed at ``position``; ``logits`` are those of the last id fed.
+A session holds the KV cache of one sequence. Token ids are fed at ``position``; ``logits`` are those after the last id.
 An image is given as ``Pixels`` of the model's own size, or as soft tokens that the same session has encoded. Its T soft
 tokens replace T image tokens in the ids.
 """
@@ -177,7 +177,7 @@ class EveryLogit(Protocol):
     """A session that can give the logits after every id of a call. Exported graphs give only those of the last id."""
 
     def call(self, call: Call) -> Logits:
-        """Feed ``call``. Returns float32 [n, V]: the logits after each id of text; of an image only after the last id."""
+        """Feed ``call``. Returns float32 [n, V], the logits after each id of text, or after an image (n = 1)."""
 
 
 def every_position(session: Session, ids: Sequence[int], images: Sequence[Image] = ()) -> Iterator[tuple[int, Logits]]:

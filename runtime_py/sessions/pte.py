@@ -128,7 +128,7 @@ def open_program(path: Path) -> Any:
 
 
 def image_embeddings(soft_tokens: SoftTokens) -> torch.Tensor:
-    """The text decoder's input for an image with ``soft_tokens`` [T, E]: float32 [1, T, E + 1], 1 in the last channel."""
+    """The text decoder's input for soft tokens [T, E]: float32 [1, T, E + 1], with 1 (image) in the last channel."""
     return torch.nn.functional.pad(torch.from_numpy(soft_tokens), (0, 1), value=1.0)[None]
 
 
