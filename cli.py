@@ -123,7 +123,7 @@ def report_error(error: Exception) -> int:
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-        error = DoesNotFit(f"this host ran out of room ({error or 'memory'}); free some and try again")
+        error = DoesNotFit(f"out of memory or disk space ({error or 'memory'}); free some and try again")
     code: int | None = getattr(error, "exit_code", None)
     if code is None:
         line = " ".join(f"{type(error).__name__}: {error}".split())

@@ -199,7 +199,7 @@ def largest_call(config: ModelConfig, context: int, chunk: int) -> int:
     needed = tokens + 4  # BOS, a marker on each side, and at least one token of text
     if needed > context:
         raise DoesNotFit(
-            f"an image's {tokens} tokens and those around it are over the context of {context}; "
+            f"an image needs {needed} positions ({tokens} soft tokens, BOS, markers, text), the context is {context}; "
             f"use --context {needed} or more"
         )
     return max(chunk, tokens)
@@ -224,7 +224,7 @@ def stand_in_checks(manifest: Manifest) -> list[Check]:
         if artifact.stand_ins:
             worst = min(artifact.stand_ins.values(), key=lambda one: one.decibels)
             count = len(artifact.stand_ins)
-            name = f"{count} {worst.kind.upper()} weights as {worst.scheme}: the farthest from its values"
+            name = f"{count} {worst.kind.upper()} weights as {worst.scheme}, the lowest signal-to-noise ratio"
             checks.append(Check(format, "stand-ins", "decibels", name, worst.decibels, None, True))
     return checks
 

@@ -26,7 +26,7 @@ def require_passed(checks: Sequence[Check]) -> None:
     """Raises VerificationFailed naming the first check that did not pass."""
     failed = [check for check in checks if not check.passed]
     if failed:
-        first, more = failed[0], f" (and {len(failed) - 1} checks more)" if len(failed) > 1 else ""
+        first, more = failed[0], f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
         raise VerificationFailed(
             f".{first.artifact}, {first.name}: {first.metric} is {first.value:.3g}, the limit is "
             f"{first.limit:.3g}{more}; do not use this file"

@@ -140,8 +140,8 @@ def place_images(text: str, images: Sequence[Image]) -> list[Part]:
         return [*images, text]
     if len(texts) - 1 != len(images):
         raise BadInput(
-            f"the text says {IMAGE_MARKER} {counted(len(texts) - 1, 'time')} for {counted(len(images), 'image')}; "
-            "say it once for each image, or leave it out to put the images first"
+            f"the text has {counted(len(texts) - 1, 'marker')} {IMAGE_MARKER} for {counted(len(images), 'image')}; "
+            "write one for each image, or none to put the images first"
         )
     parts: list[Part] = [texts[0]]
     for image, following in zip(images, texts[1:], strict=True):
@@ -184,7 +184,7 @@ def _encode(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int |
     if not images:
         return tokenizer.encode("".join(map(str, parts)), bos=False)
     if tokens_per_image is None:
-        raise BadInput(f"images for a text-only model: {images}; leave them out, or use a multimodal checkpoint")
+        raise BadInput(f"{counted(images, 'image')} for a text-only model; leave images out, or use a multimodal one")
     start, end = tokenizer.special_id(START_OF_IMAGE), tokenizer.special_id(END_OF_IMAGE)
     image = [start, *[tokenizer.special_id(IMAGE_SOFT_TOKEN)] * tokens_per_image, end]
     ids: list[int] = []

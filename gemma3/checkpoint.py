@@ -106,10 +106,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         raise BadInput(
-            f"{path}: {_some(missing)} missing; config.json asks for {len(expected)} tensors: download again"
+            f"{path}: {_some(missing)} missing; config.json expects {len(expected)} tensors; download it again"
         )
     if extra:
-        raise BadInput(f"{path}: {_some(extra)} not part of the model that config.json describes: wrong config.json?")
+        raise BadInput(
+            f"{path}: {_some(extra)} not part of the model that config.json describes; does it belong to these weights?"
+        )
     for name, shape in expected.items():
         piece = owner[name].get_slice(stored[name])
         if tuple(piece.get_shape()) != shape:

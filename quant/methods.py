@@ -36,7 +36,7 @@ def quantize_weights(
         try:
             tensors[name], how = _apply(name, weight, SCHEMES[rule.scheme], method)
         except ValueError as error:
-            raise BadInput(f"{name}: cannot be {rule.scheme}: {error}") from None
+            raise BadInput(f"{name}: cannot be stored as {rule.scheme}: {error}") from None
         verdicts[name] = Verdict(rule.scheme, how or f"kept by rule {rule.pattern}")
     if unused:
         raise BadInput(f"recipe {recipe.name}: rule {', '.join(sorted(unused))} matches no weight; remove it")

@@ -43,8 +43,10 @@ def quantize(
     """
     if method not in get_args(PostTraining):
         raise BadInput(f"method {method!r} is unknown; use one of {', '.join(get_args(PostTraining))}")
-    if (method == "gptq") != bool(data):
-        raise BadInput(f"method {method} {'needs' if method == 'gptq' else 'does not look at'} text (--data)")
+    if method == "gptq" and not data:
+        raise BadInput("method gptq needs text; give files with --data")
+    if method != "gptq" and data:
+        raise BadInput(f"method {method} takes no data; leave out --data")
     log.info("quantizing %d weights: %s", len(checkpoint.names), recipe.name)
     chosen: IntegerMethod = hqq if method == "hqq" else rtn
     if method == "gptq":
@@ -66,7 +68,7 @@ def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) 
     length = min(ROW_TOKENS, config.max_position_embeddings)
     packed = pack(data, checkpoint.tokenizer, length, config)
     if any(packed.images):
-        raise BadInput(f"{', '.join(map(str, data))}: has images; gptq looks at text alone, give some without")
+        raise BadInput(f"{', '.join(map(str, data))}: has images, but gptq uses text only; give files without images")
     rows = torch.from_numpy(packed.tokens[: max(1, tokens // length)]).long()
     return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
 

@@ -154,12 +154,14 @@ def _header(text: str | None) -> dict[str, Any]:
     elif not (isinstance(verdicts, dict) and all(map(_is_verdict, verdicts.values()))):
         raise BadInput("verdicts in its header does not map names to a scheme and a reason")
     if forms.keys() != verdicts.keys():
-        raise BadInput(f"its header has {len(forms)} forms and {len(verdicts)} verdicts, of other names")
+        raise BadInput(
+            f"the {len(forms)} forms and {len(verdicts)} verdicts in its header do not name the same weights"
+        )
     if not isinstance(header["method"], str):
-        raise BadInput("method in its header is no text")
+        raise BadInput("method in its header is not text")
     _expect(set(recipe) if isinstance(recipe, dict) else set(), {"name", "rules"}, "recipe")
     if not isinstance(recipe["name"], str) or not isinstance(recipe["rules"], list):
-        raise BadInput("recipe in its header has no name and list of rules")
+        raise BadInput("the recipe in its header lacks a name or a list of rules")
     for rule in recipe["rules"]:
         _expect(set(rule) if _is_text(rule) else set(), {"pattern", "scheme"}, "rule")
     return header
@@ -203,7 +205,7 @@ def _weight(name: str, form: str, tensors: dict[str, Tensor]) -> Weight:
     # Both comparisons are false for NaN too.
     allowed = scales > 0 if kind == "sfp8" else bf16_grid(scales) == scales.float()
     if not bool((allowed & torch.isfinite(scales)).all()):
-        raise BadInput(f"{name} has scales that no quantizer of ours makes: {_range(scales)}")
+        raise BadInput(f"{name} has invalid scales: {_range(scales)}")
     if kind == "sfp8":
         if bool((codes == 0x80).any()):
             raise BadInput(f"{name} holds the code 0x80, which SFP8 does not have")

@@ -78,7 +78,7 @@ def masks_of(
     images = image_numbers(torch.tensor([ids]) == (-1 if vision is None else vision.image_token_id))
     positions = torch.arange(len(ids))
     together = same_image(images, positions)
-    windows = {SLIDING: (f"local layers, window {window}", window), FULL: ("global layers", None)}
+    windows = {SLIDING: (f"sliding-window layers, window {window}", window), FULL: ("full-attention layers", None)}
     titled = [windows[kind] for kind in windows if any(spec.kind == kind for spec in config.layers)]
     return Masks(
         labels=_labels(ids, images[0].tolist(), tokenizer),

@@ -36,8 +36,8 @@ def placed(text: str, pictures: Sequence[Picture], vision: VisionConfig | None) 
     BadInput when there are markers, but not as many as pictures.
     """
     if vision is not None and not pictures and IMAGE_MARKER in text:
-        said = counted(text.count(IMAGE_MARKER), "time")
-        raise BadInput(f"the text says {IMAGE_MARKER} {said} for 0 images; give as many images")
+        markers = counted(text.count(IMAGE_MARKER), "marker")
+        raise BadInput(f"the text has {markers} {IMAGE_MARKER} for 0 images; give one image for each marker")
     return place_images(text, [Image(crops=len(picture.pixels) - 1) for picture in pictures])
 
 

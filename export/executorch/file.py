@@ -44,7 +44,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Linear:
+class StoredLinear:
     """A matrix multiplication in a delegate, with a weight [rows, columns]. Only integer weights are read."""
 
     rows: int
@@ -111,7 +111,7 @@ class PteFile:
     def named(self) -> dict[str, int]:
         return {entry.key: entry.segment_index for entry in self.program.named_data}
 
-    def linears(self, method: str = FORWARD) -> Iterator[Linear]:
+    def linears(self, method: str = FORWARD) -> Iterator[StoredLinear]:
         """The matrix multiplications in a method's delegates, in the order of the delegates' first calls.
 
         Means, which are matrix multiplications with one row (see ``layers.Mean``), are left out.
@@ -131,11 +131,11 @@ class PteFile:
                     if linear.rows > 1 or linear.weight is not None:
                         yield linear
 
-    def _linear(self, value: dict[str, Any], constants: list[dict[str, Any]]) -> Linear:
+    def _linear(self, value: dict[str, Any], constants: list[dict[str, Any]]) -> StoredLinear:
         tensor, params = value.get("tensor_value", value), value.get("quant_params")
         rows, columns = tensor["dims"]
         if params is None:
-            return Linear(rows, columns, None)
+            return StoredLinear(rows, columns, None)
 
         def data(index: int) -> Tensor:
             return torch.from_numpy(self.segment(self.named[constants[index]["named_key"]]))
@@ -145,10 +145,10 @@ class PteFile:
         grouped = tensor["datatype"] == "xnn_datatype_qbint4"
         scales = scales.view(torch.bfloat16 if grouped else torch.float32).float().view(rows, -1)
         if tensor["datatype"] == "xnn_datatype_qcint8":
-            return Linear(rows, columns, IntegerWeight(codes.view(torch.int8).view(rows, columns), scales, 8))
+            return StoredLinear(rows, columns, IntegerWeight(codes.view(torch.int8).view(rows, columns), scales, 8))
         # A row with an odd number of columns ends in half a byte of padding.
         codes = unpack_nibbles(codes.view(rows, -1), first="low")[:, :columns]
-        return Linear(rows, columns, IntegerWeight(codes, scales, 4))
+        return StoredLinear(rows, columns, IntegerWeight(codes, scales, 4))
 
 
 def unpack_nibbles(packed: Tensor, first: Literal["low", "high"]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.executorch.file import Linear, PteFile, cache_shapes_pte, unpack_nibbles
+from export.executorch.file import StoredLinear, PteFile, cache_shapes_pte, unpack_nibbles
 from export.target import TOKEN_EMBEDDING, VISION_ENCODER
 from gemma3.errors import BadInput
 from gemma3.names import EMBEDDING, HEAD, PROJECTOR, VISION_TOWER, layer, vision_layer
@@ -64,7 +64,7 @@ def stored_integers(file: PteFile) -> Iterator[tuple[str, IntegerWeight]]:
             yield name, parts[0]
 
 
-def named_linears(file: PteFile) -> Iterator[tuple[str, Linear]]:
+def named_linears(file: PteFile) -> Iterator[tuple[str, StoredLinear]]:
     """Each matrix multiplication with the checkpoint name of its weight. The two halves of a projection share a name.
 
     Raises BadInput when the number of matrix multiplications is not that of this network.
@@ -86,7 +86,8 @@ def named_linears(file: PteFile) -> Iterator[tuple[str, Linear]]:
         layers, rest = divmod(len(linears) - len(first) - 1, len(in_layer))
         if rest:
             raise BadInput(
-                f"{file.path}: {len(linears)} linears in {plan.name} are not {len(in_layer)} a layer and {last}"
+                f"{file.path}: {plan.name} has {len(linears)} linear layers, expected {len(in_layer)} per layer and {last}; "
+                "export it again"
             )
         inner = [f"{prefix(index)}.{place}.weight" for index in range(layers) for place in in_layer]
         yield from zip([*first, *inner, last], linears, strict=True)

@@ -196,17 +196,20 @@ def _seed(*parts: int) -> int:
 def _check(student: Any, teacher: Any, tokens: Tensor, settings: Settings, world: int) -> None:
     ours, theirs = (len(model.lm_head.weight) for model in (student, teacher))
     if ours != theirs:
-        raise BadInput(f"the teacher has a vocabulary of {theirs}, the student of {ours}; use one that shares it")
+        raise BadInput(f"the teacher has a vocabulary of {theirs}, the student of {ours}; give a teacher with the same")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= ours:
-        raise BadInput(f"the data has token {low if low < 0 else high}, the vocabulary {ours}: another tokenizer's?")
+        raise BadInput(
+            f"token {low if low < 0 else high} in the data is outside the vocabulary of {ours}; was it encoded with "
+            "another tokenizer?"
+        )
     for name in ("steps", "batch"):
         if getattr(settings, name) < 1:
             raise BadInput(f"{name} is {getattr(settings, name)}; give at least 1")
     if not (settings.lr > 0 and math.isfinite(settings.lr)):
         raise BadInput(f"lr is {settings.lr}; give a positive number")
     if settings.batch % world:
-        raise BadInput(f"a batch of {settings.batch} rows does not divide among {world} processes; change either")
+        raise BadInput(f"a batch of {settings.batch} rows is not a multiple of {world} processes; change one of them")
 
 
 def _diverged(step: int, loss: float, norm: float, settings: Settings, run: Path) -> str:

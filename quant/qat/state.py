@@ -104,7 +104,7 @@ def latest(run: Path, wanted: dict[str, str], resume: bool) -> Path | None:
     for key, value in wanted.items():
         if found.get(key) != value:
             raise BadInput(
-                f"{run}: was begun with {key} {found.get(key)}, this is {value}; resume with the same, or remove it"
+                f"{run}: was started with {key} {found.get(key)}, now it is {value}; resume with the same, or remove it"
             )
     return path
 

@@ -141,7 +141,7 @@ def compare(
         if reference.vocab_size != model.vocab_size:
             raise BadInput(
                 f"{name} has {reference.vocab_size} tokens, the model {model.vocab_size}; "
-                "compare models of one vocabulary"
+                "compare models with the same vocabulary"
             )
     tallies = {name: Tally() for name in references}
     tokens = 0

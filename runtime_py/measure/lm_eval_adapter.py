@@ -156,7 +156,7 @@ class SessionLM(TemplateLM):
             return ids
         if size < keep + 1:
             raise DoesNotFit(
-                f"{keep} tokens and {room} to come do not fit the context of {self._session.context}; "
+                f"{keep} prompt tokens and {room} new tokens do not fit the context of {self._session.context}; "
                 "export with a larger --context"
             )
         return [ids[0], *ids[len(ids) - size + 1 :]]

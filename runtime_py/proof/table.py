@@ -34,5 +34,5 @@ def validation_table(checks: Sequence[Check]) -> str:
         ],
         left=2,
     )
-    notes = [f"{artifact} must keep {', '.join(sorted(kept))}" for artifact, kept in limits.items()]
+    notes = [f"limits of {artifact}: {', '.join(sorted(kept))}" for artifact, kept in limits.items()]
     return "\n".join((figures, "", *notes))
