@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.executorch.file import StoredLinear, PteFile, cache_shapes_pte, unpack_nibbles
+from export.executorch.file import PteFile, StoredLinear, cache_shapes_pte, unpack_nibbles
 from export.target import TOKEN_EMBEDDING, VISION_ENCODER
 from gemma3.errors import BadInput
 from gemma3.names import EMBEDDING, HEAD, PROJECTOR, VISION_TOWER, layer, vision_layer
@@ -86,8 +86,8 @@ def named_linears(file: PteFile) -> Iterator[tuple[str, StoredLinear]]:
         layers, rest = divmod(len(linears) - len(first) - 1, len(in_layer))
         if rest:
             raise BadInput(
-                f"{file.path}: {plan.name} has {len(linears)} linear layers, expected {len(in_layer)} per layer and {last}; "
-                "export it again"
+                f"{file.path}: {plan.name} has {len(linears)} linear layers, expected {len(in_layer)} per layer "
+                f"and {last}; export it again"
             )
         inner = [f"{prefix(index)}.{place}.weight" for index in range(layers) for place in in_layer]
         yield from zip([*first, *inner, last], linears, strict=True)
