@@ -112,7 +112,7 @@ def test_an_image_over_the_context(gemma_edge: Cli, tmp_path: Path) -> None:
     config |= {"text_config": config["text_config"] | {"sliding_window": 4}}
     checkpoint = write_checkpoint(tmp_path / "tiny", config)
     result = gemma_edge("export", checkpoint, "-o", tmp_path / "out", "--format", "onnx", "--context", "16")
-    refused(result, 4, "an image's 16 tokens", "over the context of 16", "--context")
+    refused(result, 4, "16 soft tokens", "the context is 16", "--context")
 
 
 # generate and chat
@@ -147,7 +147,7 @@ def test_there_must_be_one_marker_for_each_image(
     gemma_edge: Cli, bundle: Path, pictures: Path, text: str, images: int
 ) -> None:
     result = gemma_edge("generate", bundle, text, *["--image", pictures / "a.png"] * images)
-    refused(result, 3, counted(text.count("<image>"), "time") + " for", f"for {images} image")
+    refused(result, 3, counted(text.count("<image>"), "marker"), f"for {images} image")
 
 
 def test_pan_and_scan_adds_crops(gemma_edge: Cli, bundle: Path, pictures: Path) -> None:

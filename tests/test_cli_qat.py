@@ -68,7 +68,7 @@ def test_interrupted_and_resumed(
     assert (tmp_path / "out.training" / "step-00000002").is_dir()
     assert_refused(result_without_log(gemma_edge(*command, "-o", tmp_path / "out")), "at step 2; give --resume")
     other = gemma_edge(*command, "-o", tmp_path / "out", "--resume", "--scheme", "int4-channel")
-    assert_refused(result_without_log(other), "was begun with recipe int4-block32+embedding-int8")
+    assert_refused(result_without_log(other), "was started with recipe int4-block32+embedding-int8")
     assert gemma_edge(*command, "-o", tmp_path / "out", "--resume").code == 0
     whole, resumed = load_quantized(tmp_path / "whole").weights, load_quantized(tmp_path / "out").weights
     for name, weight in whole.integers.items():
@@ -135,7 +135,7 @@ def test_image_conversations(gemma_edge: Cli, tmp_path: Path) -> None:
     )
     assert_refused(result_without_log(result), "text-only: its vision model is not that of")
     result = gemma_edge("qat", text_only, "-o", tmp_path / "no", "--data", data)
-    assert_refused(result_without_log(result), "images for a text-only model")
+    assert_refused(result_without_log(result), "1 image for a text-only model")
     result = gemma_edge("quantize", checkpoint, "-o", tmp_path / "no", "--method", "gptq", "--data", data)
     assert result.code == 3
-    assert "gptq looks at text alone" in result.err
+    assert "gptq uses text only" in result.err

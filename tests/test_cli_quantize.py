@@ -116,8 +116,8 @@ def test_sfp8_as_integers_and_exact(gemma_edge: Cli, checkpoint: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--method", "gptq"), ("method gptq needs text (--data)",)),
-        (("--method", "rtn", "--data", "TEXT"), ("method rtn does not look at text (--data)",)),
+        (("--method", "gptq"), ("method gptq needs text; give files with --data",)),
+        (("--method", "rtn", "--data", "TEXT"), ("method rtn takes no data; leave out --data",)),
         (("--method", "gptq", "--data", "missing.txt"), ("missing.txt", "cannot be read")),
         (("--scheme", "fp32", "--embedding", "int8"), ("no meaning with scheme fp32",)),
         (("--recipe", "none.toml"), ("none.toml", "No such file")),

@@ -33,6 +33,7 @@ def bundle(request: pytest.FixtureRequest, gemma_edge: Cli, checkpoint: Path, tm
     return out
 
 
+@pytest.mark.slow
 def test_it_goes_through_export_proof_generate_bench_and_accuracy(
     gemma_edge: Cli, bundle: Path, checkpoint: Path, text: Path
 ) -> None:

@@ -215,5 +215,5 @@ def test_images_that_cannot_be_used(seeing: Path, tmp_path: Path, part: Any, wor
 
 def test_images_to_a_text_only_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", asking(picture(tmp_path / "a.png", "red"), "what?"))
-    with pytest.raises(BadInput, match=r"line 1: images for a text-only model: 1"):
+    with pytest.raises(BadInput, match=r"line 1: 1 image for a text-only model"):
         pack([path], tokenizer, 90, CONFIG)

@@ -46,6 +46,7 @@ def test_tokenizer_json_follows_from_tokenizer_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads((DEMO / "tokenizer.json").read_text())
 
 
+@pytest.mark.slow
 def test_answers_are_right() -> None:
     """On every fourth held-out question. The bound is below the measured accuracy (see the model card)."""
     score = train_demo.exact_match(load_model(open_checkpoint(DEMO)), TOKENIZER, SAMPLE)

@@ -78,6 +78,7 @@ def test_files_name_every_image() -> None:
     assert asked | shown == stored
 
 
+@pytest.mark.slow
 def test_answers_are_right(model: Gemma3) -> None:
     """On other images than the committed ones. The bounds are below the measured accuracy (see the model card)."""
     counts: dict[demo_images.Kind, int] = {"single": 6, "pair": 8, "count": 8, "word": 8, "wide": 30}
@@ -93,6 +94,7 @@ def test_answers_are_right(model: Gemma3) -> None:
     assert scanned >= plain + 0.2
 
 
+@pytest.mark.slow
 def test_text_is_not_forgotten(model: Gemma3) -> None:
     """Compared with the text-only checkpoint, on part of the held-out text; and on every fourth held-out question."""
     ids = TOKENIZER.encode((DEMO / "heldout.txt").read_text(encoding="utf-8")[:8000], bos=False)

@@ -98,7 +98,7 @@ def test_rules_that_do_not_fit(rules: tuple[Rule, ...], message: str) -> None:
 
 def test_bad_weights_are_named() -> None:
     weight = torch.full((2, 32), float("nan"))
-    with pytest.raises(BadInput, match=r"a_proj.weight: cannot be int4-block32: 64 values are NaN"):
+    with pytest.raises(BadInput, match=r"a_proj.weight: cannot be stored as int4-block32: 64 values are NaN"):
         quantize_weights([("a_proj.weight", weight)], Recipe("mine", (Rule("*", "int4-block32"),)))
     with pytest.raises(BadInput, match="40 columns do not divide"):
         quantize_weights([("a_proj.weight", torch.zeros(2, 40))], Recipe("mine", (Rule("*", "int4-block32"),)))
@@ -152,11 +152,13 @@ PADDED = "int4-block32-padded"
 
 def test_vectors_and_values_that_are_not_finite_are_refused() -> None:
     for scheme in ("int4-channel", "sfp8"):
-        with pytest.raises(BadInput, match=rf"a: cannot be {scheme}: it is not a matrix but has the shape \[3\]"):
+        with pytest.raises(
+            BadInput, match=rf"a: cannot be stored as {scheme}: it is not a matrix but has the shape \[3\]"
+        ):
             quantize_weights([("a", torch.ones(3))], Recipe("mine", (Rule("*", scheme),)))
-    with pytest.raises(BadInput, match="a: cannot be float32: 1 values are NaN"):
+    with pytest.raises(BadInput, match="a: cannot be stored as float32: 1 values are NaN"):
         quantize_weights([("a", torch.tensor([1.0, torch.nan]))], Recipe("mine", (Rule("*", "float32"),)))
-    with pytest.raises(BadInput, match="a: cannot be sfp8: 2 values are NaN"):
+    with pytest.raises(BadInput, match="a: cannot be stored as sfp8: 2 values are NaN"):
         quantize_weights([("a", torch.full((1, 2), torch.inf))], Recipe("mine", (Rule("*", "sfp8"),)))
 
 

@@ -138,7 +138,7 @@ def test_images_are_part_of_their_turn(tmp_path: Path) -> None:
     )
     assert session.fed[: len(whole)] == whole
     before = session.position
-    for pictures, word in (([picture], "2 times for 1 image"), ([], "2 times for 0 images")):
+    for pictures, word in (([picture], "2 markers <image> for 1 image"), ([], "2 markers <image> for 0 images")):
         with pytest.raises(BadInput, match=word):
             list(chat.say("<image> <image>", pictures))
     assert session.position == before

@@ -55,7 +55,7 @@ def test_masks_are_transformers(window: int, tokens_per_image: int) -> None:
         block_sequence_ids=get_block_sequence_ids_for_mask(torch.tensor(ours.images >= 0, dtype=torch.int64)[None]),
     )
     local, glob = ours.layers
-    assert (local, glob) == (f"local layers, window {window}", "global layers")
+    assert (local, glob) == (f"sliding-window layers, window {window}", "full-attention layers")
     np.testing.assert_array_equal(ours.layers[local], theirs[SLIDING][0, 0].numpy() == 0)
     np.testing.assert_array_equal(ours.layers[glob], theirs[FULL][0, 0].numpy() == 0)
 
@@ -72,17 +72,17 @@ def test_labels_say_what_a_token_is() -> None:
 
 def test_the_models_own_window_and_image_tokens() -> None:
     own = masks_of(TEXT, TOKENIZER, config())
-    assert list(own.layers) == ["local layers, window 8", "global layers"]
+    assert list(own.layers) == ["sliding-window layers, window 8", "full-attention layers"]
     assert own.labels.count("image 2") == 4
 
 
 def test_only_the_kinds_of_layers_that_the_model_has() -> None:
-    assert list(masks_of("a", TOKENIZER, tiny_config("all-local")).layers) == ["local layers, window 8"]
-    assert list(masks_of("a", TOKENIZER, tiny_config("all-global")).layers) == ["global layers"]
+    assert list(masks_of("a", TOKENIZER, tiny_config("all-local")).layers) == ["sliding-window layers, window 8"]
+    assert list(masks_of("a", TOKENIZER, tiny_config("all-global")).layers) == ["full-attention layers"]
 
 
 def test_images_to_a_text_only_model_and_long_texts_are_bad_input() -> None:
-    with pytest.raises(BadInput, match="images for a text-only model: 1"):
+    with pytest.raises(BadInput, match="1 image for a text-only model"):
         masks_of("<image>", TOKENIZER, tiny_config(), tokens_per_image=4)
     with pytest.raises(BadInput, match=r"the text is \d+ tokens, more than the 400 that can be drawn"):
         masks_of("<image> x", TOKENIZER, config(), tokens_per_image=400)
@@ -171,4 +171,4 @@ def test_inspect_from_the_command_line(
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(draw(masks())))
     refused = run(capsys, monkeypatch, "inspect", "demo", "--mask", "a <image>", "-o", out)
     assert refused.code == 3
-    assert "images for a text-only model: 1" in refused.err
+    assert "1 image for a text-only model" in refused.err

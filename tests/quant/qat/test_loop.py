@@ -197,10 +197,10 @@ def test_two_processes_equal_one_with_images_in_some_rows(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"settings": Settings(steps=7, batch=4, warmup=0)}, ("steps 6", "this is 7")),
+        ({"settings": Settings(steps=7, batch=4, warmup=0)}, ("steps 6", "now it is 7")),
         ({"settings": Settings(steps=6, batch=4, warmup=0, loss="sampled")}, ("loss full", "sampled")),
         ({"tokens": rows(seed=7)}, ("data",)),
-        ({"identity": {"recipe": "int4-channel"}}, ("recipe int4-block32", "this is int4-channel")),
+        ({"identity": {"recipe": "int4-channel"}}, ("recipe int4-block32", "now it is int4-channel")),
     ],
 )
 def test_a_resume_with_something_else(tmp_path: Path, change: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -242,8 +242,8 @@ def test_a_teacher_with_another_vocabulary(tmp_path: Path) -> None:
     [
         (Settings(steps=0), rows(), "steps is 0"),
         (Settings(steps=1, lr=float("nan")), rows(), "lr is nan"),
-        (SETTINGS, rows() + 1, "token 64, the vocabulary 64"),
-        (SETTINGS, rows() - 64, "has token -"),
+        (SETTINGS, rows() + 1, "token 64 in the data"),
+        (SETTINGS, rows() - 64, "token -"),
     ],
 )
 def test_settings_and_data_that_do_not_fit(tmp_path: Path, settings: Settings, tokens: Tensor, words: str) -> None:

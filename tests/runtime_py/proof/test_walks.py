@@ -259,5 +259,5 @@ def test_the_table_marks_failed_checks() -> None:
         "| -------- | ----- | ------: | ---------: |",
         "| pte      | walk  |       1 | 0.5 FAILED |",
         "",
-        "pte must keep kl_mean ≤ 0.001",
+        "limits of pte: kl_mean ≤ 0.001",
     ]
