@@ -160,9 +160,9 @@ def _conversation(
             case {"type": "text", "text": str(text)}:
                 return text
             case {"type": "image", "image": str(name)}:
-                views = [] if vision is None else prepare(folder / name, vision.image_size, pan_and_scan)
-                images.extend(views)
-                return Image(crops=max(0, len(views) - 1))
+                pixels = [] if vision is None else prepare(folder / name, vision.image_size, pan_and_scan)
+                images.extend(pixels)
+                return Image(crops=max(0, len(pixels) - 1))
         raise BadInput(f"a part of a message is {json.dumps(given)[:60]}, expected a text or an image with its path")
 
     def message(given: Any) -> Message:
