@@ -3,6 +3,7 @@
 docs/manifest.schema.json describes the file. docs/bundle.md shows an example and says what a version means.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 PROOF = "proof"
 PLAN, GOLDEN = f"{PROOF}/plan.json", f"{PROOF}/golden.safetensors"
 TOKENIZER = "tokenizer.model"
+MAX_SIZE = 2**31  # of anything that the manifest counts in a model or a cache
 AGAIN = "make the bundle again: gemma-edge export CHECKPOINT -o BUNDLE"
 
 
@@ -119,9 +121,40 @@ class Manifest:
         if minor is None:
             raise BadInput(f"schema_version is {version!r}, this program reads {MAJOR}.x; {AGAIN}")
         try:
-            return typed_json.decode(Manifest, data, "manifest", ignore_unknown=minor > MINOR)
+            manifest = typed_json.decode(Manifest, data, "manifest", ignore_unknown=minor > MINOR)
+            _check_sizes(manifest)
+            return manifest
         except BadInput as error:
             raise BadInput(f"{error}; {AGAIN}") from None
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """Raises BadInput for a number that is no size, and for a cache layout that is not the model's."""
+    config = manifest.model
+    sizes = {"context": manifest.context, "chunk": manifest.chunk}
+    for place, value in (("model", config), ("model.vision", config.vision)):
+        fields = dataclasses.asdict(value) if value else {}
+        sizes |= {
+            f"{place}.{key}": size
+            for key, size in fields.items()
+            if isinstance(size, int) and not isinstance(size, bool) and not key.endswith("_token_id")
+        }
+    for format, artifact in manifest.artifacts.items():
+        cache = artifact.cache
+        if [layer.kind for layer in cache.layers] != list(config.layer_types):
+            raise BadInput(f"manifest.artifacts.{format}.cache.layers are not the layers of manifest.model")
+        if (cache.context, cache.chunk) != (manifest.context, manifest.chunk):
+            raise BadInput(f"manifest.artifacts.{format}.cache has another context or chunk than the manifest")
+        for index, layer in enumerate(cache.layers):
+            place = f"artifacts.{format}.cache.layers[{index}]"
+            sizes |= {
+                f"{place}.slots": layer.slots,
+                f"{place}.num_key_value_heads": layer.num_key_value_heads,
+                f"{place}.head_dim": layer.head_dim,
+            }
+    for place, size in sizes.items():
+        if not 0 < size < MAX_SIZE:
+            raise BadInput(f"manifest.{place} is {str(size)[:60]}, expected a positive size below {MAX_SIZE}")
 
 
 def _minor(version: Any) -> int | None:
@@ -129,7 +162,8 @@ def _minor(version: Any) -> int | None:
     if not isinstance(version, str):
         return None
     major, _, minor = version.partition(".")
-    return int(minor) if major == str(MAJOR) and minor.isdecimal() and minor.isascii() else None
+    known = major == str(MAJOR) and minor.isdecimal() and minor.isascii() and len(minor) < 5
+    return int(minor) if known else None
 
 
 def read_manifest(bundle: Path) -> Manifest:

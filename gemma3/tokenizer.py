@@ -159,7 +159,9 @@ def _special_ids(pieces: Any, directory: Path | None) -> dict[str, int]:
         ids |= {name: int(i) for name, i in added.items() if int(i) >= pieces.get_piece_size()}
         listed = _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
         ids |= {token["content"]: int(i) for i, token in listed.items() if token["special"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if not all(isinstance(name, str) and name for name in ids):
+            raise ValueError("a token's content is not text")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise BadInput(f"{directory}: added tokens are unreadable ({error!r}); download the file again") from None
     return ids
 

@@ -60,6 +60,8 @@ def _decode(kind: Any, data: Any, where: str, ignore_unknown: bool) -> Any:
         )
     if origin is dict:
         _expect(isinstance(data, dict), data, "an object", where)
+        for key in data:
+            _expect(_is_text(key), ascii(key), "valid Unicode as a key", where)
         return {key: _decode(arguments[1], value, f"{where}.{key}", ignore_unknown) for key, value in data.items()}
     if origin is Literal:
         _expect(data in arguments, data, f"one of {arguments}", where)
@@ -73,7 +75,20 @@ def _decode(kind: Any, data: Any, where: str, ignore_unknown: bool) -> Any:
         allowed = (*allowed, int)
     # bool is a subclass of int in Python, but not in JSON.
     _expect(isinstance(data, allowed) and (bool in allowed or not isinstance(data, bool)), data, str(kind), where)
+    if isinstance(data, str):
+        _expect(_is_text(data), ascii(data), "valid Unicode", where)
+    elif isinstance(data, int) and float in allowed:
+        _expect(abs(data) < 2**1023, "a number of many digits", "a float", where)
     return data
+
+
+def _is_text(text: str) -> bool:
+    """False for a lone surrogate, which JSON can spell but no file or terminal can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _expect(ok: bool, seen: Any, wanted: str, where: str) -> None:

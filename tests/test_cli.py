@@ -281,6 +281,12 @@ def test_golden_vectors_perturbed_behind_a_forged_hash(gemma_edge: Cli, bundle: 
         lambda proof: proof["plan"]["walks"]["chunks"].pop(),
         lambda proof: proof["plan"].update(walks={}),
         lambda proof: proof["plan"].update(image_places=[2], image_numbers=[7]),
+        lambda proof: proof["plan"].update(image_places=[2], image_numbers=[0]),
+        lambda proof: proof["plan"]["ids"].__setitem__(3, 10**30),
+        lambda proof: proof["plan"]["walks"]["chunks"].insert(0, 0),
+        lambda proof: proof["plan"]["walks"].update({"\ud800": proof["plan"]["walks"]["chunks"]}),
+        lambda proof: proof["plan"]["landmarks"].update(W=-1),
+        lambda proof: proof["artifacts"]["onnx"]["tolerances"]["reset"].update(max_abs=10**400),
     ],
 )
 def test_a_forged_plan_does_not_pass(
@@ -291,7 +297,45 @@ def test_a_forged_plan_does_not_pass(
     change(proof)
     (damaged / PLAN).write_text(json.dumps(proof))
     forge(damaged, PLAN)
-    assert_refused(gemma_edge("validate", damaged), 5, "plan.json", "has no proof of .onnx")
+    assert_refused(gemma_edge("validate", damaged), 5, "plan.json", "export the bundle again")
+
+
+@pytest.mark.parametrize("checkpoint_too", [False, True])
+def test_a_forged_plan_does_not_pass_with_the_checkpoint_either(
+    gemma_edge: Cli, bundle: Path, checkpoint: Path, tmp_path: Path, checkpoint_too: bool
+) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    proof = json.loads((damaged / PLAN).read_text())
+    proof["plan"]["walks"] = {}
+    (damaged / PLAN).write_text(json.dumps(proof))
+    forge(damaged, PLAN)
+    result = gemma_edge("validate", damaged, *(("--checkpoint", checkpoint) if checkpoint_too else ()))
+    assert result.code == 5
+    assert "cannot be fed to this bundle's model" in result.err.splitlines()[-1]
+
+
+GOLDEN_DAMAGE: dict[str, Callable[[dict[str, np.ndarray]], object]] = {
+    "missing": lambda arrays: arrays.pop("float.values"),
+    "shorter": lambda arrays: arrays.update({"float.argmax": arrays["float.argmax"][:-1]}),
+    "empty": lambda arrays: arrays.update({"float.log_sum_exp": arrays["float.log_sum_exp"][:0]}),
+    "scalar": lambda arrays: arrays.update({"float.argmax": np.array(1, np.int32)}),
+    "another dtype": lambda arrays: arrays.update({"float.columns": arrays["float.columns"].astype(np.float32)}),
+    "another axis": lambda arrays: arrays.update({"float.log_sum_exp": arrays["float.log_sum_exp"][:, None]}),
+    "below zero": lambda arrays: arrays["float.columns"].__setitem__(0, -1),
+    "over the vocabulary": lambda arrays: arrays["float.columns"].__setitem__(-1, 10**6),
+    "images": lambda arrays: arrays.update({"images": np.zeros((1, 2, 2, 3), np.uint8)}),
+    "no positions": lambda arrays: arrays.update({"float.positions": arrays["float.positions"][:0]}),
+}
+
+
+@pytest.mark.parametrize("damage", GOLDEN_DAMAGE)
+def test_forged_golden_vectors_are_one_line(gemma_edge: Cli, bundle: Path, tmp_path: Path, damage: str) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    arrays = load_file(damaged / GOLDEN)
+    GOLDEN_DAMAGE[damage](arrays)
+    save_file(arrays, damaged / GOLDEN)
+    forge(damaged, GOLDEN)
+    assert_refused(gemma_edge("validate", damaged), 5, "export the bundle again")
 
 
 def test_a_file_cut_short_is_refused_by_every_command(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:

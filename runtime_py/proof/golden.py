@@ -191,14 +191,55 @@ def save_golden(path: Path, references: Mapping[str, ReferenceLogits]) -> None:
     path.write_bytes(save(arrays))  # not save_file, whose file only the owner can read
 
 
+# The axes of each array. Axes with the same letter have the same size.
+AXES: dict[str, tuple[type[np.generic], str]] = {
+    "ids": (np.int32, "T"),
+    "positions": (np.int32, "P"),
+    "columns": (np.int32, "M"),
+    "values": (np.float32, "PM"),
+    "top_columns": (np.int32, "PK"),
+    "top_values": (np.float32, "PK"),
+    "log_sum_exp": (np.float32, "P"),
+    "argmax": (np.int32, "P"),
+    "noise_kl": (np.float32, "N"),
+    "soft_tokens": (np.float32, "ISE"),
+    "soft_noise": (np.float32, "L"),
+}
+
+
 def load_golden(path: Path) -> dict[str, ReferenceLogits]:
-    """The references by key (see ``reference_keys``). Raises VerificationFailed when the file is damaged."""
+    """The references by key (see ``reference_keys``). Raises VerificationFailed when the file is damaged: an array is
+    missing, or has another dtype or shape than the others.
+    """
     try:
         arrays = load_file(str(path))
         images = arrays.pop(IMAGES)
-        return {
-            activations: ReferenceLogits(images=images, **{name: arrays[f"{activations}.{name}"] for name in FIELDS})
-            for activations in sorted({key.partition(".")[0] for key in arrays})
-        }
-    except (OSError, SafetensorError, KeyError) as error:
-        raise VerificationFailed(f"{path}: not golden vectors ({error!r}); export the bundle again") from None
+        keys = sorted({key.partition(".")[0] for key in arrays})
+        found = {}
+        for activations in keys:
+            fields = {name: arrays[f"{activations}.{name}"] for name in FIELDS}
+            _check_arrays(fields, images)
+            found[activations] = ReferenceLogits(images=images, **fields)
+    except (OSError, SafetensorError, KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise VerificationFailed(f"{path}: not golden vectors ({reason}); export the bundle again") from None
+    return found
+
+
+def _check_arrays(fields: Mapping[str, NDArray[np.generic]], images: NDArray[np.generic]) -> None:
+    """Raises ValueError for an array of another dtype or shape, and for a position or column below 0."""
+    sizes: dict[str, int] = {}
+    for name, (dtype, axes) in AXES.items():
+        array = fields[name]
+        if array.dtype != dtype or array.ndim != len(axes):
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
+        for axis, size in zip(axes, array.shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(f"{name} has the shape {list(array.shape)}, another array {sizes[axis]} along an axis")
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != sizes["I"] or images.shape[-1] != 3:
+        raise ValueError(f"images are {images.dtype} {list(images.shape)} for {sizes['I']} encoded ones")
+    if not (sizes["P"] and sizes["M"] and sizes["N"]):
+        raise ValueError("no logits to compare with")
+    for name in ("positions", "columns", "top_columns", "argmax"):
+        if fields[name].size and int(fields[name].min()) < 0:
+            raise ValueError(f"{name} holds {fields[name].min()}")

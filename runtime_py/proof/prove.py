@@ -16,8 +16,8 @@ from gemma3.errors import VerificationFailed
 from runtime_py.backends import backend_of, open_session
 from runtime_py.proof.golden import ReferenceLogits, load_golden, reference_keys, save_golden
 from runtime_py.proof.limits import RESET, Limits, Tolerances, limits_for, tolerances, walk_id
-from runtime_py.proof.plan import Plan, make_plan
-from runtime_py.proof.plan_file import ArtifactProof, load_plan, save_plan
+from runtime_py.proof.plan import IMAGES, Plan, make_plan
+from runtime_py.proof.plan_file import ArtifactProof, ProofPlan, load_plan, save_plan
 from runtime_py.proof.subject import Subject
 from runtime_py.proof.walks import check_session
 
@@ -73,7 +73,7 @@ def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
     if not hashes.passed:
         return [hashes]  # the figures of a damaged file mean nothing, and reading it may crash
     integers = check_integers(bundle, manifest, weights, targets)
-    plan = load_plan(bundle / PLAN).plan
+    plan = _read_plan(bundle, manifest).plan
     references = fresh_references(manifest, plan, weights)
     subjects = subjects_of(bundle, manifest, plan, references, weights)
     checks = [*integers, hashes, *fresh_checks(subjects)]
@@ -87,28 +87,51 @@ def _replay(bundle: Path, manifest: Manifest) -> list[Check]:
     for name in (PLAN, GOLDEN):
         if name not in manifest.files:
             raise VerificationFailed(f"{bundle / name}: is not among the bundle's files; export the bundle again")
-    proof, references = load_plan(bundle / PLAN), load_golden(bundle / GOLDEN)
+    proof, references = _read_plan(bundle, manifest), load_golden(bundle / GOLDEN)
     checks = []
     for format in manifest.artifacts:
         judged = proof.artifacts.get(format)
         reference = references.get(judged.reference) if judged else None
-        if judged is None or reference is None or not _covers(proof.plan, judged.tolerances, reference):
+        if judged is None or reference is None or not _covers(manifest, proof.plan, judged.tolerances, reference):
             raise VerificationFailed(f"{bundle / PLAN}: has no proof of .{format}; export the bundle again")
         checks += check_walks(bundle, format, proof.plan, reference, judged.tolerances)
     return checks
 
 
-def _covers(plan: Plan, within: Tolerances, reference: ReferenceLogits) -> bool:
-    """Do plan, limits and golden vectors belong together, with a limit for every walk?"""
+def _covers(manifest: Manifest, plan: Plan, within: Tolerances, reference: ReferenceLogits) -> bool:
+    """Do plan, limits and golden vectors belong together and to the model, with a limit for every walk?"""
+    vision = manifest.model.vision
+    shape = (0, 0, 0, 3) if vision is None else (len(reference.images), vision.image_size, vision.image_size, 3)
+    largest = max((int(part.max()) for part in (reference.columns, reference.top_columns) if part.size), default=0)
     return (
         reference.ids.tolist() == list(plan.ids)
-        and all(sum(lengths) == len(plan.ids) and min(lengths) > 0 for lengths in plan.walks.values())
-        and len(plan.image_numbers) == len(plan.image_places)
+        and reference.images.shape == shape
+        and largest < manifest.model.vocab_size
         and all(0 <= number < len(reference.images) for number in plan.image_numbers)
-        and bool(plan.walks)
         and all(within.get(walk_id(walk)) for walk in plan.walks)
         and RESET in within
     )
+
+
+def _read_plan(bundle: Path, manifest: Manifest) -> ProofPlan:
+    """Raises VerificationFailed when the plan is damaged, or cannot be fed to the bundle's model."""
+    proof = load_plan(bundle / PLAN)
+    plan, vision = proof.plan, manifest.model.vision
+    places = plan.image_places
+    sound = (
+        bool(plan.walks)
+        and 0 < len(plan.ids) <= manifest.context
+        and all(0 <= token < manifest.model.vocab_size for token in plan.ids)
+        and all(lengths and min(lengths) > 0 and sum(lengths) == len(plan.ids) for lengths in plan.walks.values())
+        and all(0 <= position < len(plan.ids) for position in plan.landmarks.values())
+        and all(key.isascii() and key.isprintable() for key in (*plan.walks, *plan.landmarks))
+        and len(plan.image_numbers) == len(places)
+        and all(0 <= number < IMAGES for number in plan.image_numbers)
+        and list(places) == ([] if vision is None else sorted(set(places)))
+    )
+    if not sound:
+        raise VerificationFailed(f"{bundle / PLAN}: cannot be fed to this bundle's model; export the bundle again")
+    return proof
 
 
 def targets_of(manifest: Manifest) -> dict[str, Target]:

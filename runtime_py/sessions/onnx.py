@@ -15,6 +15,7 @@ from gemma3.images import Pixels, network_input
 from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls, check_image, is_pixels
 
 PARTS = ("key", "value")
+INTEGER_INPUTS = ("input_ids", "attention_mask")
 
 
 class OnnxSession:
@@ -31,7 +32,14 @@ class OnnxSession:
         self._threads = threads
         self._session = open_graph(path, threads)
         shapes = _cache_shapes(layout)
-        _check_shapes(path, self._session, shapes | {"logits": [1, 1, config.vocab_size]})
+        expected: dict[str, Sequence[int | str]] = {
+            "input_ids": [1, "sequence_length"],
+            "attention_mask": [1, "total_sequence_length"],
+            "logits": [1, 1, config.vocab_size],
+            **shapes,
+            **{_present(name): shape for name, shape in shapes.items()},
+        }
+        _check_shapes(path, self._session, expected)
         if config.vision is not None:
             _check_shapes(path, self._session, {"soft_tokens": [1, "soft_tokens_length", config.hidden_size]})
         self.context = layout.context
@@ -53,7 +61,7 @@ class OnnxSession:
         self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in shapes.values()]
         for name, buffer in zip(shapes, self._caches, strict=True):
             self._binding.bind_ortvalue_input(name, buffer)
-            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+            self._binding.bind_ortvalue_output(_present(name), buffer)
 
     def reset(self) -> None:
         """Go back to position 0. The buffers keep their bytes: the position alone decides which rows are read."""
@@ -135,14 +143,21 @@ def _cache_shapes(layout: CacheLayout) -> dict[str, list[int]]:
     }
 
 
+def _present(past: str) -> str:
+    """The name of the output that belongs to a cache's input."""
+    return past.replace("past_key_values", "present")
+
+
 def _check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, Sequence[int | str]]) -> None:
-    """Raises BadInput unless the graph declares the ``expected`` shapes, with which the buffers are allocated."""
+    """Raises BadInput unless the graph declares the ``expected`` shapes and types, by which buffers are allocated."""
     declared = {
-        value.name: value.shape
+        value.name: (value.type, value.shape)
         for value in (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
     }
     for name, shape in expected.items():
-        if declared.get(name) != shape:
-            raise BadInput(
-                f"{path}: {name} is {declared.get(name)}, expected {shape}; the file is not the one of this layout"
-            )
+        kind, found = declared.get(name, (None, None))
+        wanted = "tensor(int64)" if name in INTEGER_INPUTS else "tensor(float)"
+        if found != shape:
+            raise BadInput(f"{path}: {name} is {found}, expected {shape}; the file is not the one of this layout")
+        if kind != wanted:
+            raise BadInput(f"{path}: {name} is {kind}, expected {wanted}; the file is not the one of this layout")
