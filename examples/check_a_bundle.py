@@ -5,7 +5,7 @@
 exits with 5 if a check fails.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from export.checks import require_passed
@@ -22,8 +22,9 @@ def main(bundle: Path) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle", type=Path)
     try:
-        main(Path(sys.argv[1]))
+        main(parser.parse_args().bundle)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        parser.exit(error.exit_code, f"error: {error}\n")

@@ -5,9 +5,10 @@
 prints the five likeliest next tokens of both, and the largest difference between their logits.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
+from gemma3.errors import UserError
 from runtime_py.api import open_bundle, open_checkpoint
 from runtime_py.sessions.eager import open_eager
 
@@ -27,4 +28,11 @@ def main(bundle: Path, checkpoint: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("checkpoint")
+    arguments = parser.parse_args()
+    try:
+        main(arguments.bundle, arguments.checkpoint)
+    except UserError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")

@@ -184,9 +184,13 @@ def read_manifest(bundle: Path) -> Manifest:
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     artifacts = manifest.artifacts.values()
+    if not artifacts:
+        raise BadInput(f"{path}: has no artifacts; {AGAIN}")
     for name in (*(name for one in artifacts for name in (one.file, *one.files)), TOKENIZER):
         if name not in manifest.files:
             raise BadInput(f"{path}: {name} is not among its files; {AGAIN}")
+    if manifest.files[TOKENIZER].sha256 != manifest.tokenizer.sha256:
+        raise BadInput(f"{path}: {TOKENIZER} has two different sha256; {AGAIN}")
     for name, entry in manifest.files.items():
         file = bundle / name
         if not _is_inside(bundle, name) or not file.is_file():

@@ -301,7 +301,7 @@ def test_a_forged_plan_does_not_pass(
 
 
 @pytest.mark.parametrize("checkpoint_too", [False, True])
-def test_a_forged_plan_does_not_pass_with_the_checkpoint_either(
+def test_with_the_checkpoint_the_bundles_plan_does_not_count(
     gemma_edge: Cli, bundle: Path, checkpoint: Path, tmp_path: Path, checkpoint_too: bool
 ) -> None:
     damaged = copy_bundle(bundle, tmp_path / "damaged")
@@ -310,8 +310,40 @@ def test_a_forged_plan_does_not_pass_with_the_checkpoint_either(
     (damaged / PLAN).write_text(json.dumps(proof))
     forge(damaged, PLAN)
     result = gemma_edge("validate", damaged, *(("--checkpoint", checkpoint) if checkpoint_too else ()))
+    if checkpoint_too:  # then the plan is made again
+        assert result.code == 0, result.err
+        assert "one by one (" in result.out
+    else:
+        assert result.code == 5
+        assert "cannot be fed to this bundle's model" in result.err.splitlines()[-1]
+
+
+def loosened(proof: dict[str, Any]) -> None:
+    for limits in proof["artifacts"]["onnx"]["tolerances"].values():
+        limits.update({metric: 1e300 for metric in limits}, another=0.0)
+
+
+def without_limits(proof: dict[str, Any]) -> None:
+    tolerances = proof["artifacts"]["onnx"]["tolerances"]
+    proof["artifacts"]["onnx"]["tolerances"] = {id: {"another": 0.0} for id in tolerances}
+
+
+@pytest.mark.parametrize("change", [loosened, without_limits])
+def test_a_forged_plan_cannot_loosen_the_limits(
+    gemma_edge: Cli, bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    data = np.fromfile(damaged / "model.onnx.data", np.uint8)
+    data[len(data) // 4 : len(data) // 2] ^= 0x11
+    data.tofile(damaged / "model.onnx.data")
+    proof = json.loads((damaged / PLAN).read_text())
+    change(proof)
+    (damaged / PLAN).write_text(json.dumps(proof))
+    for name in ("model.onnx.data", PLAN):
+        forge(damaged, name)
+    result = gemma_edge("validate", damaged)
     assert result.code == 5
-    assert "cannot be fed to this bundle's model" in result.err.splitlines()[-1]
+    assert "the limit is" in result.err
 
 
 GOLDEN_DAMAGE: dict[str, Callable[[dict[str, np.ndarray]], object]] = {
@@ -323,6 +355,7 @@ GOLDEN_DAMAGE: dict[str, Callable[[dict[str, np.ndarray]], object]] = {
     "another axis": lambda arrays: arrays.update({"float.log_sum_exp": arrays["float.log_sum_exp"][:, None]}),
     "below zero": lambda arrays: arrays["float.columns"].__setitem__(0, -1),
     "over the vocabulary": lambda arrays: arrays["float.columns"].__setitem__(-1, 10**6),
+    "positions of no walk": lambda arrays: arrays["float.positions"].__iadd__(100_000),
     "images": lambda arrays: arrays.update({"images": np.zeros((1, 2, 2, 3), np.uint8)}),
     "no positions": lambda arrays: arrays.update({"float.positions": arrays["float.positions"][:0]}),
 }

@@ -86,6 +86,17 @@ def tolerances(plan: Plan, reference: ReferenceLogits, limits: Limits) -> dict[s
     return found
 
 
+def stricter(one: Tolerances, other: Tolerances) -> dict[str, dict[str, float]]:
+    """For every check and metric that has a limit in either, the stricter of the two."""
+    found = {id: dict(limits) for id, limits in one.items()}
+    for id, limits in other.items():
+        mine = found.setdefault(id, {})
+        for metric, limit in limits.items():
+            strictest = max if metric in AT_LEAST else min
+            mine[metric] = strictest(mine.get(metric, limit), limit)
+    return found
+
+
 def _given(limits: Limits, *metrics: str) -> dict[str, float]:
     values = {metric: getattr(limits, metric) for metric in metrics}
     return {metric: value for metric, value in values.items() if value is not None}

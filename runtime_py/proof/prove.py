@@ -15,7 +15,7 @@ from export.target import Target
 from gemma3.errors import VerificationFailed
 from runtime_py.backends import backend_of, open_session
 from runtime_py.proof.golden import ReferenceLogits, load_golden, reference_keys, save_golden
-from runtime_py.proof.limits import RESET, Limits, Tolerances, limits_for, tolerances, walk_id
+from runtime_py.proof.limits import RESET, Limits, Tolerances, limits_for, stricter, tolerances, walk_id
 from runtime_py.proof.plan import IMAGES, Plan, make_plan
 from runtime_py.proof.plan_file import ArtifactProof, ProofPlan, load_plan, save_plan
 from runtime_py.proof.subject import Subject
@@ -54,11 +54,11 @@ def prove(draft: "Draft") -> list[Check]:
 def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
     """Every check of ``bundle``: its files' hashes, and the logits of each graph along the plan.
 
-    Without ``source`` the golden vectors are replayed. With the opened checkpoint that the bundle was exported from,
-    the references are computed again, every integer is read back from the files, and the backends' extra checks run. A
-    comparison that fails does not raise: it is a check that did not pass. Raises what ``read_manifest`` raises,
-    VerificationFailed when the proof is damaged or incomplete, and BadInput when ``source`` is not the bundle's
-    checkpoint or a graph cannot be opened.
+    Without ``source`` the golden vectors are replayed, judged by the plan's limits and by our own. With the opened
+    checkpoint that the bundle was exported from, the references are computed again, every integer is read back from
+    the files, and the backends' extra checks run. A comparison that fails does not raise: it is a check that did not
+    pass. Raises what ``read_manifest`` raises, VerificationFailed when the proof is damaged or incomplete, and
+    BadInput when ``source`` is not the bundle's checkpoint or a graph cannot be opened.
     """
     manifest = read_manifest(bundle)
     hashes = check_hashes(bundle, manifest)
@@ -73,7 +73,7 @@ def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
     if not hashes.passed:
         return [hashes]  # the figures of a damaged file mean nothing, and reading it may crash
     integers = check_integers(bundle, manifest, weights, targets)
-    plan = _read_plan(bundle, manifest).plan
+    plan = make_plan(manifest)
     references = fresh_references(manifest, plan, weights)
     subjects = subjects_of(bundle, manifest, plan, references, weights)
     checks = [*integers, hashes, *fresh_checks(subjects)]
@@ -94,7 +94,11 @@ def _replay(bundle: Path, manifest: Manifest) -> list[Check]:
         reference = references.get(judged.reference) if judged else None
         if judged is None or reference is None or not _covers(manifest, proof.plan, judged.tolerances, reference):
             raise VerificationFailed(f"{bundle / PLAN}: has no proof of .{format}; export the bundle again")
-        checks += check_walks(bundle, format, proof.plan, reference, judged.tolerances)
+        # The plan's limits are for any reader. Ours must hold too, so that a forged plan cannot loosen them.
+        own = tolerances(proof.plan, reference, limits_of(manifest, format))
+        if not all(walk_id(walk) in own for walk in proof.plan.walks):
+            raise VerificationFailed(f"{bundle / GOLDEN}: has no logits for every walk; export the bundle again")
+        checks += check_walks(bundle, format, proof.plan, reference, stricter(own, judged.tolerances))
     return checks
 
 

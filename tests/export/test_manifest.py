@@ -29,7 +29,7 @@ def small() -> Manifest:
         Check("onnx", "walk/chunks", "kl_mean", "chunks", 1e-7, 1e-3, True),
         Check("onnx", "walk/chunks", "max_abs", "chunks", 1, None, True),
     )
-    files = {"model.onnx": FileEntry(3, "ab"), "tokenizer.model": FileEntry(2, "cd")}
+    files = {"model.onnx": FileEntry(3, "ab"), "tokenizer.model": FileEntry(2, "")}
     return replace(manifest, artifacts={"onnx": onnx}, files=files, validation=checks)
 
 
@@ -192,6 +192,14 @@ def test_an_artifact_that_is_not_among_the_files(tmp_path: Path) -> None:
     files = {name: entry for name, entry in small().files.items() if name != "model.onnx"}
     with pytest.raises(BadInput, match=r"model\.onnx is not among its files"):
         read_manifest(write(tmp_path, replace(small(), files=files)))
+
+
+def test_no_artifacts_or_another_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="has no artifacts"):
+        read_manifest(write(tmp_path, replace(small(), artifacts={})))
+    tokenizer = replace(small().tokenizer, sha256="ab")
+    with pytest.raises(BadInput, match="two different sha256"):
+        read_manifest(write(tmp_path, replace(small(), tokenizer=tokenizer)))
 
 
 def test_sha256(tmp_path: Path) -> None:
