@@ -246,7 +246,7 @@ def tokenizer_info(source: Source) -> TokenizerInfo:
     if config.vision is None:
         # Released text-only checkpoints list an image token past their embedding table.
         tokenizer = Tokenizer(path / TOKENIZER, added_tokens=False)
-    if config.vision is not None:
+    else:
         _check_image_ids(path, config.vision, tokenizer)
     if tokenizer.vocab_size > config.vocab_size or tokenizer.bos_id != config.bos_token_id:
         raise BadInput(

@@ -24,6 +24,7 @@ CONFIG: dict[str, Any] = SHAPES["like-270m"] | {
     "sliding_window_pattern": 3,
     "max_position_embeddings": 160,
 }
+VOCABULARY = 640  # of the ``tokenizer`` fixture
 IMAGE_PIECES = {637: START_OF_IMAGE, 638: END_OF_IMAGE, 639: IMAGE_SOFT_TOKEN}
 SEEING_CONFIG = VISION_SHAPES["like-4b"] | {
     "text_config": CONFIG,

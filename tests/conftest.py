@@ -10,7 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from hypothesis import settings
 
-from tests.bundles import Cli, run, write_checkpoint
+from gemma3.tokenizer import Tokenizer
+from scripts.random_checkpoint import made_up_tokenizer
+from tests.bundles import VOCABULARY, Cli, run, write_checkpoint
 from tests.schemas import check_every_file
 
 # Machines are shared: no test fails for being slow, and every run draws the same examples.
@@ -30,6 +32,14 @@ def _schemas() -> Iterator[None]:
 def gemma_edge(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """gemma_edge("export", checkpoint, …): the command line in this process."""
     return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A made-up tokenizer of ``VOCABULARY`` tokens, without image markers."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(made_up_tokenizer(VOCABULARY))
+    return Tokenizer(path)
 
 
 @pytest.fixture(scope="module")

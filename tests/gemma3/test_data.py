@@ -13,19 +13,10 @@ from gemma3.config import read_config
 from gemma3.data import documents, pack
 from gemma3.errors import BadInput
 from gemma3.tokenizer import Tokenizer
-from scripts.random_checkpoint import made_up_tokenizer
-from tests.bundles import SEEING_CONFIG, write_checkpoint
+from tests.bundles import SEEING_CONFIG, VOCABULARY, write_checkpoint
 from tests.shapes import tiny_config
 
-VOCABULARY = 640
 CONFIG = tiny_config(vocab_size=VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(made_up_tokenizer(VOCABULARY))
-    return Tokenizer(path)
 
 
 def written(path: Path, data: str | bytes) -> Path:

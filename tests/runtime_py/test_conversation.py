@@ -12,17 +12,8 @@ from runtime_py.conversation import Conversation, stream_text
 from runtime_py.generate import Sampler, generate
 from runtime_py.pictures import Picture
 from scripts.random_checkpoint import made_up_tokenizer
-from tests.bundles import IMAGE_PIECES, SEEING_CONFIG
+from tests.bundles import IMAGE_PIECES, SEEING_CONFIG, VOCABULARY
 from tests.function_session import FunctionSession
-
-VOCABULARY = 640
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(made_up_tokenizer(VOCABULARY))
-    return Tokenizer(path)
 
 
 def reciting(tokenizer: Tokenizer, answers: list[str], context: int = 256) -> FunctionSession:

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from gemma3.chat import Message, encode_chat
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.tokenizer import Tokenizer
-from scripts.random_checkpoint import made_up_tokenizer
+from tests.bundles import VOCABULARY
 from tests.function_session import FunctionSession
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install '.[lm-eval]'")
@@ -21,16 +21,8 @@ from lm_eval.tasks import TaskManager
 
 from runtime_py.measure.lm_eval_adapter import SessionLM
 
-VOCABULARY = 640
 CONTEXT = 48
 BOS = 2
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(made_up_tokenizer(VOCABULARY))
-    return Tokenizer(path)
 
 
 def rows(fed: list[int]) -> list[float]:

@@ -9,22 +9,14 @@ from gemma3.chat import encode_chat
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.tokenizer import Tokenizer
 from runtime_py.measure.questions import Question, Score, exact_match, read_questions, score_table, total
-from scripts.random_checkpoint import made_up_tokenizer
+from tests.bundles import VOCABULARY
 from tests.function_session import FunctionSession
 
-VOCABULARY = 640
 QUESTIONS = [
     Question("capital", "Capital of France?", "Paris."),
     Question("sum", "2 + 2?", "4"),
     Question("capital", "Capital of Italy?", "Rome."),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(made_up_tokenizer(VOCABULARY))
-    return Tokenizer(path)
 
 
 def knowing(tokenizer: Tokenizer, answers: dict[str, str], context: int = 128) -> FunctionSession:
