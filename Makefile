@@ -13,7 +13,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-# Without the tests that export whole models or train, in two processes: under two minutes.
+# Without the tests that export whole models or train, in two processes: two or three minutes.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
