@@ -165,6 +165,10 @@ def export(
     scheme: SchemeOption = None,
     embedding: EmbeddingOption = None,
     recipe: RecipeOption = None,
+    activations: Annotated[
+        Literal["int8", "float"] | None,
+        typer.Option("--activations", help="float: do not round the inputs of linear layers (.onnx) [int8]."),
+    ] = None,
     context: Annotated[
         int | None, typer.Option("--context", help="Positions that the caches hold [the model's, at most 4096].")
     ] = None,
@@ -185,6 +189,7 @@ def export(
             model,
             out,
             recipe=recipe_of(scheme, embedding, recipe),
+            activations=activations,
             formats=None if format == BOTH else [format],
             context=context,
             chunk=chunk,

@@ -28,13 +28,14 @@ from export.manifest import (
     describe_files,
 )
 from export.stand_ins import for_target
-from export.target import StandIn, Target
+from export.target import FLOAT, StandIn, Target
 from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheLayout, cache_layout
 from gemma3.chat import CHAT_TEMPLATE
 from gemma3.config import ModelConfig, VisionConfig
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.host.atomic import staging
 from gemma3.host.memory import peak_rss
+from gemma3.names import EMBEDDING, head_of
 from gemma3.tokenizer import (
     END_OF_IMAGE,
     END_OF_TURN,
@@ -87,6 +88,7 @@ def draft_bundle(
     """
     config = checkpoint.config
     layouts = cache_layouts(config, targets, context, chunk)
+    check_activations(targets, checkpoint.recipe)
     with staging(out) as directory:
         tokenizer = tokenizer_info(checkpoint)
         copy_tokenizer(checkpoint.path, directory)
@@ -98,7 +100,8 @@ def draft_bundle(
         artifacts = {}
         for target in targets:
             own, layout = weights[target.name], layouts[target.name]
-            artifact = export_artifact(target, config, own, layout, tokenizer.eos_ids, directory)
+            kept = float_activations(target, config, checkpoint.recipe, own)
+            artifact = export_artifact(target, config, own, layout, tokenizer.eos_ids, directory, kept)
             artifacts[target.name] = replace(artifact, stand_ins=stand_ins[target.name])
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -141,11 +144,15 @@ def export_artifact(
     layout: CacheLayout,
     eos_ids: Sequence[int],
     directory: Path,
+    kept: Sequence[str] = (),
 ) -> Artifact:
-    """Write the files of one target into ``directory``. Returns the manifest's entry, still without stand-ins."""
+    """Write the files of one target into ``directory``. Returns the manifest's entry, still without stand-ins.
+
+    The inputs of the weights ``kept`` stay in floating point.
+    """
     log.info("exporting .%s", target.name)
     started = time.perf_counter()
-    report = target.export(config, weights.tensors, layout, eos_ids, directory / target.file)
+    report = target.export(config, weights.tensors, layout, eos_ids, directory / target.file, kept)
     stored = sum((directory / name).stat().st_size for name in report.files)
     log.info(
         "%s: %.1f MB in %.0f s, peak memory of this process so far %.1f GB",
@@ -159,7 +166,8 @@ def export_artifact(
         files=report.files,
         cache=layout,
         methods=report.methods,
-        reference_activations=target.activations if weights.integers else "float",
+        references=references_of(target, weights, kept),
+        float_activations=tuple(kept),
         versions={package: version(package) for package in target.packages},
         opsets=report.opsets,
         bytes=stored,
@@ -170,13 +178,44 @@ def export_artifact(
     )
 
 
-def check_exportable(source: Source, targets: Sequence[Target], context: int | None, chunk: int | None) -> None:
+def references_of(target: Target, weights: QuantizedWeights, kept: Sequence[str]) -> tuple[str, ...]:
+    """The names of the references with which a file of ``target`` is compared (see ``Artifact``)."""
+    rounded = weights.integers.keys() - set(kept)
+    return tuple(target.roundings) if rounded and target.roundings else (FLOAT,)
+
+
+def float_activations(
+    target: Target, config: ModelConfig, recipe: Recipe, weights: QuantizedWeights
+) -> tuple[str, ...]:
+    """The integer weights whose inputs stay in floating point by ``recipe``, of a target that would round them."""
+    if not target.roundings:
+        return ()
+    linears = [name for name in weights.integers if name != EMBEDDING or head_of(config) == EMBEDDING]
+    return tuple(name for name in linears if recipe.rule(name).activations == "float")
+
+
+def check_exportable(
+    source: Source, targets: Sequence[Target], recipe: Recipe, context: int | None, chunk: int | None
+) -> None:
     """Raises what ``draft_bundle`` would raise for ``source`` before it needs quantized weights.
 
-    So a caller learns of a bad context, chunk or tokenizer before the time-consuming quantization.
+    So a caller learns of a bad context, chunk or tokenizer, and of activations that a target cannot keep in floating
+    point, before the time-consuming quantization.
     """
     cache_layouts(source.config, targets, context, chunk)
+    check_activations(targets, recipe)
     tokenizer_info(source)
+
+
+def check_activations(targets: Sequence[Target], recipe: Recipe) -> None:
+    """Raises BadInput when ``recipe`` keeps activations in floating point that the kernels of a target round."""
+    kept = [rule.pattern for rule in recipe.rules if rule.activations == "float" and rule.scheme != "float32"]
+    unable = [target.name for target in targets if target.roundings and not target.float_activations]
+    if kept and unable:
+        raise BadInput(
+            f"float activations for {kept[0]}: the kernels of a .{unable[0]} round them to int8; choose --format onnx, "
+            "keep these weights in float32, or train for the rounding with qat --activations int8"
+        )
 
 
 def cache_layouts(

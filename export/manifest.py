@@ -17,11 +17,11 @@ from gemma3 import typed_json
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
-from quant.recipe import Activations, Verdict
+from quant.recipe import Verdict
 
 # MAJOR.MINOR. A new MINOR only adds keys: a reader ignores keys that it does not know in a file of a newer MINOR.
-# 3.0: one entry per layer in a cache layout, verdicts and checks as data, the chat template, proof/plan.json.
-MAJOR, MINOR = 3, 0
+# 4.0: the references of an artifact by name, the weights whose inputs stay in floating point.
+MAJOR, MINOR = 4, 0
 SCHEMA_VERSION = f"{MAJOR}.{MINOR}"
 MANIFEST = "manifest.json"
 PROOF = "proof"
@@ -43,9 +43,10 @@ class FileEntry:
 class Artifact:
     """One exported graph and how to run it.
 
-    ``files`` lists the graphs and their external data; ``file`` is the first of them. ``reference_activations`` says
-    what the eager model does to the inputs of quantized linear layers when it is this file's reference. ``bytes``
-    counts ``files``; ``ideal_bytes`` counts the weights at their bits plus two bytes a scale, each stored once.
+    ``files`` lists the graphs and their external data; ``file`` is the first of them. ``references`` names the ways in
+    which kernels that may run the file round the inputs of linear layers with integer weights ("float": they do not);
+    the proof has a reference for each. ``float_activations`` lists the weights whose inputs stay in floating point
+    although other inputs are rounded. ``bytes`` counts ``files``; ``ideal_bytes`` counts the weights at their bits plus two bytes a scale, each stored once.
     ``peak_memory_estimate`` is in bytes: the weights as stored, the caches, and what encoding an image takes.
     ``stand_ins`` lists the weights that the file holds in another scheme than the checkpoint (SFP8 as 8-bit integers).
     ``details`` is what only this kind of artifact has.
@@ -55,7 +56,8 @@ class Artifact:
     files: tuple[str, ...]
     cache: CacheLayout
     methods: tuple[Method, ...]
-    reference_activations: Activations
+    references: tuple[str, ...]
+    float_activations: tuple[str, ...]
     versions: dict[str, str]  # of the packages it was exported and checked with
     opsets: dict[str, int]  # ONNX operator sets by domain; empty for .pte
     bytes: int

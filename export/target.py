@@ -4,16 +4,16 @@ Each folder beside this file defines one target (``export/onnx/target.py``, ``ex
 it needs neither torch nor a runtime: ``export`` and ``read_back`` import what they need when they are called.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gemma3.cache import CacheLayout, CacheStyle
 from gemma3.config import ModelConfig
-from quant.recipe import Activations
 
 if TYPE_CHECKING:
+    from quant.activations import Rounding
     from quant.weights import QuantizedWeight, Weights
 
 # The names of a graph's methods: a text-only model has one, a multimodal model three. ExecuTorch's stock runners look
@@ -81,11 +81,18 @@ class Export(Protocol):
     """A target's exporter."""
 
     def __call__(
-        self, config: ModelConfig, weights: "Weights", layout: CacheLayout, eos_ids: Sequence[int], path: Path
+        self,
+        config: ModelConfig,
+        weights: "Weights",
+        layout: CacheLayout,
+        eos_ids: Sequence[int],
+        path: Path,
+        kept: Collection[str],
     ) -> ExportReport:
         """Write the graph to ``path``, and the files that belong to it beside it.
 
-        ``weights`` are by checkpoint name. The same arguments give the same bytes. Raises BadInput for weights that do
+        ``weights`` are by checkpoint name. The inputs of the weights ``kept`` are not rounded; only a target with
+        ``float_activations`` gets any. The same arguments give the same bytes. Raises BadInput for weights that do
         not fit the configuration or the target's kernels.
         """
 
@@ -97,12 +104,28 @@ class Target:
     name: str  # of --format, and of the artifact in the manifest
     file: str  # the graph's file name in a bundle
     cache_style: CacheStyle
-    activations: Activations  # "int8": kernels and reference round the input of linear layers with integer weights
     kinds: frozenset[str]  # the kinds of quantized weights that the file can hold
     stand_ins: Mapping[str, str]  # kind → the scheme that replaces it, unless exact weights are asked for
     packages: tuple[str, ...]  # the packages whose versions the manifest records
     export: Export
     # The quantized weights in the file at a path, by checkpoint name. A weight comes once for every place of its use.
     read_back: Callable[[Path], "Iterator[tuple[str, QuantizedWeight]]"]
+    # How its kernels round the input of a linear layer with integer weights: an entry for each kind of kernel that may
+    # run the file, by name, with a function that imports it. Empty: they multiply in float32.
+    roundings: Mapping[str, Callable[[], "Rounding"]] = field(default_factory=dict)
+    float_activations: bool = False  # can it multiply the integers of chosen weights with float inputs?
     # The bytes of weights that the file holds a second time. They come on top of the weights' ideal bytes.
     repeated_bytes: Callable[[ModelConfig, "Weights"], int] = no_bytes
+
+
+FLOAT = "float"  # the name of the reference whose activations are not rounded
+
+
+def rounding_of(target: Target, name: str, kept: Collection[str] = ()) -> "Rounding":
+    """The rounding ``name`` of ``target``, or FLOAT. The inputs of the weights ``kept`` are not rounded."""
+    from quant.activations import keep_float
+
+    if name == FLOAT:
+        return keep_float
+    rounding = target.roundings[name]()
+    return lambda weight_name, weight: None if weight_name in kept else rounding(weight_name, weight)

@@ -252,7 +252,10 @@ def same_image(images: Tensor, keys: Tensor) -> Tensor:
     return (images[:, :, None] == numbers[:, None, :]) & (images >= 0)[:, :, None]
 
 
-def new_cache(layout: CacheLayout) -> list[LayerKV]:
-    """Zeroed float32 buffers for each layer of ``layout``, which must be of the ring style."""
+def new_cache(layout: CacheLayout, dtype: torch.dtype = torch.float32) -> list[LayerKV]:
+    """Zeroed buffers for each layer of ``layout``, which must be of the ring style."""
     assert layout.style == "ring"
-    return [LayerKV(torch.zeros(layer.by_head), torch.zeros(layer.by_head)) for layer in layout.layers]
+    return [
+        LayerKV(torch.zeros(layer.by_head, dtype=dtype), torch.zeros(layer.by_head, dtype=dtype))
+        for layer in layout.layers
+    ]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + weight) over the last axis, computed in float32 and returned in x's dtype."""
+    """x / rms(x) · (1 + weight) over the last axis, in x's dtype. It is computed at least in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -13,6 +13,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * (1.0 + self.weight.float())).to(x.dtype)
+        return (wide * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)

@@ -1,7 +1,29 @@
-"""Rounds activations to int8, as XNNPACK's kernels round the input of a linear layer with integer weights."""
+"""Rounds activations to int8, as a runtime's kernels round the input of a linear layer with integer weights.
+
+A ``Rounding`` says how the kernels of one runtime on one kind of processor round the input of each weight.
+"""
+
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from quant.integers import IntegerWeight
+
+Round = Callable[[Tensor], Tensor]
+# (name, weight) → what the kernel does to the input of the linear layer with this weight; None: nothing.
+Rounding = Callable[[str, IntegerWeight], Round | None]
+
+
+def keep_float(_: str, __: IntegerWeight) -> Round | None:
+    """The ``Rounding`` of kernels that multiply in float32."""
+    return None
+
+
+def per_token(_: str, __: IntegerWeight) -> Round | None:
+    """The ``Rounding`` of XNNPACK's kernels."""
+    return fake_quantize_per_token
 
 
 def fake_quantize_per_token(x: Tensor) -> Tensor:
@@ -24,3 +46,18 @@ def fake_quantize_per_token(x: Tensor) -> Tensor:
     zero_point = zero_point.clamp(-128, 127).round()
     codes = ((x * multiplier).round() + zero_point).clamp(-128, 127)
     return (codes - zero_point) * (1.0 / multiplier)
+
+
+def fake_quantize_per_block(x: Tensor, size: int) -> Tensor:
+    """x [..., features], rounded symmetrically to int8 in blocks of ``size`` features and dequantized to x's dtype.
+
+    The scale is max(abs(x)) / 127 over a block; the last block may be shorter. So does MatMulNBits in ONNX Runtime at
+    accuracy level 4 (QuantizeARow_CompInt8 in its MLAS library); tests/export compares with the kernel.
+    """
+    features = x.shape[-1]
+    blocks = F.pad(x, (0, -features % size)).unflatten(-1, (-1, size))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    # For a block below 1e-30 the multiplier could overflow. Its values are far below anything that matters.
+    largest = torch.where(largest < 1e-30, 127.0, largest)
+    codes = (blocks * (torch.full_like(largest, 127.0) / largest)).round()
+    return (codes * (largest / 127.0)).flatten(-2)[..., :features]

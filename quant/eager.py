@@ -1,8 +1,8 @@
 """The quantized eager model: the reference that an exported file is compared with.
 
 Its weights are the dequantized codes. For runtimes that multiply in int8 (XNNPACK's 8da4w), the input of each linear
-layer with integer weights is first rounded as the runtime rounds it. Integer weights are dequantized when they are
-used, a few rows at a time, so that the reference of a model with a vocabulary of 262 144 fits in memory.
+layer with integer weights is first rounded as the runtime rounds it. Weights are dequantized, or widened to float64,
+when they are used, a few rows at a time, so that the reference of a model with a vocabulary of 262 144 fits in memory.
 """
 
 from collections.abc import Mapping
@@ -15,78 +15,105 @@ from torch import Tensor, nn
 from gemma3.checkpoint import check_shapes, empty_model, fill
 from gemma3.config import ModelConfig
 from gemma3.model import Gemma3
-from quant.activations import fake_quantize_per_token
+from quant.activations import Round, Rounding, keep_float
 from quant.integers import ROWS_AT_ONCE, IntegerWeight
-from quant.recipe import Activations
 from quant.weights import QuantizedWeights
 
 
-def quantized_model(config: ModelConfig, weights: QuantizedWeights, activations: Activations) -> Gemma3:
-    """The float32 eager model of ``config`` with exactly ``weights``, in eval mode, without gradients.
+def quantized_model(
+    config: ModelConfig,
+    weights: QuantizedWeights,
+    rounding: Rounding = keep_float,
+    dtype: torch.dtype = torch.float32,
+) -> Gemma3:
+    """The eager model of ``config`` with exactly ``weights``, in eval mode, without gradients. It computes in ``dtype``.
 
-    For ``activations`` see ``with_integer_weights``. Raises BadInput when a weight is missing, is not part of the
-    model, or has another shape.
+    For ``rounding`` see ``with_integer_weights``. In float64 every matrix is widened when it is used. Raises BadInput
+    when a weight is missing, is not part of the model, or has another shape.
     """
     check_shapes(config, weights.shapes)
     model = empty_model(config)
-    with_integer_weights(model, weights.integers, activations)
-    return fill(
-        model,
-        {
-            name: (weight if isinstance(weight, Tensor) else weight.dequantize()).float()
-            for name, weight in weights.tensors.items()
-            if not isinstance(weight, IntegerWeight)
-        },
-    )
+    by_rows: dict[str, Rows] = dict(weights.integers)
+    floats = {
+        name: weight if isinstance(weight, Tensor) else weight.dequantize()
+        for name, weight in weights.tensors.items()
+        if not isinstance(weight, IntegerWeight)
+    }
+    if dtype != torch.float32:
+        by_rows |= {name: floats.pop(name) for name in list(floats) if _is_matrix(model, name)}
+    _compute_by_rows(model, by_rows, rounding, dtype)
+    return fill(model, {name: weight.to(dtype) for name, weight in floats.items()})
 
 
 def with_integer_weights(
-    model: nn.Module, integers: Mapping[str, IntegerWeight], activations: Activations
+    model: nn.Module, integers: Mapping[str, IntegerWeight], rounding: Rounding = keep_float
 ) -> nn.Module:
     """Replace, in place, the linear layers and embeddings whose parameters ``integers`` names; returns ``model``.
 
-    The new layers compute with the integers. With ``activations`` "int8", each of these linear layers first rounds its
-    input. A table that embedding and head share is one parameter: both use the integers, whichever of its two names is
-    given.
+    The new layers compute with the integers. Each of these linear layers first rounds its input as ``rounding`` says. A
+    table that embedding and head share is one parameter: both use the integers, whichever of its two names is given.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    shared: dict[Tensor, IntegerWeight] = {parameters[name]: weight for name, weight in integers.items()}
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module.weight in shared:
-            model.set_submodule(path, IntegerLinear(shared[module.weight], activations, module.bias))
-        elif isinstance(module, nn.Embedding) and module.weight in shared:
-            model.set_submodule(path, IntegerEmbedding(shared[module.weight]))
+    _compute_by_rows(model, integers, rounding, torch.float32)
     return model
 
 
-class IntegerLinear(nn.Module):
-    """A linear layer, x [..., K] → [..., N]. Its integer weight [N, K] is dequantized ROWS_AT_ONCE rows at a time."""
+def _compute_by_rows(model: nn.Module, weights: "Mapping[str, Rows]", rounding: Rounding, dtype: torch.dtype) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shared = {parameters[name]: (name, weight) for name, weight in weights.items()}
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module.weight in shared:
+            name, weight = shared[module.weight]
+            round = rounding(name, weight) if isinstance(weight, IntegerWeight) else None
+            model.set_submodule(path, RowsLinear(weight, round, module.bias))
+        elif isinstance(module, nn.Embedding) and module.weight in shared:
+            model.set_submodule(path, RowsEmbedding(shared[module.weight][1], dtype))
 
-    def __init__(self, weight: IntegerWeight, activations: Activations, bias: nn.Parameter | None = None) -> None:
+
+def _is_matrix(model: nn.Module, name: str) -> bool:
+    """Is the weight ``name`` that of a linear layer or an embedding table?"""
+    path, _, parameter = name.rpartition(".")
+    return parameter == "weight" and isinstance(model.get_submodule(path), nn.Linear | nn.Embedding)
+
+
+# A matrix [N, K] of which a few rows at a time are made floating point.
+Rows = IntegerWeight | Tensor
+
+
+class RowsLinear(nn.Module):
+    """A linear layer, x [..., K] → [..., N]. Takes ROWS_AT_ONCE rows of its weight [N, K] at a time, in x's dtype.
+
+    ``round`` is what it does to its input first.
+    """
+
+    def __init__(self, weight: Rows, round: Round | None = None, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.integers = weight
+        self.rows = weight
         self.bias = bias
-        self._activations = activations
+        self._round = round
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._activations == "int8":
-            x = fake_quantize_per_token(x)
-        rows = range(0, len(self.integers.codes), ROWS_AT_ONCE)
-        parts = (_rows(self.integers, slice(start, start + ROWS_AT_ONCE)) for start in rows)
-        out = torch.cat([F.linear(x, part.dequantize()) for part in parts], dim=-1)
+        if self._round is not None:
+            x = self._round(x)
+        count = len(self.rows.codes if isinstance(self.rows, IntegerWeight) else self.rows)
+        parts = (_rows(self.rows, slice(start, start + ROWS_AT_ONCE)) for start in range(0, count, ROWS_AT_ONCE))
+        out = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1)
         return out if self.bias is None else out + self.bias
 
 
-class IntegerEmbedding(nn.Module):
-    """An embedding, ids [...] → float32 [..., E]. Dequantizes only the rows of its table [V, E] that are looked up."""
+class RowsEmbedding(nn.Module):
+    """An embedding, ids [...] → [..., E] in ``dtype``. Takes only the rows of its table [V, E] that are looked up."""
 
-    def __init__(self, weight: IntegerWeight) -> None:
+    def __init__(self, weight: Rows, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.integers = weight
+        self.rows = weight
+        self._dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return _rows(self.integers, ids.flatten()).dequantize().view(*ids.shape, -1)
+        return _rows(self.rows, ids.flatten()).to(self._dtype).view(*ids.shape, -1)
 
 
-def _rows(weight: IntegerWeight, index: slice | Tensor) -> IntegerWeight:
-    return replace(weight, codes=weight.codes[index], scales=weight.scales[index])
+def _rows(weight: Rows, index: slice | Tensor) -> Tensor:
+    """Some rows of ``weight``: float32, or a float weight's own dtype."""
+    if isinstance(weight, Tensor):
+        return weight[index]
+    return replace(weight, codes=weight.codes[index], scales=weight.scales[index]).dequantize()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -76,11 +77,12 @@ def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) 
 def in_recipe(source: Source, recipe: Recipe | None = None) -> QuantizedCheckpoint:
     """A full-precision checkpoint rounded to nearest in ``recipe`` (int4-block32 if None); a quantized one as it is.
 
-    Raises BadInput when a quantized checkpoint has another recipe than ``recipe``, and what ``quantize`` raises.
+    What ``recipe`` says about activations holds for a quantized checkpoint too. Raises BadInput when that was quantized
+    by other schemes than those of ``recipe``, and what ``quantize`` raises.
     """
     if not isinstance(source, QuantizedCheckpoint):
         return quantize(source, recipe or preset(DEFAULT_SCHEME))
-    if recipe is not None and recipe.rules != source.recipe.rules:
+    if recipe is not None and recipe.schemes != source.recipe.schemes:
         raise BadInput(
             f"{source.path}: is quantized as {source.recipe.name} already, not {recipe.name}; leave the scheme out, "
             "or give the checkpoint it was made of"
@@ -88,4 +90,4 @@ def in_recipe(source: Source, recipe: Recipe | None = None) -> QuantizedCheckpoi
     log.info(
         "%d weights are quantized already: %s by %s", len(source.weights.tensors), source.recipe.name, source.method
     )
-    return source
+    return source if recipe is None else replace(source, recipe=recipe)

@@ -7,7 +7,7 @@ import fnmatch
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gemma3.errors import BadInput
 from gemma3.names import EMBEDDING, HEAD
@@ -34,7 +34,7 @@ class Sfp8:
 
 Scheme = Integers | Sfp8 | None
 
-# What a kernel or the eager model does to the input of a linear layer with integer weights: nothing, or int8 per token.
+# What happens to the input of a linear layer with integer weights: nothing, or it is rounded to int8.
 Activations = Literal["float", "int8"]
 
 _GROUPED = {f"int{bits}-block{size}": Integers(bits, size) for bits in (4, 8) for size in (32, 128)}
@@ -52,10 +52,15 @@ SCHEMES: dict[str, Scheme] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Weights whose name matches ``pattern`` (as in a shell) are stored in ``scheme``, a key of SCHEMES."""
+    """Weights whose name matches ``pattern`` (as in a shell) are stored in ``scheme``, a key of SCHEMES.
+
+    Kernels multiply integers with int8 inputs, because that is fast. With ``activations`` "float" the inputs of these
+    linear layers stay in float32, where the target can do that.
+    """
 
     pattern: str
     scheme: str
+    activations: Activations = "int8"
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,15 @@ class Recipe:
             if fnmatch.fnmatchcase(name, rule.pattern):
                 return rule
         raise BadInput(f"{name}: no rule of recipe {self.name} matches; add one (scheme 'float32' keeps it)")
+
+    def with_activations(self, activations: Activations) -> "Recipe":
+        """The same schemes, with ``activations`` for every weight."""
+        return replace(self, rules=tuple(replace(rule, activations=activations) for rule in self.rules))
+
+    @property
+    def schemes(self) -> tuple[tuple[str, str], ...]:
+        """Pattern and scheme of each rule: what decides the weights."""
+        return tuple((rule.pattern, rule.scheme) for rule in self.rules)
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,9 @@ def read_recipe(path: Path) -> Recipe:
         [[rule]]
         pattern = "*_proj.weight"
         scheme = "int4-block32"
+        activations = "float"
+
+    ``activations`` is "int8" unless the rule says otherwise (see ``Rule``).
 
     Norms stay float32 whatever the rules say, and so do the vision model's biases, embeddings and projector. The vision
     model's linear layers are int8-channel unless one of the file's rules matches them. The recipe is named after the
@@ -175,10 +192,15 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _rule(data: Any) -> Rule:
-    if not isinstance(data, dict) or data.keys() != {"pattern", "scheme"}:
+    needed, optional = {"pattern", "scheme"}, {"activations"}
+    if not isinstance(data, dict) or data.keys() - optional != needed:
         seen = sorted(data) if isinstance(data, dict) else data
-        raise BadInput(f"a rule has {seen}; it needs pattern and scheme, and nothing else")
-    pattern, scheme = str(data["pattern"]), str(data["scheme"])
+        raise BadInput(f"a rule has {seen}; it needs pattern and scheme, may have activations, and nothing else")
+    pattern, scheme, activations = str(data["pattern"]), str(data["scheme"]), data.get("activations", "int8")
     if scheme not in SCHEMES:
         raise BadInput(f"scheme {scheme!r} of {pattern!r} is unknown; use one of {', '.join(SCHEMES)}")
-    return Rule(pattern, scheme)
+    if activations not in get_args(Activations):
+        raise BadInput(
+            f"activations {activations!r} of {pattern!r} is unknown; use {' or '.join(get_args(Activations))}"
+        )
+    return Rule(pattern, scheme, activations)

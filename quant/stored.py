@@ -15,7 +15,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,7 @@ from gemma3.checkpoint import CONFIG
 from gemma3.errors import BadInput
 from gemma3.host.atomic import staging
 from quant.integers import IntegerWeight, bf16_grid
-from quant.recipe import Recipe, Rule, Verdict
+from quant.recipe import Activations, Recipe, Rule, Verdict
 from quant.sfp8 import Sfp8Weight
 from quant.weights import QuantizedWeights, Weight
 
@@ -163,7 +163,10 @@ def _header(text: str | None) -> dict[str, Any]:
     if not isinstance(recipe["name"], str) or not isinstance(recipe["rules"], list):
         raise BadInput("the recipe in its header lacks a name or a list of rules")
     for rule in recipe["rules"]:
-        _expect(set(rule) if _is_text(rule) else set(), {"pattern", "scheme"}, "rule")
+        # "activations" is missing in files that were written before it existed.
+        _expect({*rule, "activations"} if _is_text(rule) else set(), {"pattern", "scheme", "activations"}, "rule")
+        if rule.setdefault("activations", "int8") not in get_args(Activations):
+            raise BadInput(f"activations of a rule in its header is {rule['activations']!r}")
     return header
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from export.checks import Check
 from export.manifest import Manifest
-from quant.recipe import DEFAULT_SCHEME, Recipe, preset
+from quant.recipe import DEFAULT_SCHEME, Activations, Recipe, preset
 from runtime_py.backends import BACKENDS, backend_of
 from runtime_py.backends import open_session as _open_session
 from runtime_py.generate import Sampler
@@ -91,6 +91,7 @@ def export_bundle(
     out: str | Path,
     *,
     recipe: Recipe | None = None,
+    activations: Activations | None = None,
     formats: Sequence[str] | None = None,
     context: int | None = None,
     chunk: int | None = None,
@@ -99,7 +100,7 @@ def export_bundle(
     """Export a checkpoint to ``formats`` (None: all known ones) and prove the files. Then the bundle ``out`` appears.
 
     A full-precision checkpoint is rounded to nearest in ``recipe`` (None: int4-block32); a quantized one keeps its
-    integers. The other arguments are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what
+    integers. ``activations`` replaces what the recipe says about them (see ``quant.recipe.Rule``). The other arguments are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what
     cannot be exported, and VerificationFailed when a file does not agree with its reference. After any error nothing is
     left behind.
     """
@@ -109,11 +110,15 @@ def export_bundle(
     refuse_target(out)
     from export.bundle import check_exportable, draft_bundle, seal
     from quant.quantize import in_recipe
+    from quant.source import QuantizedCheckpoint
 
     source = open_checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     targets = [backend_of(format).target for format in formats or BACKENDS]
-    check_exportable(source, targets, context, chunk)
-    quantized = in_recipe(source, recipe)
+    wanted = recipe or (source.recipe if isinstance(source, QuantizedCheckpoint) else preset(DEFAULT_SCHEME))
+    if activations is not None:
+        wanted = wanted.with_activations(activations)
+    check_exportable(source, targets, wanted, context, chunk)
+    quantized = in_recipe(source, wanted)
     with draft_bundle(quantized, out, targets=targets, context=context, chunk=chunk, exact_sfp8=exact_sfp8) as draft:
         manifest = seal(draft, prove(draft))
     return manifest

@@ -16,7 +16,6 @@ from export.target import Target
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
-from runtime_py.proof.limits import Limits
 from runtime_py.proof.subject import ExtraCheck, Subject
 from runtime_py.sessions.protocol import Session
 
@@ -26,15 +25,10 @@ OpenGraph = Callable[[Path, CacheLayout, ModelConfig, int | None], Session]
 
 @dataclass(frozen=True)
 class Backend:
-    """Everything that the program knows about one format.
-
-    ``quantized_limits`` hold for a file with quantized weights, FLOAT_LIMITS for one whose weights are all kept in
-    float32 (see ``limits_for``).
-    """
+    """Everything that the program knows about one format."""
 
     target: Target
     import_runtime: Callable[[], OpenGraph]  # imports the runtime; returns the function that opens a graph
-    quantized_limits: Limits  # of a file against its reference, if it has quantized weights
     extra_checks: tuple[ExtraCheck, ...] = ()
 
 
@@ -110,30 +104,11 @@ def _exact_text(subject: Subject) -> list[Check]:
     return check_exact_text(subject)
 
 
-register(
-    Backend(
-        PTE,
-        import_runtime=_pte_runtime,
-        quantized_limits=Limits(
-            "the reference rounds activations as XNNPACK does; a value within float error of a rounding boundary may "
-            "still be rounded the other way, and where that carries further, further",
-            kl_mean=1e-5,
-            kl_max=1e-4,
-            soft_rms=1e-2,  # the effect of the rounding itself, in vision models of 4 and of 27 layers: 0.5 to 1 %
-        ),
-        extra_checks=(ExtraCheck(_single_steps),),
-    )
-)
+register(Backend(PTE, import_runtime=_pte_runtime, extra_checks=(ExtraCheck(_single_steps),)))
 register(
     Backend(
         ONNX,
         import_runtime=_onnx_runtime,
-        quantized_limits=Limits(
-            "MatMulNBits at accuracy level 4 rounds activations to int8 by block, the reference keeps them float",
-            kl_mean=1e-3,
-            kl_max=1e-2,
-            soft_rms=3e-2,
-        ),
         extra_checks=(ExtraCheck(_exact_vision, draft_only=True), ExtraCheck(_exact_text, draft_only=True)),
     )
 )

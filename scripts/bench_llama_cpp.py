@@ -207,7 +207,7 @@ def eager_logits(bundle: Path, prompt: list[int]) -> np.ndarray:
 
     graph_path = bundle / "model.onnx"
     model = Gemma3(read_manifest(bundle).model).eval().requires_grad_(False)
-    with_integer_weights(model, dict(stored_integers(graph_path)), "float")
+    with_integer_weights(model, dict(stored_integers(graph_path)))
     parameters = dict(model.named_parameters())
     for tensor in load_graph(graph_path).graph.initializer:
         if tensor.name.endswith("norm.weight"):

@@ -43,7 +43,7 @@ class TinyOnnx:
     def eager(self) -> Gemma3:
         """The eager model with the same integers and float activations."""
         model = random_model(self.config)
-        with_integer_weights(model, self.weights.integers, "float")
+        with_integer_weights(model, self.weights.integers)
         return model
 
     def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
@@ -83,5 +83,5 @@ def tiny_onnx(
     weights = quantized_weights(config, scheme, embedding)
     layout = cache_layout(config, "compacting", context, chunk=8)
     path = directory / "model.onnx"
-    report = export_onnx(config, weights.tensors, layout, path, accuracy_level=accuracy_level)
+    report = export_onnx(config, weights.tensors, layout, path, weights.tensors if accuracy_level == 1 else ())
     return TinyOnnx(path, config, layout, weights, report)

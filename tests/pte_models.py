@@ -15,6 +15,7 @@ from gemma3.cache import CacheLayout, cache_layout
 from gemma3.config import ModelConfig
 from gemma3.images import Pixels
 from gemma3.model import Gemma3
+from quant.activations import per_token
 from quant.eager import with_integer_weights
 from quant.integers import IntegerWeight
 from quant.methods import quantize_weights
@@ -48,7 +49,7 @@ class TinyPte:
     def eager(self) -> Gemma3:
         """The eager model with the same integers. It rounds the inputs of integer linear layers as XNNPACK does."""
         model = random_model(self.config)
-        with_integer_weights(model, self.weights.integers, "int8")
+        with_integer_weights(model, self.weights.integers, per_token)
         return model
 
     def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:

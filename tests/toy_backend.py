@@ -1,6 +1,6 @@
 """A third backend, as docs/extending.md describes it: the weights in a safetensors file, run by the eager network."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -15,14 +15,18 @@ from quant.integers import IntegerWeight
 from quant.recipe import Verdict
 from quant.weights import QuantizedWeight, QuantizedWeights, Weight, Weights
 from runtime_py.backends import Backend, OpenGraph
-from runtime_py.proof.limits import Limits
 from runtime_py.sessions.eager import EagerSession
 
 CODES, SCALES = ".codes", ".scales"
 
 
 def export(
-    config: ModelConfig, weights: Weights, layout: CacheLayout, eos_ids: Sequence[int], path: Path
+    config: ModelConfig,
+    weights: Weights,
+    layout: CacheLayout,
+    eos_ids: Sequence[int],
+    path: Path,
+    kept: Collection[str],
 ) -> ExportReport:
     """Floats as float32, integers as their codes and scales. The bits are in the file's metadata."""
     tensors: dict[str, Tensor] = {}
@@ -56,7 +60,7 @@ def read(path: Path) -> dict[str, Weight]:
 def open_graph(path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None) -> EagerSession:
     weights = read(path)
     verdicts = dict.fromkeys(weights, Verdict("as stored", ""))
-    return EagerSession(quantized_model(config, QuantizedWeights(weights, verdicts), "float"), layout)
+    return EagerSession(quantized_model(config, QuantizedWeights(weights, verdicts)), layout)
 
 
 def import_runtime() -> OpenGraph:
@@ -68,7 +72,6 @@ TOY = Backend(
         name="toy",
         file="model.toy",
         cache_style="ring",
-        activations="float",
         kinds=frozenset({"integers"}),
         stand_ins={"sfp8": "int8-channel"},
         packages=("torch", "safetensors"),
@@ -76,5 +79,4 @@ TOY = Backend(
         read_back=read_back,
     ),
     import_runtime=import_runtime,
-    quantized_limits=Limits("the same network with the same integers", max_abs=1e-5, kl_mean=1e-9, kl_max=1e-8),
 )

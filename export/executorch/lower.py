@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 def export_pte(
     config: ModelConfig, weights: Weights, layout: CacheLayout, eos_ids: Sequence[int], path: Path
 ) -> ExportReport:
-    """Write the .pte ``path``. This is the target's exporter (see ``export.target.Export``).
+    """Write the .pte ``path``. It is the target's exporter (see ``export.target.Export``).
 
     ``weights`` are by checkpoint name: float tensors (written as float32), or IntegerWeight of 4 bits, or of 8 bits per
     channel. Linear layers with integer weights round their input to int8 per token. ``layout`` must be of the ring

@@ -1,6 +1,6 @@
 """The .pte target: one ExecuTorch program with XNNPACK delegates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,14 +9,21 @@ from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 
 if TYPE_CHECKING:
+    from quant.activations import Rounding
     from quant.weights import QuantizedWeight, Weights
 
 
 def _export(
-    config: ModelConfig, weights: "Weights", layout: CacheLayout, eos_ids: Sequence[int], path: Path
+    config: ModelConfig,
+    weights: "Weights",
+    layout: CacheLayout,
+    eos_ids: Sequence[int],
+    path: Path,
+    kept: Collection[str],
 ) -> ExportReport:
     from export.executorch.lower import export_pte
 
+    assert not kept, "XNNPACK has no such kernel"
     return export_pte(config, weights, layout, eos_ids, path)
 
 
@@ -32,15 +39,22 @@ def _second_table(config: ModelConfig, weights: "Weights") -> int:
     return second_table_bytes(config, weights)
 
 
+def _per_token() -> "Rounding":
+    """XNNPACK's 8da4w and 8da8w kernels."""
+    from quant.activations import per_token
+
+    return per_token
+
+
 PTE = Target(
     name="pte",
     file="model.pte",
     cache_style="ring",
-    activations="int8",  # XNNPACK's 8da4w and 8da8w kernels round them per token
     kinds=frozenset({"integers"}),
     stand_ins={"sfp8": "int8-channel"},
     packages=("executorch", "torch", "torchao"),
     export=_export,
     read_back=_read_back,
+    roundings={"int8-per-token": _per_token},
     repeated_bytes=_second_table,
 )

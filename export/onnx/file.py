@@ -66,13 +66,16 @@ def read_initializer(path: Path, tensor: onnx.TensorProto) -> NDArray[np.generic
 
 
 @contextmanager
-def exact_twin(path: Path) -> Iterator[Path]:
+def exact_twin(path: Path, columns: NDArray[np.int32] | None = None) -> Iterator[Path]:
     """A copy of the graph beside ``path``, over the same weights, that multiplies integers in float32.
 
     The original graph rounds activations to int8 (accuracy level 4). The copy shows whether anything else differs from
-    the eager model. It is removed when the block ends. Raises BadInput as ``load_graph`` does.
+    the eager model. With ``columns`` it computes only the logits of these tokens. It is removed when the block ends.
+    Raises BadInput as ``load_graph`` does.
     """
     model = load_graph(path)
+    if columns is not None:
+        _compute_only(model.graph, columns)
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
@@ -83,6 +86,24 @@ def exact_twin(path: Path) -> Iterator[Path]:
         yield twin
     finally:
         twin.unlink(missing_ok=True)
+
+
+def _compute_only(graph: onnx.GraphProto, columns: NDArray[np.int32]) -> None:
+    """Change the head of ``graph``, whose output is "logits", to multiply with only some rows of its matrix."""
+    head = next(node for node in graph.node if "logits" in node.output)
+    graph.initializer.append(onnx.numpy_helper.from_array(columns.astype(np.int64), "twin.columns"))
+    matrix = range(1, len(head.input)) if head.op_type == "MatMulNBits" else [1]
+    for index in matrix:
+        chosen = f"twin.input_{index}"
+        gather = onnx.helper.make_node("Gather", [head.input[index], "twin.columns"], [chosen], axis=0)
+        head.input[index] = chosen
+        # Nodes are in the order in which they can be computed.
+        graph.node.insert(list(graph.node).index(head), gather)
+    for attribute in head.attribute:
+        if attribute.name == "N":
+            attribute.i = len(columns)
+    output = next(value for value in graph.output if value.name == "logits")
+    output.type.tensor_type.shape.dim[-1].dim_value = len(columns)
 
 
 def _is_foreign(graph: onnx.GraphProto) -> bool:

@@ -9,7 +9,7 @@ embedding and head share is in the file once; two initializers of different shap
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +35,9 @@ IR_VERSION = 11  # opset 23's
 # The block sizes of MatMulNBits are powers of two from 16; ONNX Runtime has fast kernels up to 128.
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
 FAST_BLOCKS = (128, 64, 32)
+# MatMulNBits' accuracy levels: 4 rounds its input to int8 by block and multiplies in int8; 1 multiplies the dequantized
+# weights in float32.
+INT8_LEVEL, FLOAT_LEVEL = 4, 1
 ALIGNMENT = 64  # bytes of a CPU cache line, so that weights used directly from the mapped file are aligned
 SFP8_SCALE = ".scale"
 WEIGHTS_KEY = "gemma_edge.weights"  # a node's metadata: the checkpoint weights of which its matrix consists
@@ -70,16 +73,16 @@ def write_graph(
     path: Path,
     name: str,
     weights: Weights,
-    accuracy_level: int,
+    kept: Collection[str],
     build: "Callable[[GraphBuilder], tuple[list[ir.Value], list[ir.Value]]]",
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], set[str]]:
     """Write the graph ``path`` with the inputs and outputs that ``build`` returns, and its external data file.
 
-    ``accuracy_level`` is that of MatMulNBits. Returns the specs of the graph's inputs and outputs, and the names of the
-    weights that it uses.
+    The inputs of the integer weights ``kept`` are not rounded. Returns the specs of the graph's inputs and outputs, and
+    the names of the weights that it uses.
     """
     with WeightFile(data_file(path)) as file:
-        graph = GraphBuilder(weights, file, accuracy_level)
+        graph = GraphBuilder(weights, file, kept)
         inputs, outputs = build(graph)
     whole = ir.Graph(
         inputs,
@@ -121,15 +124,16 @@ class Operators(Tape):
 class GraphBuilder:
     """Builds one graph: its nodes (with ``op``), its constants and its weights.
 
-    ``used`` collects the names of the weights that the graph uses.
+    ``used`` collects the names of the weights that the graph uses. The inputs of the integer weights ``kept`` are not
+    rounded.
     """
 
-    def __init__(self, weights: Weights, file: WeightFile, accuracy_level: int) -> None:
+    def __init__(self, weights: Weights, file: WeightFile, kept: Collection[str] = ()) -> None:
         self.op = self._main = Operators()
         self.used: set[str] = set()
         self._weights = weights
         self._file = file
-        self._accuracy_level = accuracy_level
+        self._kept = kept
         self._constants: dict[str, ir.Value] = {}
         self._matrices: dict[str, ir.Value] = {}
         self._scales: dict[str, ir.Value] = {}
@@ -189,7 +193,7 @@ class GraphBuilder:
             rows = [weight.shape[0] for weight in floats]
             matrix = self.float_matrix(names, floats)
             product = self.op.FusedMatMul(x, matrix, transB=1, domain=MICROSOFT)
-        elif len(integers) == len(names) and len({_kind(weight) for weight in integers}) == 1:
+        elif len(integers) == len(names) and len(set(map(self._kind, names, integers))) == 1:
             rows = [weight.codes.shape[0] for weight in integers]
             columns, block = integers[0].codes.shape[1], block_size(names[0], integers[0])
             codes, scales = self.integer_matrix(names, integers, block)
@@ -203,7 +207,7 @@ class GraphBuilder:
                     "N": sum(rows),
                     "bits": integers[0].bits,
                     "block_size": block,
-                    "accuracy_level": self._accuracy_level,
+                    "accuracy_level": FLOAT_LEVEL if names[0] in self._kept else INT8_LEVEL,
                 },
             )
         elif len(names) > 1:
@@ -216,6 +220,10 @@ class GraphBuilder:
             return [product]
         parts: list[ir.Value] = self.op.Split(product, self.ints(rows), axis=-1, outputs=len(names))
         return parts
+
+    def _kind(self, name: str, weight: IntegerWeight) -> tuple[int, int, bool]:
+        """What weights must have in common to be one matrix."""
+        return weight.bits, 0 if weight.per_channel else weight.group_size, name in self._kept
 
     def float_matrix(self, names: Sequence[str], weights: Sequence[Tensor]) -> ir.Value:
         """The weights stacked along the rows: float32 [rows, columns]."""
@@ -279,10 +287,6 @@ class GraphBuilder:
         if name not in self._matrices:
             self._matrices[name] = self._main.initializer(self._file.add(name, make()))
         return self._matrices[name]
-
-
-def _kind(weight: IntegerWeight) -> tuple[int, int]:
-    return weight.bits, 0 if weight.per_channel else weight.group_size
 
 
 def block_size(name: str, weight: IntegerWeight) -> int:

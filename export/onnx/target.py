@@ -1,6 +1,6 @@
 """The .onnx target: graphs for ONNX Runtime, which onnxruntime-genai can run too."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,15 +9,21 @@ from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 
 if TYPE_CHECKING:
+    from quant.activations import Rounding
     from quant.weights import QuantizedWeight, Weights
 
 
 def _export(
-    config: ModelConfig, weights: "Weights", layout: CacheLayout, eos_ids: Sequence[int], path: Path
+    config: ModelConfig,
+    weights: "Weights",
+    layout: CacheLayout,
+    eos_ids: Sequence[int],
+    path: Path,
+    kept: Collection[str],
 ) -> ExportReport:
     from export.onnx.write import export
 
-    return export(config, weights, layout, eos_ids, path)
+    return export(config, weights, layout, eos_ids, path, kept)
 
 
 def _read_back(path: Path) -> "Iterator[tuple[str, QuantizedWeight]]":
@@ -26,15 +32,27 @@ def _read_back(path: Path) -> "Iterator[tuple[str, QuantizedWeight]]":
     return read_back_onnx(path)
 
 
+def _per_block() -> "Rounding":
+    from export.onnx.rounding import per_block
+
+    return per_block
+
+
+def _kleidiai() -> "Rounding":
+    from export.onnx.rounding import kleidiai
+
+    return kleidiai
+
+
 ONNX = Target(
     name="onnx",
     file="model.onnx",
     cache_style="compacting",
-    # MatMulNBits rounds activations too, by block. The reference does not, so the proof counts it as a difference.
-    activations="float",
     kinds=frozenset({"integers", "sfp8"}),
     stand_ins={"sfp8": "int8-block32-padded"},
     packages=("onnx", "onnx-ir", "onnxruntime"),
     export=_export,
     read_back=_read_back,
+    roundings={"int8-per-block": _per_block, "int8-kleidiai": _kleidiai},
+    float_activations=True,
 )

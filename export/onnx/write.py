@@ -1,12 +1,12 @@
 """Write the ONNX graphs of a model, and the configuration with which onnxruntime-genai runs them as they are."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from export.onnx.file import VISION_FILE, data_file
-from export.onnx.layers import IR_VERSION, OPSETS, write_graph
+from export.onnx.layers import INT8_LEVEL, IR_VERSION, OPSETS, write_graph
 from export.onnx.text import text_model
 from export.onnx.vision import vision_model
 from export.target import FORWARD, VISION_ENCODER, ExportReport, Method
@@ -19,44 +19,46 @@ GENAI_CONFIG = "genai_config.json"
 
 
 def export(
-    config: ModelConfig, weights: Weights, layout: CacheLayout, eos_ids: Sequence[int], path: Path
+    config: ModelConfig,
+    weights: Weights,
+    layout: CacheLayout,
+    eos_ids: Sequence[int],
+    path: Path,
+    kept: Collection[str],
 ) -> ExportReport:
     """The target's exporter (see ``export.target.Export``): ``export_onnx``, and genai_config.json beside the graph.
 
     ``eos_ids`` are not used.
     """
-    report = export_onnx(config, weights, layout, path)
+    report = export_onnx(config, weights, layout, path, kept)
     genai = json.dumps(genai_config(config, layout, path.name), indent=1)
     path.with_name(GENAI_CONFIG).write_text(genai + "\n", encoding="utf-8")
     return report
 
 
 def export_onnx(
-    config: ModelConfig, weights: Weights, layout: CacheLayout, path: Path, *, accuracy_level: int = 4
+    config: ModelConfig, weights: Weights, layout: CacheLayout, path: Path, kept: Collection[str] = ()
 ) -> ExportReport:
     """Write the graph ``path`` and its weights ``path``.data; for a multimodal model also the vision model's graph.
 
     ``weights`` are by checkpoint name: float tensors (written as float32), IntegerWeight of 4 or 8 bits, or Sfp8Weight.
     SFP8 codes go into the file as they are and are decoded when it is loaded (4 bytes per weight in memory). This is
     for validation; export/stand_ins.py makes the integers that ship. ``layout`` must be of the compacting style.
-    ``accuracy_level`` is that of MatMulNBits: 4 rounds activations by block and multiplies in int8, 1 multiplies the
-    dequantized weights in float32. Raises BadInput for weights that do not fit the configuration or the runtime's
+    MatMulNBits rounds the inputs of integer weights to int8 by block, but not those of the weights ``kept``. Raises BadInput for weights that do not fit the configuration or the runtime's
     kernels. The same arguments give the same bytes.
     """
     assert layout.style == "compacting"
     for spec in config.layers:
         if spec.head_dim % 8:
             raise BadInput(f"head_dim is {spec.head_dim}; ONNX Runtime's attention needs a multiple of 8")
-    inputs, outputs, used = write_graph(
-        path, "gemma3", weights, accuracy_level, lambda graph: text_model(graph, config, layout)
-    )
+    inputs, outputs, used = write_graph(path, "gemma3", weights, kept, lambda graph: text_model(graph, config, layout))
     methods = [Method(FORWARD, path.name, inputs, outputs)]
     if config.vision is not None:
         inputs, outputs, used_for_images = write_graph(
             path.with_name(VISION_FILE),
             "gemma3-vision",
             weights,
-            accuracy_level,
+            kept,
             lambda graph: vision_model(graph, config),
         )
         methods.append(Method(VISION_ENCODER, VISION_FILE, inputs, outputs))
@@ -69,7 +71,7 @@ def export_onnx(
         for graph in dict.fromkeys(method.file for method in methods)
         for file in (path.with_name(graph), data_file(path.with_name(graph)))
     )
-    details = {"ir_version": IR_VERSION, "accuracy_level": accuracy_level}
+    details = {"ir_version": IR_VERSION, "accuracy_level": INT8_LEVEL}
     return ExportReport(tuple(methods), files, dict(OPSETS), details)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from export.manifest import Manifest
+from export.manifest import Artifact, Manifest
 from gemma3.errors import VerificationFailed
 from runtime_py.sessions.protocol import Logits, SoftTokens
 
@@ -54,16 +54,20 @@ class ReferenceLogits:
     top_values: NDArray[np.float32]  # [P, K]
     log_sum_exp: NDArray[np.float32]  # [P], over the whole vocabulary
     argmax: NDArray[np.int32]  # [P]
-    # At every recorded position, the KL divergence from this model to the same model after its inputs are changed by
-    # one unit in the last place. For float activations it is nearly 0, is not measured, and is stored as 0.
-    noise_kl: NDArray[np.float32]
+    # What limits are derived from, at each of the N positions that were recorded in the first place. For a reference
+    # with float activations the first is measured and the other two are 0; for one that rounds them it is the reverse.
+    float_error: NDArray[np.float32]  # the largest difference of a logit from the same model's in float64
+    noise_kl: NDArray[np.float32]  # KL to the same model after its inputs are changed by one unit in the last place
+    cost_kl: NDArray[np.float32]  # KL from the same model with float activations: what rounding them costs
     # For a multimodal model; empty otherwise.
     images: NDArray[np.uint8]  # [I, S, S, 3]
     soft_tokens: NDArray[np.float32]  # [I, T, E]
-    soft_noise: NDArray[np.float32]  # [I]: relative RMS change of the soft tokens after the same change
+    # The relative RMS change of the soft tokens under the same comparisons: float64 or the changed inputs, and the cost.
+    soft_noise: NDArray[np.float32]  # [L]
+    soft_cost: NDArray[np.float32]  # [I]
 
     def at(self, positions: Iterable[int]) -> "ReferenceLogits":
-        """The reference with only the rows at ``positions``. The noise belongs to the model, so it is kept whole."""
+        """The reference with only the rows at ``positions``. What limits are derived from is kept whole."""
         rows = np.flatnonzero(np.isin(self.positions, list(positions)))
         return replace(
             self,
@@ -74,6 +78,25 @@ class ReferenceLogits:
             log_sum_exp=self.log_sum_exp[rows],
             argmax=self.argmax[rows],
         )
+
+    def only_columns(self) -> "ReferenceLogits":
+        """The reference as if its ``columns`` were the whole vocabulary: for a file that computes only their logits."""
+        nothing = self.top_values[:, :0]
+        return replace(
+            self,
+            columns=np.arange(len(self.columns), dtype=np.int32),
+            top_columns=nothing.astype(np.int32),
+            top_values=nothing,
+            log_sum_exp=np.asarray([log_sum_exp(row.astype(np.float64)) for row in self.values], np.float32),
+            argmax=self.values.argmax(axis=1).astype(np.int32),
+        )
+
+    @property
+    def gaps(self) -> NDArray[np.float32]:
+        """float32 [P]: how far the largest logit is above the second largest."""
+        rows = self.top_values if self.top_values.shape[1] > 1 else self.values
+        largest = np.partition(rows, -2, axis=1)[:, -2:] if rows.shape[1] > 1 else np.zeros((len(rows), 2), np.float32)
+        return np.asarray(largest[:, 1] - largest[:, 0], np.float32)
 
     def compare(self, position: int, logits: Logits) -> Difference | None:
         """Compare the ``logits`` [V] of a file after the id at ``position``. None if the reference has no row for it.
@@ -141,7 +164,10 @@ class Recorder:
     def reference(
         self, images: NDArray[np.uint8] | None = None, soft_tokens: SoftTokens | None = None
     ) -> ReferenceLogits:
-        """The rows added so far, with the given images [I, S, S, 3] and soft tokens [I, T, E]. The noise is 0."""
+        """The rows added so far, with the given images [I, S, S, 3] and soft tokens [I, T, E].
+
+        What limits are derived from is 0.
+        """
         positions = sorted(self._rows)
         values, tops, top_values, totals, argmax = zip(*(self._rows[position] for position in positions), strict=True)
         return ReferenceLogits(
@@ -153,26 +179,30 @@ class Recorder:
             top_values=np.stack(top_values),
             log_sum_exp=np.asarray(totals, np.float32),
             argmax=np.asarray(argmax, np.int32),
+            float_error=np.zeros(len(positions), np.float32),
             noise_kl=np.zeros(len(positions), np.float32),
+            cost_kl=np.zeros(len(positions), np.float32),
             images=np.zeros((0, 0, 0, 3), np.uint8) if images is None else images,
             soft_tokens=np.zeros((0, 0, 0), np.float32) if soft_tokens is None else soft_tokens,
             soft_noise=np.zeros(0 if soft_tokens is None else len(soft_tokens), np.float32),
+            soft_cost=np.zeros(0 if soft_tokens is None else len(soft_tokens), np.float32),
         )
 
 
-def reference_keys(manifest: Manifest) -> dict[str, str]:
-    """For each format of a bundle, the name of its reference in the golden vectors.
+def reference_keys(manifest: Manifest) -> dict[str, dict[str, str]]:
+    """For each format of a bundle, by the names of its references, their keys in the golden vectors.
 
-    Artifacts whose references treat activations alike share one reference, named "float" or "int8". If their stand-ins
-    differ, they have different weights and so separate references.
+    The key is the name. Artifacts share a reference of one name, unless their weights or the weights whose inputs stay
+    in floating point differ; then the key ends with the format.
     """
-    keys: dict[str, str] = {}
-    stand_ins: dict[str, object] = {}
+    keys: dict[str, dict[str, str]] = {}
+    owners: dict[str, Artifact] = {}
     for format, artifact in manifest.artifacts.items():
-        key: str = artifact.reference_activations
-        if stand_ins.setdefault(key, artifact.stand_ins) != artifact.stand_ins:
-            key = f"{key}-{format}"
-        keys[format] = key
+        keys[format] = {}
+        for name in artifact.references:
+            owner = owners.setdefault(name, artifact)
+            same = (owner.stand_ins, owner.float_activations) == (artifact.stand_ins, artifact.float_activations)
+            keys[format][name] = name if same else f"{name}-{format}"
     return keys
 
 
@@ -181,10 +211,10 @@ FIELDS = tuple(field.name for field in fields(ReferenceLogits) if field.name != 
 
 
 def save_golden(path: Path, references: Mapping[str, ReferenceLogits]) -> None:
-    """Write the references, by key (see ``reference_keys``), into one safetensors file: ``int8.values`` and so on."""
+    """Write the references, by key (see ``reference_keys``), into one safetensors file: ``float.values`` and so on."""
     arrays = {
-        f"{activations}.{name}": np.ascontiguousarray(getattr(reference, name))
-        for activations, reference in references.items()
+        f"{key}.{name}": np.ascontiguousarray(getattr(reference, name))
+        for key, reference in references.items()
         for name in FIELDS
     }
     arrays[IMAGES] = next(iter(references.values())).images
@@ -201,9 +231,12 @@ AXES: dict[str, tuple[type[np.generic], str]] = {
     "top_values": (np.float32, "PK"),
     "log_sum_exp": (np.float32, "P"),
     "argmax": (np.int32, "P"),
+    "float_error": (np.float32, "N"),
     "noise_kl": (np.float32, "N"),
+    "cost_kl": (np.float32, "N"),
     "soft_tokens": (np.float32, "ISE"),
     "soft_noise": (np.float32, "L"),
+    "soft_cost": (np.float32, "I"),
 }
 
 
@@ -216,10 +249,10 @@ def load_golden(path: Path) -> dict[str, ReferenceLogits]:
         images = arrays.pop(IMAGES)
         keys = sorted({key.partition(".")[0] for key in arrays})
         found = {}
-        for activations in keys:
-            fields = {name: arrays[f"{activations}.{name}"] for name in FIELDS}
+        for key in keys:
+            fields = {name: arrays[f"{key}.{name}"] for name in FIELDS}
             _check_arrays(fields, images)
-            found[activations] = ReferenceLogits(images=images, **fields)
+            found[key] = ReferenceLogits(images=images, **fields)
     except (OSError, SafetensorError, KeyError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise VerificationFailed(f"{path}: not golden vectors ({reason}); export the bundle again") from None

@@ -10,22 +10,21 @@ from pathlib import Path
 
 from gemma3 import typed_json
 from gemma3.errors import BadInput, VerificationFailed
-from runtime_py.proof.limits import AT_LEAST, Limits
+from runtime_py.proof.limits import AT_LEAST
 from runtime_py.proof.plan import Plan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: several references for an artifact, limits that follow from them
 
 
 @dataclass(frozen=True)
-class ArtifactProof:
-    """How one artifact is judged against the golden vectors.
+class ReferenceProof:
+    """How an artifact is judged against one of its references, whose arrays in golden.safetensors begin with ``key``.
 
-    ``reference`` is the prefix of its arrays in golden.safetensors. ``limits`` and their reason hold for this kind of
-    file; ``tolerances`` are the resulting limits by check id and metric. A metric without one is information.
+    ``tolerances`` are the limits by check id and metric. A metric without one is information. ``reason`` explains them.
     """
 
-    reference: str
-    limits: Limits
+    key: str
+    reason: str
     tolerances: dict[str, dict[str, float]]
 
 
@@ -33,15 +32,18 @@ class ArtifactProof:
 class ProofPlan:
     """The plan, and how each artifact is judged. A value of a metric in ``at_least`` passes from its limit upwards,
     one of any other metric up to its limit. NaN never passes.
+
+    ``artifacts`` has the references of each artifact by name. Kernels of different processors round activations in
+    different ways, so an artifact passes if it keeps to the limits of one of them.
     """
 
     schema_version: int
     plan: Plan
     at_least: tuple[str, ...]
-    artifacts: dict[str, ArtifactProof]
+    artifacts: dict[str, dict[str, ReferenceProof]]
 
 
-def save_plan(path: Path, plan: Plan, artifacts: Mapping[str, ArtifactProof]) -> None:
+def save_plan(path: Path, plan: Plan, artifacts: Mapping[str, dict[str, ReferenceProof]]) -> None:
     proof = ProofPlan(SCHEMA_VERSION, plan, AT_LEAST, dict(artifacts))
     path.write_text(typed_json.encode(proof, indent=None), encoding="utf-8")
 

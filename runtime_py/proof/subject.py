@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from export.checks import Check
 from export.manifest import Artifact, Manifest
+from export.target import FLOAT
 from runtime_py.proof.golden import ReferenceLogits
-from runtime_py.proof.limits import Limits
 from runtime_py.proof.plan import Plan
 
 if TYPE_CHECKING:
@@ -17,19 +17,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """One artifact of a bundle in ``directory``, the weights that it was made of, and its fresh reference."""
+    """One artifact of a bundle in ``directory``, the weights that it was made of, and its fresh references.
+
+    ``references`` are by name. ``exact`` is the one with float activations, whether or not it is among them.
+    """
 
     directory: Path
     manifest: Manifest
     format: str
     weights: "QuantizedWeights"
     plan: Plan
-    reference: ReferenceLogits
-    limits: Limits
+    references: dict[str, ReferenceLogits]
+    exact: ReferenceLogits
 
     @property
     def artifact(self) -> Artifact:
         return self.manifest.artifacts[self.format]
+
+    @property
+    def rounds(self) -> bool:
+        """Do its kernels round activations?"""
+        return FLOAT not in self.references
 
     @property
     def path(self) -> Path:

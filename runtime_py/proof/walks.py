@@ -34,7 +34,7 @@ def check_session(
     have no prefix.
     """
     judge = Judge(artifact, tolerances, prefix, suffix)
-    checks = noise_checks(judge, reference)
+    checks = [*noise_checks(judge, reference), *cost_checks(judge, reference)]
     soft_tokens = given
     if soft_tokens is None:
         soft_tokens = [session.encode_image(image) for image in reference.images]
@@ -59,6 +59,10 @@ def check_session(
     again = follow(session, plan, plan.walks[first], to_feed(first))
     change = max(float(np.abs(logits - fresh[position]).max()) for position, logits in again)
     return [*checks, judge.check(RESET, f"{title(first)} again after a reset", "max_abs", change)]
+
+
+ACTIVATIONS = "activations"
+TOO_MUCH = 0.01  # nats: more than the weights of a well quantized model cost (docs/accuracy.md)
 
 
 class Judge:
@@ -97,6 +101,28 @@ def noise_checks(judge: Judge, reference: ReferenceLogits) -> list[Check]:
         figures["soft_rms"] = float(reference.soft_noise.max())
     name = "the reference against itself, inputs changed by one unit in the last place"
     return judge.checks("noise", name, figures)
+
+
+def cost_checks(judge: Judge, reference: ReferenceLogits) -> list[Check]:
+    """What rounding activations costs: the reference against itself without it. The figures have no limits."""
+    if not reference.cost_kl.any():
+        return []
+    figures = {"kl_mean": float(reference.cost_kl.mean()), "kl_max": float(reference.cost_kl.max())}
+    if len(reference.soft_cost):
+        figures["soft_rms"] = float(reference.soft_cost.max())
+    return judge.checks(
+        ACTIVATIONS, "what rounding activations costs: the reference against itself without it", figures
+    )
+
+
+def advice_on_activations(checks: Sequence[Check]) -> list[str]:
+    """A line for each artifact in whose ``checks`` rounding activations costs more than TOO_MUCH."""
+    return [
+        f".{check.artifact}: rounding activations to int8 costs a KL divergence of {check.value:.2g} nats on average; "
+        "in a .onnx --activations float avoids it (slower), in any file qat --activations int8 lowers it"
+        for check in checks
+        if (check.id, check.metric) == (ACTIVATIONS, "kl_mean") and check.value > TOO_MUCH
+    ]
 
 
 def follow(

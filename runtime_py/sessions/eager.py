@@ -1,6 +1,6 @@
 """The eager network as a session, with the ring cache."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from runtime_py.sessions.protocol import Call, Image, Logits, SoftTokens, calls,
 
 
 class EagerSession:
-    """A session over the eager ``model``. ``layout`` must be of the ring style.
+    """A session over the eager ``model``, in float32 or float64. ``layout`` must be of the ring style.
 
     The model is not copied, so several sessions can share one.
     """
@@ -30,10 +30,11 @@ class EagerSession:
         self.chunk = layout.chunk
         self.vocab_size = model.config.vocab_size
         self.vision = vision
+        self._dtype = model.model.norm.weight.dtype
         self.reset()
 
     def reset(self) -> None:
-        self._cache = new_cache(self._layout)
+        self._cache = new_cache(self._layout, self._dtype)
         self.position = 0
         self.logits: Logits = np.empty(0, np.float32)
 
@@ -41,25 +42,34 @@ class EagerSession:
         return self.prefill([token])
 
     def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
-        for call in calls(self, ids, images):
-            logits = self.call(call)
-        self.logits = logits[-1]
+        split = calls(self, ids, images)
+        last = self.position + len(ids) - 1
+        for call in split:
+            logits = self.call(call, (last,))
+        ((_, self.logits),) = logits
         return self.logits
 
     @torch.inference_mode()
-    def call(self, call: Call) -> Logits:
-        """Feed ``call``. Returns float32 [n, V], the logits after each id of text, or after an image (n = 1)."""
+    def call(self, call: Call, wanted: Collection[int] | None = None) -> list[tuple[int, Logits]]:
+        """Feed ``call``. Returns (position, float32 logits [V]) after each id of text, or after an image.
+
+        Only the logits at the positions ``wanted`` are computed (None: all).
+        """
         tokens = torch.tensor(call.ids, dtype=torch.int64)[None]
         soft_tokens = None if call.image is None else torch.from_numpy(soft_tokens_of(self, call.image))[None]
-        logits = self.model(
-            tokens, self._cache, self.position, last_only=soft_tokens is not None, soft_tokens=soft_tokens
-        )
-        self.position += len(call.ids)
-        return np.asarray(logits[0].numpy(), np.float32)
+        hidden = self.model.hidden(tokens, self._cache, self.position, soft_tokens)
+        start, self.position = self.position, self.position + len(call.ids)
+        places = range(start, self.position) if soft_tokens is None else [self.position - 1]
+        places = [place for place in places if wanted is None or place in wanted]
+        if not places:
+            return []
+        logits = self.model.lm_head(hidden[0, [place - start for place in places]])
+        return list(zip(places, np.asarray(logits.numpy(), np.float32), strict=True))
 
     @torch.inference_mode()
     def encode_image(self, image: Pixels) -> SoftTokens:
-        soft_tokens: SoftTokens = self.model.encode_images(torch.from_numpy(network_input(image)))[0].numpy()
+        pixels = torch.from_numpy(network_input(image)).to(self._dtype)
+        soft_tokens: SoftTokens = self.model.encode_images(pixels)[0].float().numpy()
         return soft_tokens
 
 
@@ -72,5 +82,5 @@ def open_eager(source: Source, context: int, chunk: int) -> EagerSession:
     tokens_per_image = 1 if config.vision is None else config.vision.tokens_per_image
     layout = cache_layout(config, "ring", context, max(chunk, tokens_per_image))
     if isinstance(source, QuantizedCheckpoint):
-        return EagerSession(quantized_model(config, source.weights, "float"), layout)
+        return EagerSession(quantized_model(config, source.weights), layout)
     return EagerSession(load_model(source), layout)

@@ -21,21 +21,31 @@ INTEGER_INPUTS = ("input_ids", "attention_mask")
 class OnnxSession:
     """A session over an .onnx. Its KV cache is one set of buffers, bound as past and present, and updated in place.
 
-    With ``threads`` None, ONNX Runtime chooses their number. Raises BadInput when the file is damaged, refers to
+    With ``threads`` None, ONNX Runtime chooses their number. ``logits`` is how many the graph computes (None: the whole
+    vocabulary). Raises BadInput when the file is damaged, refers to
     anything unsafe, or does not have the caches and the vocabulary of ``layout`` and ``config``.
 
     The vision model is in memory only while a prompt's images are encoded, before the prompt is fed. Loading it takes
     little time compared with encoding an image, and on a phone the text model needs the memory.
     """
 
-    def __init__(self, path: Path, layout: CacheLayout, config: ModelConfig, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: CacheLayout,
+        config: ModelConfig,
+        threads: int | None = None,
+        *,
+        logits: int | None = None,
+    ) -> None:
         self._threads = threads
+        logits = logits or config.vocab_size
         self._session = open_graph(path, threads)
         shapes = _cache_shapes(layout)
         expected: dict[str, Sequence[int | str]] = {
             "input_ids": [1, "sequence_length"],
             "attention_mask": [1, "total_sequence_length"],
-            "logits": [1, 1, config.vocab_size],
+            "logits": [1, 1, logits],
             **shapes,
             **{_present(name): shape for name, shape in shapes.items()},
         }
@@ -54,7 +64,7 @@ class OnnxSession:
             load_graph(self._vision_path)
         self._no_soft_tokens = np.empty((1, 0, config.hidden_size), np.float32)
         self._mask = np.ones((1, layout.context), np.int64)
-        self._logits = np.empty((1, 1, config.vocab_size), np.float32)
+        self._logits = np.empty((1, 1, logits), np.float32)
         self._binding = self._session.io_binding()
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
         # Kept here, because a binding does not own the memory it refers to.

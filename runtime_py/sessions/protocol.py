@@ -5,7 +5,7 @@ An image is given as ``Pixels`` of the model's own size, or as soft tokens that 
 tokens replace T image tokens in the ids.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol, TypeGuard, cast, runtime_checkable
@@ -176,20 +176,26 @@ def chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 class EveryLogit(Protocol):
     """A session that can give the logits after every id of a call. Exported graphs give only those of the last id."""
 
-    def call(self, call: Call) -> Logits:
-        """Feed ``call``. Returns float32 [n, V], the logits after each id of text, or after an image (n = 1)."""
+    def call(self, call: Call, wanted: Collection[int] | None = None) -> list[tuple[int, Logits]]:
+        """Feed ``call``. Returns (position, logits [V]) after each id of text, or after an image.
+
+        Only the logits at the positions ``wanted`` are computed (None: all).
+        """
 
 
-def every_position(session: Session, ids: Sequence[int], images: Sequence[Image] = ()) -> Iterator[tuple[int, Logits]]:
+def every_position(
+    session: Session, ids: Sequence[int], images: Sequence[Image] = (), wanted: Collection[int] | None = None
+) -> Iterator[tuple[int, Logits]]:
     """Feed ``ids`` after what ``session`` holds. Yields (position, logits [V]) after each id of text and each image.
 
-    The logits of at most ROWS_AT_ONCE positions are in memory at a time. Raises what ``calls`` raises.
+    With ``wanted`` only at these positions, which can save time. The logits of at most ROWS_AT_ONCE positions are in
+    memory at a time. Raises what ``calls`` raises.
     """
     if isinstance(session, EveryLogit):
         for call in calls(session, ids, images, text_chunk=min(session.chunk, ROWS_AT_ONCE)):
-            rows = session.call(call)
-            yield from enumerate(rows, session.position - len(rows))
+            yield from session.call(call, wanted)
     else:
         for call in calls(session, ids, images, text_chunk=1):
             logits = session.prefill(call.ids, () if call.image is None else (call.image,))
-            yield session.position - 1, logits
+            if wanted is None or session.position - 1 in wanted:
+                yield session.position - 1, logits

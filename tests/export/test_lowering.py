@@ -67,7 +67,7 @@ def write_onnx(weight: IntegerWeight, path: Path) -> None:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, "length", columns]))
     ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1, "length"]))
     with WeightFile(path.with_name(path.name + ".data")) as file:
-        graph = GraphBuilder({NAME: weight}, file, accuracy_level=1)
+        graph = GraphBuilder({NAME: weight}, file, [NAME])
         (product,) = graph.linear(x, NAME)
         outputs = [product, embed(graph, config, ids)]
         for value, name in zip(outputs, ("product", "rows"), strict=True):

@@ -90,7 +90,7 @@ def test_the_exact_onnx_keeps_the_codes_and_equals_eager(shape: str, tmp_path: P
 
     ids = random_tokens(config, 60)
     with torch.no_grad():
-        expected = quantized_model(config, weights, "float")(torch.tensor([ids]))[0].numpy()
+        expected = quantized_model(config, weights)(torch.tensor([ids]))[0].numpy()
     session = OnnxSession(path, layout, config, threads=1)
     for start in range(0, 60, 6):
         assert np.abs(session.prefill(ids[start : start + 6]) - expected[start + 5]).max() <= 1e-4

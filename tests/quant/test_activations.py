@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from quant.activations import fake_quantize_per_token
-from quant.eager import IntegerEmbedding, IntegerLinear, with_integer_weights
+from quant.activations import fake_quantize_per_token, per_token
+from quant.eager import RowsEmbedding, RowsLinear, with_integer_weights
 from quant.integers import round_to_nearest
 from quant.methods import quantize_weights
 from quant.recipe import preset
@@ -43,25 +43,25 @@ def test_integers_replace_the_weights_and_the_shared_table_is_one_object() -> No
     tokens = torch.tensor([random_tokens(config, 24)])
     plain = random_model(config)(tokens)
     exact, rounded = random_model(config), random_model(config)
-    with_integer_weights(exact, quantized.integers, "float")
-    with_integer_weights(rounded, quantized.integers, "int8")
+    with_integer_weights(exact, quantized.integers)
+    with_integer_weights(rounded, quantized.integers, per_token)
     table = quantized.integers["model.embed_tokens.weight"]
     head, embedding = exact.get_submodule("lm_head"), exact.get_submodule("model.embed_tokens")
-    assert isinstance(head, IntegerLinear)
-    assert isinstance(embedding, IntegerEmbedding)
-    assert head.integers is table
-    assert embedding.integers is table
+    assert isinstance(head, RowsLinear)
+    assert isinstance(embedding, RowsEmbedding)
+    assert head.rows is table
+    assert embedding.rows is table
     dequantized = random_model(config)
     dequantized.load_state_dict({name: w.dequantize() for name, w in quantized.integers.items()}, strict=False)
     assert (exact(tokens) - dequantized(tokens)).abs().max() <= 1e-5
     scale = plain.std()
     assert 0.01 * scale < (exact(tokens) - plain).abs().mean() < scale
     assert 1e-4 * scale < (rounded(tokens) - exact(tokens)).abs().mean() < 0.1 * scale
-    assert len([m for m in rounded.modules() if isinstance(m, IntegerLinear)]) == 7 * config.num_layers + 1
+    assert len([m for m in rounded.modules() if isinstance(m, RowsLinear)]) == 7 * config.num_layers + 1
 
 
 def test_a_linear_layer_keeps_its_bias() -> None:
     linear = torch.nn.Linear(32, 5).requires_grad_(False)
     x, weight = torch.randn(3, 32), round_to_nearest(linear.weight, 8, None)
-    model = with_integer_weights(torch.nn.Sequential(linear), {"0.weight": weight}, "float")
+    model = with_integer_weights(torch.nn.Sequential(linear), {"0.weight": weight})
     assert torch.allclose(model(x), torch.nn.functional.linear(x, weight.dequantize(), linear.bias), atol=1e-6)

@@ -17,7 +17,7 @@ from export.executorch.read_back import join_halves, stored_integers
 from gemma3.cache import cache_layout
 from gemma3.errors import BadInput
 from gemma3.model import new_cache
-from quant.activations import fake_quantize_per_token
+from quant.activations import fake_quantize_per_token, per_token
 from quant.eager import with_integer_weights
 from quant.integers import IntegerWeight, round_to_nearest
 from runtime_py.proof.plan import Plan
@@ -226,7 +226,7 @@ def test_a_step_from_the_same_cache_shows_a_wrong_window(block32: TinyPte) -> No
     window = block32.config.sliding_window
     wrong = replace(block32.config, sliding_window=window + 1)
     model = random_model(wrong)
-    with_integer_weights(model, block32.weights.integers, "int8")
+    with_integer_weights(model, block32.weights.integers, per_token)
     ids = random_tokens(wrong, LENGTH)
     kl = [difference.kl for difference in steps(block32.session(), model, plan_of(ids), set(range(LENGTH)))]
     assert median(kl[:window]) <= 1e-10

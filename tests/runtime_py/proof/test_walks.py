@@ -9,6 +9,7 @@ from export.checks import Check
 from gemma3.cache import cache_layout
 from gemma3.images import Pixels
 from gemma3.model import Gemma3
+from quant.activations import per_token
 from quant.eager import with_integer_weights
 from quant.integers import round_to_nearest
 from runtime_py.backends import BACKENDS
@@ -133,7 +134,7 @@ def test_limits_for_rounded_activations_follow_the_noise_of_the_reference_itself
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     integers = {name: round_to_nearest(model.get_parameter(name), 8, None) for name in linears if "lm_head" not in name}
     rounded = random_model(model.config)
-    with_integer_weights(rounded, integers, "int8")
+    with_integer_weights(rounded, integers, per_token)
     reference = record(session_of(rounded), plan)
     assert with_noise_limits(INTEGER_LIMITS["pte"], reference, 1) == INTEGER_LIMITS["pte"]
 
