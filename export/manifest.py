@@ -46,8 +46,10 @@ class Artifact:
     ``files`` lists the graphs and their external data; ``file`` is the first of them. ``references`` names the ways in
     which kernels that may run the file round the inputs of linear layers with integer weights ("float": they do not);
     the proof has a reference for each. ``float_activations`` lists the weights whose inputs stay in floating point
-    although other inputs are rounded. ``bytes`` counts ``files``; ``ideal_bytes`` counts the weights at their bits plus two bytes a scale, each stored once.
-    ``peak_memory_estimate`` is in bytes: the weights as stored, the caches, and what encoding an image takes.
+    although other inputs are rounded.
+
+    ``bytes`` counts ``files``; ``ideal_bytes`` counts the weights at their bits plus two bytes a scale, each stored
+    once. ``peak_memory_estimate`` is in bytes: the weights as stored, the caches, and what encoding an image takes.
     ``stand_ins`` lists the weights that the file holds in another scheme than the checkpoint (SFP8 as 8-bit integers).
     ``details`` is what only this kind of artifact has.
     """

@@ -55,7 +55,8 @@ def fake_quantize_per_block(x: Tensor, size: int) -> Tensor:
     accuracy level 4 (QuantizeARow_CompInt8 in its MLAS library); tests/export compares with the kernel.
     """
     features = x.shape[-1]
-    blocks = F.pad(x, (0, -features % size)).unflatten(-1, (-1, size))
+    padded = F.pad(x, (0, -features % size))
+    blocks = padded.view(*padded.shape[:-1], -1, size)
     largest = blocks.abs().amax(-1, keepdim=True)
     # For a block below 1e-30 the multiplier could overflow. Its values are far below anything that matters.
     largest = torch.where(largest < 1e-30, 127.0, largest)

@@ -26,7 +26,7 @@ def quantized_model(
     rounding: Rounding = keep_float,
     dtype: torch.dtype = torch.float32,
 ) -> Gemma3:
-    """The eager model of ``config`` with exactly ``weights``, in eval mode, without gradients. It computes in ``dtype``.
+    """The eager model of ``config`` with exactly ``weights``, in eval mode, without gradients, computing in ``dtype``.
 
     For ``rounding`` see ``with_integer_weights``. In float64 every matrix is widened when it is used. Raises BadInput
     when a weight is missing, is not part of the model, or has another shape.
@@ -35,7 +35,7 @@ def quantized_model(
     model = empty_model(config)
     by_rows: dict[str, Rows] = dict(weights.integers)
     floats = {
-        name: weight if isinstance(weight, Tensor) else weight.dequantize()
+        name: weight.detach() if isinstance(weight, Tensor) else weight.dequantize()
         for name, weight in weights.tensors.items()
         if not isinstance(weight, IntegerWeight)
     }
@@ -59,7 +59,7 @@ def with_integer_weights(
 
 def _compute_by_rows(model: nn.Module, weights: "Mapping[str, Rows]", rounding: Rounding, dtype: torch.dtype) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    shared = {parameters[name]: (name, weight) for name, weight in weights.items()}
+    shared: dict[Tensor, tuple[str, Rows]] = {parameters[name]: (name, weight) for name, weight in weights.items()}
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module.weight in shared:
             name, weight = shared[module.weight]

@@ -100,9 +100,9 @@ def export_bundle(
     """Export a checkpoint to ``formats`` (None: all known ones) and prove the files. Then the bundle ``out`` appears.
 
     A full-precision checkpoint is rounded to nearest in ``recipe`` (None: int4-block32); a quantized one keeps its
-    integers. ``activations`` replaces what the recipe says about them (see ``quant.recipe.Rule``). The other arguments are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what
-    cannot be exported, and VerificationFailed when a file does not agree with its reference. After any error nothing is
-    left behind.
+    integers. ``activations`` replaces what the recipe says about them (see ``quant.recipe.Rule``). The other arguments
+    are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what cannot be exported, and
+    VerificationFailed when a file does not agree with its reference. After any error nothing is left behind.
     """
     from gemma3.host.atomic import refuse_target
 

@@ -66,7 +66,7 @@ def in_onnxruntime(
     columns = (weight if isinstance(weight, Tensor) else weight.codes).shape[1]
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, columns]))
     with WeightFile(path.with_name(path.name + ".data")) as file:
-        graph = GraphBuilder({"w": weight}, file, level)
+        graph = GraphBuilder({"w": weight}, file, ["w"] if level == 1 else [])
         y = product(graph, x)
     y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
     nodes, initializers = graph.op.nodes, graph.op.initializers

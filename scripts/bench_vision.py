@@ -69,7 +69,7 @@ Encode = Callable[[Pixels], SoftTokens]
 def write(format: str, config: ModelConfig, weights: dict[str, Weight], path: Path) -> None:
     """Write the vision model alone."""
     if format == "onnx":
-        write_graph(path, "gemma3-vision", weights, 4, lambda graph: vision_model(graph, config))
+        write_graph(path, "gemma3-vision", weights, (), lambda graph: vision_model(graph, config))
     else:
         write_pte(config, weights, path)
 

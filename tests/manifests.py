@@ -11,7 +11,7 @@ CONTEXT, CHUNK = 96, 8
 def manifest_of(config: ModelConfig, context: int = CONTEXT, chunk: int = CHUNK, scheme: str = "float32") -> Manifest:
     def artifact(style: CacheStyle) -> Artifact:
         layout = cache_layout(config, style, context, chunk)
-        return Artifact("model", ("model",), layout, (), "float", {}, {}, 1, 1, 1, {}, {})
+        return Artifact("model", ("model",), layout, (), ("float",), (), {}, {}, 1, 1, 1, {}, {})
 
     return Manifest(
         schema_version=SCHEMA_VERSION,

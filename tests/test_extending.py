@@ -67,16 +67,16 @@ def test_its_proof_finds_a_changed_file(gemma_edge: Cli, bundle: Path, checkpoin
 def test_backends_whose_files_hold_other_weights_have_references_of_their_own(
     gemma_edge: Cli, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """SFP8 is held as integers in blocks in the .onnx, and by row in the toy's file. Both keep activations float."""
+    """SFP8 is held as integers in blocks in the .onnx, and by row in the toy's file, which rounds no activations."""
     bundle = tmp_path / "bundle"
     result = gemma_edge("export", checkpoint, "-o", bundle, "--scheme", "sfp8", *EXPORT)
     assert result.code == 0, result.err
     assert read_manifest(bundle).artifacts.keys() == {"pte", "onnx", "toy"}
     proof = load_plan(bundle / PLAN)
-    assert {format: one.reference for format, one in proof.artifacts.items()} == {
-        "pte": "int8",
-        "onnx": "float",
-        "toy": "float-toy",
+    assert {format: [one.key for one in named.values()] for format, named in proof.artifacts.items()} == {
+        "pte": ["int8-per-token"],
+        "onnx": ["int8-per-block", "int8-kleidiai"],
+        "toy": ["float"],
     }
     for options in ((), ("--checkpoint", checkpoint)):
         result = gemma_edge("validate", bundle, *options)

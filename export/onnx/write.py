@@ -44,8 +44,9 @@ def export_onnx(
     ``weights`` are by checkpoint name: float tensors (written as float32), IntegerWeight of 4 or 8 bits, or Sfp8Weight.
     SFP8 codes go into the file as they are and are decoded when it is loaded (4 bytes per weight in memory). This is
     for validation; export/stand_ins.py makes the integers that ship. ``layout`` must be of the compacting style.
-    MatMulNBits rounds the inputs of integer weights to int8 by block, but not those of the weights ``kept``. Raises BadInput for weights that do not fit the configuration or the runtime's
-    kernels. The same arguments give the same bytes.
+    MatMulNBits rounds the inputs of integer weights to int8 by block, but not those of the weights ``kept``. Raises
+    BadInput for weights that do not fit the configuration or the runtime's kernels. The same arguments give the same
+    bytes.
     """
     assert layout.style == "compacting"
     for spec in config.layers:

@@ -62,7 +62,7 @@ class ReferenceLogits:
     # For a multimodal model; empty otherwise.
     images: NDArray[np.uint8]  # [I, S, S, 3]
     soft_tokens: NDArray[np.float32]  # [I, T, E]
-    # The relative RMS change of the soft tokens under the same comparisons: float64 or the changed inputs, and the cost.
+    # The relative RMS change of the soft tokens in the same comparisons: with float64 or changed inputs, and the cost.
     soft_noise: NDArray[np.float32]  # [L]
     soft_cost: NDArray[np.float32]  # [I]
 

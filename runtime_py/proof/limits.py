@@ -27,13 +27,14 @@ UNITS_IN_THE_LAST_PLACE = 16.0
 # Rounded activations. Once one int8 activation is rounded the other way, later layers and positions get inputs that
 # differ by a whole step, and more values are rounded the other way. So in a deep model any change, however small, ends
 # in a difference of about the same size. To measure this size, the reference is run again with its inputs changed by
-# one unit in the last place. A file may differ by as much, times a factor for the spread of a mean over a few positions,
-# and another for that of a maximum.
+# one unit in the last place. A file may differ by as much, times a factor for the spread of a mean over a few
+# positions, and another for that of a maximum.
 NOISE, PEAK_NOISE = 2.0, 4.0
 # In a small model the changes may happen to turn no rounding, and the file's own float error may turn one. What that
 # can cost follows from what all roundings cost together (``cost_kl``): if every rounding fell out differently, file and
-# reference would be at twice that cost from each other. (Measured: up to half.)
-COST = 0.5
+# reference would be at twice that cost from each other. (Measured: up to half.) So the cost also bounds what noise may
+# excuse in a mean over a few positions.
+COST, MOST_COST = 0.5, 4.0
 # Whatever the scale of the logits, a KL divergence below these, in nats, changes no prediction.
 KL_MEAN, KL_MAX = 1e-5, 1e-4
 
@@ -83,8 +84,8 @@ def float_limits(reference: ReferenceLogits) -> Limits:
 def rounded_limits(reference: ReferenceLogits, positions: int) -> Limits:
     """The limits of a file that rounds activations as the reference does.
 
-    The noise has a long tail, so one of a few positions may be at its peak. (On a demo checkpoint after QAT it is 2.0e-3
-    at one of the 9 positions of the whole prompt, 4.6e-4 on average over the 9, and 2.1e-4 over all positions.)
+    The noise has a long tail, so one of a few positions may be at its peak. (On a demo checkpoint after QAT it is
+    2.0e-3 at one of the 9 positions of the whole prompt, 4.6e-4 on average over the 9, and 2.1e-4 over all positions.)
     """
     noise, cost = reference.noise_kl, reference.cost_kl
     highest = PEAK_NOISE * float(noise.max())
@@ -92,7 +93,7 @@ def rounded_limits(reference: ReferenceLogits, positions: int) -> Limits:
     return Limits(
         "the reference rounds activations as the kernels do; a value within float error of a rounding boundary may "
         "still be rounded the other way, and where that carries further, further",
-        kl_mean=max(KL_MEAN, average, COST * float(cost.mean())),
+        kl_mean=max(KL_MEAN, min(average, MOST_COST * float(cost.mean())), COST * float(cost.mean())),
         kl_max=max(KL_MAX, highest, COST * float(cost.max())),
         soft_rms=(
             max(PEAK_NOISE * _largest(reference.soft_noise), _largest(reference.soft_cost))

@@ -20,17 +20,18 @@ from export.checks import Check
 from export.executorch.target import PTE
 from export.target import FLOAT
 from gemma3.model import Gemma3, LayerKV
-from runtime_py.proof.golden import FULL_VOCABULARY, Difference, Recorder
-from runtime_py.proof.limits import judged, limits_of
+from runtime_py.proof.golden import FULL_VOCABULARY, Difference, Recorder, ReferenceLogits
+from runtime_py.proof.limits import COST, KL_MAX, KL_MEAN, NOISE, PEAK_NOISE, Limits, judged, limits_of
 from runtime_py.proof.plan import GOLDEN_NEAR, Plan, near
 from runtime_py.proof.references import eager_session, nudged
 from runtime_py.proof.subject import Subject
-from runtime_py.sessions.protocol import Logits, calls
+from runtime_py.sessions.protocol import Call, Logits, calls
 from runtime_py.sessions.pte import PteSession
 
 log = logging.getLogger(__name__)
 
 AGREEING = 0.75  # of the expected share: the file's float error is a few units in the last place, the change is one
+FEW = 3.0
 SPREAD = 3.0  # standard deviations by which a share over a few steps may be lower than expected
 
 
@@ -49,8 +50,8 @@ def check_single_steps(subject: Subject) -> list[Check]:
     """The checks of single steps of a .pte that rounds activations; no checks for another .pte.
 
     In some steps no value lies near a rounding boundary, and the file must agree as well as in float32. How often this
-    happens shows the reference itself, after a change of its embeddings in the last place. So a fault that changes every
-    step is found however much the roundings carry, and apart from that the steps past the window are counted by
+    happens is measured on the reference itself, after a change of its embeddings in the last place. So a fault that
+    changes every step is found, however far the roundings carry. The steps past the window are also counted by
     themselves, because many faults show only there.
 
     A small model is compared after every id. A large one is compared only around the plan's landmarks, because each
@@ -69,14 +70,11 @@ def check_single_steps(subject: Subject) -> list[Check]:
     found = list(steps(session, model, plan, compared, reference.images))
     agreement = limits_of(subject.exact, FLOAT, 1).max_abs
     assert agreement is not None
-    limits = limits_of(reference, name, len(found))
+    limits = step_limits([step.changed.kl for step in found], reference)
     kl = [step.file.kl for step in found]
-    window = manifest.model.sliding_window
-    past = [step for step in found if step.file.position >= window]
+    title = f"one by one, each from the file's own cache ({len(kl)} positions)"
     checks = [
-        judged(
-            subject.format, "single-steps", f"one by one, each from the file's own cache ({len(kl)} positions)", *one
-        )
+        judged(subject.format, "single-steps", title, *one)
         for one in (
             ("kl_mean", sum(kl) / len(kl), limits.kl_mean),
             ("kl_median", median(kl), None),
@@ -84,10 +82,25 @@ def check_single_steps(subject: Subject) -> list[Check]:
             ("float_equal", *share(found, agreement)),
         )
     ]
+    past = [step for step in found if step.file.position >= manifest.model.sliding_window]
     if past:
         title = f"one by one, each from the file's own cache, past the window ({len(past)} positions)"
         checks.append(judged(subject.format, "single-steps/past-window", title, "float_equal", *share(past, agreement)))
     return checks
+
+
+def step_limits(changed: Sequence[float], reference: ReferenceLogits) -> Limits:
+    """The limits of the KL divergence of single steps, from that of the changed reference in the same steps.
+
+    Where the change happened to turn no rounding, the file's float error may still turn a few.
+    """
+    one = COST * float(reference.cost_kl.max())
+    noise = NOISE * sum(changed) / len(changed) + PEAK_NOISE * max(changed) / len(changed)
+    return Limits(
+        "single steps: twice the changed reference's divergence",
+        kl_mean=max(KL_MEAN, noise + FEW * one / len(changed)),
+        kl_max=max(KL_MAX, PEAK_NOISE * max(changed), one),
+    )
 
 
 def share(found: Sequence[Step], agreement: float) -> tuple[float, float]:
@@ -113,27 +126,29 @@ def steps(
     to_feed = plan.images_to_feed([session.encode_image(image) for image in images])
     for call in calls(session, plan.ids, to_feed, text_chunk=1):
         given = () if call.image is None else (call.image,)
-        start, last = session.position, session.position + len(call.ids) - 1
+        last = session.position + len(call.ids) - 1
         if last not in compared:
             session.prefill(call.ids, given)
             continue
-        tokens, soft_tokens = torch.tensor([call.ids]), torch.from_numpy(np.stack(given)) if given else None
-
-        def eager() -> Logits:
-            cache = file_cache(session, model.config.num_layers)
-            with torch.inference_mode():
-                logits: Logits = model(tokens, cache, start, last_only=True, soft_tokens=soft_tokens)[0, 0].numpy()
-            return logits
-
         recorder = Recorder(plan.ids, session.vocab_size)
-        recorder.add(last, eager())
+        recorder.add(last, eager_step(model, session, call))
         reference = recorder.reference()
         with nudged(model, seed=last):
-            changed = reference.compare(last, eager())
+            changed = reference.compare(last, eager_step(model, session, call))
         file = reference.compare(last, session.prefill(call.ids, given))
         assert file is not None
         assert changed is not None
         yield Step(file, changed)
+
+
+@torch.inference_mode()
+def eager_step(model: Gemma3, session: PteSession, call: Call) -> Logits:
+    """The logits [V] of ``model`` after ``call``, fed to a copy of the session's cache."""
+    cache = file_cache(session, model.config.num_layers)
+    soft_tokens = None if call.image is None else torch.from_numpy(call.image[None])
+    tokens = torch.tensor([call.ids])
+    logits: Logits = model(tokens, cache, session.position, last_only=True, soft_tokens=soft_tokens)[0, 0].numpy()
+    return logits
 
 
 def file_cache(session: PteSession, layers: int) -> list[LayerKV]:

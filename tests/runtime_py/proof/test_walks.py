@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -6,17 +6,28 @@ import pytest
 import torch
 
 from export.checks import Check
+from export.target import FLOAT
 from gemma3.cache import cache_layout
 from gemma3.images import Pixels
 from gemma3.model import Gemma3
 from quant.activations import per_token
-from quant.eager import with_integer_weights
+from quant.eager import quantized_model, with_integer_weights
 from quant.integers import round_to_nearest
-from runtime_py.backends import BACKENDS
+from quant.weights import QuantizedWeights
 from runtime_py.proof.golden import ReferenceLogits
-from runtime_py.proof.limits import FLOAT_LIMITS, NOISE, PEAK_NOISE, Limits, limits_for, tolerances, with_noise_limits
+from runtime_py.proof.limits import (
+    COST,
+    KL_MAX,
+    KL_MEAN,
+    MOST_COST,
+    NOISE,
+    PEAK_NOISE,
+    float_limits,
+    rounded_limits,
+    tolerances,
+)
 from runtime_py.proof.plan import Plan, make_plan, plan_images
-from runtime_py.proof.references import record, with_noise
+from runtime_py.proof.references import record, rounded_reference, with_float_error, with_noise
 from runtime_py.proof.table import validation_table
 from runtime_py.proof.walks import check_session
 from runtime_py.sessions.eager import EagerSession
@@ -25,11 +36,12 @@ from tests.manifests import CHUNK, CONTEXT, manifest_of, seeing_manifest
 from tests.shapes import VISION_SHAPES, random_model, tiny_config, tiny_vision_config
 
 WINDOW = 12
-INTEGER_LIMITS = {format: backend.quantized_limits for format, backend in BACKENDS.items()}
+ROUNDED = "int8-per-token"
 
 
-def check(session: Session, plan: Plan, reference: ReferenceLogits, artifact: str, limits: Limits) -> list[Check]:
-    return check_session(session, plan, reference, artifact, tolerances(plan, reference, limits))
+def check(session: Session, plan: Plan, reference: ReferenceLogits, artifact: str, name: str = FLOAT) -> list[Check]:
+    """The checks by the limits of the reference ``name``: FLOAT, or a rounding, of which none is measured here."""
+    return check_session(session, plan, reference, artifact, tolerances(plan, reference, name))
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +71,26 @@ def failed(checks: list[Check]) -> set[str]:
 
 
 def test_the_model_passes_against_itself(model: Gemma3, plan: Plan, reference: ReferenceLogits) -> None:
-    checks = check(session_of(model), plan, reference, "pte", FLOAT_LIMITS)
+    checks = check(session_of(model), plan, reference, "pte")
     assert not failed(checks)
     assert sum(check.limit is not None for check in checks) >= 10
 
 
 @pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1])
-@pytest.mark.parametrize("limits", [FLOAT_LIMITS, *INTEGER_LIMITS.values()])
+@pytest.mark.parametrize("name", [FLOAT, ROUNDED])
 def test_a_window_off_by_one_is_caught(
-    model: Gemma3, plan: Plan, reference: ReferenceLogits, window: int, limits: Limits
+    model: Gemma3, plan: Plan, reference: ReferenceLogits, window: int, name: str
 ) -> None:
     other = Gemma3(replace(model.config, sliding_window=window)).requires_grad_(False)
     other.load_state_dict(model.state_dict())
-    assert failed(check(session_of(other), plan, reference, "pte", limits))
+    assert failed(check(session_of(other), plan, reference, "pte", name))
 
 
 def test_a_ring_too_small_for_its_chunk_is_caught(model: Gemma3, plan: Plan, reference: ReferenceLogits) -> None:
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
     short = replace(layout, layers=tuple(replace(one, slots=min(one.slots, WINDOW + 2)) for one in layout.layers[:2]))
     short = replace(short, layers=(*short.layers, layout.layers[2]))
-    assert failed(check(EagerSession(model, short), plan, reference, "pte", INTEGER_LIMITS["onnx"]))
+    assert failed(check(EagerSession(model, short), plan, reference, "pte", ROUNDED))
 
 
 def test_a_fault_at_one_position_is_not_averaged_away(model: Gemma3, plan: Plan, reference: ReferenceLogits) -> None:
@@ -88,7 +100,7 @@ def test_a_fault_at_one_position_is_not_averaged_away(model: Gemma3, plan: Plan,
             return logits[::-1].copy() if self.position == 51 else logits
 
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
-    checks = check(OneBadPosition(model, layout), plan, reference, "onnx", INTEGER_LIMITS["onnx"])
+    checks = check(OneBadPosition(model, layout), plan, reference, "onnx", ROUNDED)
     assert "kl_max" in failed(checks)
     worst = {check.value for check in checks if check.metric == "kl_worst_position" and "one-by-one" in check.id}
     assert worst == {50}
@@ -106,7 +118,7 @@ def test_a_reset_that_leaves_something_behind_is_caught(model: Gemma3, plan: Pla
             return super().prefill(ids, images) + np.float32(1e-7 * (self.resets > 1))
 
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
-    checks = check(Sticky(model, layout), plan, reference, "pte", FLOAT_LIMITS)
+    checks = check(Sticky(model, layout), plan, reference, "pte")
     assert [check.name for check in checks if not check.passed] == ["odd sizes again after a reset"]
 
 
@@ -116,41 +128,72 @@ def test_not_a_number_does_not_pass(model: Gemma3, plan: Plan, reference: Refere
             return super().prefill(ids, images) * np.float32("nan")
 
     layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
-    for limits in (FLOAT_LIMITS, INTEGER_LIMITS["onnx"]):
-        assert failed(check(Broken(model, layout), plan, reference, "pte", limits))
+    for name in (FLOAT, ROUNDED):
+        assert failed(check(Broken(model, layout), plan, reference, "pte", name))
 
 
 def test_golden_positions_alone_catch_a_window_off_by_one(
     model: Gemma3, plan: Plan, reference: ReferenceLogits
 ) -> None:
     golden = reference.at(plan.golden_positions)
-    assert not failed(check(session_of(model), plan, golden, "pte", FLOAT_LIMITS))
+    assert not failed(check(session_of(model), plan, golden, "pte"))
     other = Gemma3(replace(model.config, sliding_window=WINDOW - 1)).requires_grad_(False)
     other.load_state_dict(model.state_dict())
-    assert failed(check(session_of(other), plan, golden, "onnx", INTEGER_LIMITS["onnx"]))
+    assert failed(check(session_of(other), plan, golden, "onnx", ROUNDED))
 
 
 def test_limits_for_rounded_activations_follow_the_noise_of_the_reference_itself(model: Gemma3, plan: Plan) -> None:
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     integers = {name: round_to_nearest(model.get_parameter(name), 8, None) for name in linears if "lm_head" not in name}
-    rounded = random_model(model.config)
+    kept, rounded = random_model(model.config), random_model(model.config)
+    with_integer_weights(kept, integers)
     with_integer_weights(rounded, integers, per_token)
-    reference = record(session_of(rounded), plan)
-    assert with_noise_limits(INTEGER_LIMITS["pte"], reference, 1) == INTEGER_LIMITS["pte"]
+    exact = record(session_of(kept), plan)
+    reference = rounded_reference(session_of(rounded), plan, exact)
+    assert 1e-7 < reference.cost_kl.mean() < reference.cost_kl.max() < 1e-2
+    calm = replace(reference, cost_kl=reference.cost_kl * 0)
+    assert rounded_limits(calm, 1) == replace(rounded_limits(calm, 1), kl_mean=KL_MEAN, kl_max=KL_MAX)
 
     noisy = with_noise(reference, session_of(rounded), plan)
-    limits = with_noise_limits(INTEGER_LIMITS["pte"], noisy, 10)
-    mean, peak = float(noisy.noise_kl.mean()), float(noisy.noise_kl.max())
-    assert limits.kl_mean == max(1e-5, NOISE * mean + PEAK_NOISE * peak / 10)
-    assert limits.kl_max == max(1e-4, PEAK_NOISE * peak)
+    limits = rounded_limits(noisy, 10)
+    mean, peak, cost = (float(value) for value in (noisy.noise_kl.mean(), noisy.noise_kl.max(), noisy.cost_kl.mean()))
+    assert limits.kl_mean == max(1e-5, min(NOISE * mean + PEAK_NOISE * peak / 10, MOST_COST * cost), COST * cost)
+    assert limits.kl_max == max(1e-4, PEAK_NOISE * peak, COST * float(noisy.cost_kl.max()))
     assert 1e-12 < noisy.noise_kl.max() < 1e-2
-    assert with_noise_limits(INTEGER_LIMITS["pte"], noisy.at([5]), 10) == limits
-    checks = check(session_of(rounded), plan, noisy, "pte", INTEGER_LIMITS["pte"])
+    assert rounded_limits(noisy.at([5]), 10) == limits
+    checks = check(session_of(rounded), plan, noisy, "pte", ROUNDED)
     assert not failed(checks)
-    assert any(check.id == "noise" for check in checks)
+    assert {"noise", "activations"} <= {check.id for check in checks}
     # Measuring the noise leaves the model as it was, and a model that rounds nothing fails.
     assert (record(session_of(rounded), plan).values == reference.values).all()
-    assert failed(check(session_of(model), plan, noisy, "pte", INTEGER_LIMITS["pte"]))
+    assert failed(check(session_of(kept), plan, noisy, "pte", ROUNDED))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 8.0, 1e3])
+def test_limits_for_float_activations_follow_the_size_of_the_logits(
+    plan: Plan, model: Gemma3, reference: ReferenceLogits, scale: float
+) -> None:
+    scaled = random_model(model.config)
+    scaled.model.norm.weight.copy_((1 + model.model.norm.weight) * scale - 1)
+    weights = QuantizedWeights({n: p for n, p in scaled.named_parameters()}, {})
+    wide = quantized_model(scaled.config, weights, dtype=torch.float64)
+    measured = with_float_error(record(session_of(scaled), plan), session_of(wide), plan)
+    limits = float_limits(measured)
+    assert limits.max_abs is not None
+    deviation = float(measured.values.std())
+    assert 1e-7 * deviation < float(measured.float_error.max()) < 1e-5 * deviation
+    assert limits.max_abs < 1e-4 * deviation
+    assert not failed(check(session_of(scaled), plan, measured, "onnx"))
+    wrong = Gemma3(replace(model.config, sliding_window=WINDOW - 1)).requires_grad_(False)
+    wrong.load_state_dict(scaled.state_dict())
+    assert failed(check(session_of(wrong), plan, measured, "onnx"))
+
+
+def test_a_near_tie_may_fall_out_either_way(plan: Plan, reference: ReferenceLogits) -> None:
+    tied = reference.values.copy()
+    tied[0, :2] = tied[0].max() + 1
+    assert float_limits(replace(reference, values=tied)).top1_agreement == 1 - 1 / len(reference.positions)
+    assert float_limits(reference).top1_agreement == 1.0
 
 
 # Images
@@ -171,7 +214,7 @@ def seeing_session(model: Gemma3, kind: type[EagerSession] = EagerSession) -> Ea
 
 def test_a_multimodal_model_passes_against_itself(seeing: tuple[Gemma3, Plan, ReferenceLogits]) -> None:
     model, plan, reference = seeing
-    checks = check(seeing_session(model), plan, reference, "pte", FLOAT_LIMITS)
+    checks = check(seeing_session(model), plan, reference, "pte")
     assert not failed(checks)
     assert [check.value for check in checks if check.metric == "soft_rms"] == [0.0, 0.0]
     assert sum("landmark/image" in check.id for check in checks) == 2 * len(plan.image_places)
@@ -180,9 +223,9 @@ def test_a_multimodal_model_passes_against_itself(seeing: tuple[Gemma3, Plan, Re
 class CausalImages(EagerSession):
     """Feeds an image's soft tokens one by one, so that none attends to those after it."""
 
-    def call(self, call: Call) -> Logits:
+    def call(self, call: Call, wanted: Collection[int] | None = None) -> list[tuple[int, Logits]]:
         if call.image is None:
-            return super().call(call)
+            return super().call(call, wanted)
         for soft_token in soft_tokens_of(self, call.image):
             logits = self.model(
                 torch.tensor([call.ids[:1]]),
@@ -191,7 +234,7 @@ class CausalImages(EagerSession):
                 soft_tokens=torch.tensor(soft_token[None, None]),
             )
             self.position += 1
-        return logits[0].numpy()
+        return [(self.position - 1, logits[0, -1].numpy())]
 
 
 class SwappedImages(EagerSession):
@@ -214,14 +257,14 @@ class BgrImages(EagerSession):
 
 
 @pytest.mark.parametrize("fault", [CausalImages, SwappedImages, ShiftedImages, BgrImages])
-@pytest.mark.parametrize("limits", [FLOAT_LIMITS, *INTEGER_LIMITS.values()])
+@pytest.mark.parametrize("name", [FLOAT, ROUNDED])
 @pytest.mark.parametrize("golden", [False, True])
 def test_faults_with_images_are_caught(
-    seeing: tuple[Gemma3, Plan, ReferenceLogits], fault: type[EagerSession], limits: Limits, golden: bool
+    seeing: tuple[Gemma3, Plan, ReferenceLogits], fault: type[EagerSession], name: str, golden: bool
 ) -> None:
     model, plan, reference = seeing
     kept = reference.at(plan.golden_positions) if golden else reference
-    checks = check(seeing_session(model, fault), plan, kept, "pte", limits)
+    checks = check(seeing_session(model, fault), plan, kept, "pte", name)
     assert failed(checks) - {"soft_rms"}
     assert ("soft_rms" in failed(checks)) == (fault in (ShiftedImages, BgrImages))
 
@@ -233,7 +276,7 @@ def test_a_window_off_by_one_is_caught_with_images_too(
     model, plan, reference = seeing
     other = Gemma3(replace(model.config, sliding_window=model.config.sliding_window + change)).requires_grad_(False)
     other.load_state_dict(model.state_dict())
-    assert failed(check(seeing_session(other), plan, reference, "onnx", INTEGER_LIMITS["onnx"]))
+    assert failed(check(seeing_session(other), plan, reference, "onnx", ROUNDED))
 
 
 def test_the_noise_of_the_vision_model_is_measured(seeing: tuple[Gemma3, Plan, ReferenceLogits]) -> None:
@@ -241,13 +284,6 @@ def test_the_noise_of_the_vision_model_is_measured(seeing: tuple[Gemma3, Plan, R
     assert not reference.soft_noise.any()
     noisy = with_noise(reference, seeing_session(model), plan)
     assert ((noisy.soft_noise > 1e-9) & (noisy.soft_noise < 1e-5)).all()
-
-
-def test_limits_follow_the_weights() -> None:
-    config = tiny_config()
-    onnx, pte = INTEGER_LIMITS["onnx"], INTEGER_LIMITS["pte"]
-    assert limits_for(manifest_of(config, scheme="float32"), onnx) is FLOAT_LIMITS
-    assert limits_for(manifest_of(config, scheme="int4-block32"), pte) is pte
 
 
 def test_the_table_marks_failed_checks() -> None:
