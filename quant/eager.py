@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gemma3.checkpoint import check_shapes, empty_model, fill
 from gemma3.config import ModelConfig
 from gemma3.model import Gemma3
+from gemma3.names import EMBEDDING
 from quant.activations import Round, Rounding, keep_float
 from quant.integers import ROWS_AT_ONCE, IntegerWeight
 from quant.weights import QuantizedWeights
@@ -70,9 +71,9 @@ def _compute_by_rows(model: nn.Module, weights: "Mapping[str, Rows]", rounding: 
 
 
 def _is_matrix(model: nn.Module, name: str) -> bool:
-    """Is the weight ``name`` that of a linear layer or an embedding table?"""
+    """Is the weight ``name`` that of a linear layer, or the embedding table?"""
     path, _, parameter = name.rpartition(".")
-    return parameter == "weight" and isinstance(model.get_submodule(path), nn.Linear | nn.Embedding)
+    return name == EMBEDDING or (parameter == "weight" and isinstance(model.get_submodule(path), nn.Linear))
 
 
 # A matrix [N, K] of which a few rows at a time are made floating point.

@@ -2,6 +2,7 @@
 
     python -m scripts.random_checkpoint 270m DIRECTORY
     python -m scripts.random_checkpoint 4b DIRECTORY --layers 6 --vision-layers 2
+    python -m scripts.random_checkpoint 270m DIRECTORY --as-trained 8
 
 The files are those of Hugging Face: config.json as released, model.safetensors in bfloat16, and a tokenizer.model with
 the real vocabulary size, Gemma's special ids and made-up words. The same arguments give the same weights.
@@ -22,6 +23,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from gemma3.config import parse_config
 from gemma3.model import Gemma3
+from gemma3.names import FINAL_NORM
 
 # Generated code creates the module's classes when it is imported, so a type checker does not know them.
 protobuf: Any = sentencepiece_model_pb2
@@ -110,6 +112,22 @@ def random_weights(config: dict[str, Any], seed: int, prefixes: tuple[str, ...] 
     return weights
 
 
+def as_trained(weights: dict[str, torch.Tensor], deviation: float, seed: int = 0) -> None:
+    """Give ``weights``, in place, norms as large as those of a trained Gemma, and logits of this standard deviation.
+
+    The norms before attention and MLP multiply by 3 to 11, those after them by 0.5 to 4.5. Random weights with a tied
+    table, as ``random_weights`` makes them, have logits as large as the final norm's factors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ranges = {"input_layernorm": (2, 10), "pre_feedforward": (2, 10), "post_": (-0.5, 3.5)}
+    for name, weight in weights.items():
+        for part, (low, high) in ranges.items():
+            if part in name and not name.startswith("vision_tower"):
+                weight.uniform_(low, high, generator=generator)
+    final = weights[FINAL_NORM]
+    final.copy_(deviation * torch.empty(final.shape).uniform_(0.8, 1.2, generator=generator) - 1)
+
+
 def as_released(name: str) -> str:
     """A weight's name in the released files of multimodal models."""
     return f"language_model.{name}" if name.startswith("model.") else name
@@ -171,6 +189,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, help="text layers, instead of the released number")
     parser.add_argument("--vision-layers", type=int, help="layers of the vision model, instead of the released number")
+    parser.add_argument("--as-trained", type=float, metavar="DEVIATION", help="trained-looking norms, and logits")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = copy.deepcopy(SHAPES[arguments.shape])
@@ -183,6 +202,8 @@ def main() -> None:
         config["vision_config"]["num_hidden_layers"] = arguments.vision_layers
     arguments.directory.mkdir(parents=True)
     weights = random_weights(config, arguments.seed)
+    if arguments.as_trained is not None:
+        as_trained(weights, arguments.as_trained, arguments.seed)
     if multimodal:
         weights = {as_released(name): weight for name, weight in weights.items()}
         added = json.dumps({"<image_soft_token>": config["image_token_index"]})
