@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -185,12 +185,12 @@ def proof_of(checkpoint: Path, format: str, scheme: str, fault: Fault, context: 
     """The checks of a file of ``format`` with ``fault``, exported from ``checkpoint`` in ``scheme``."""
     backend = backend_of(format)
     quantized = in_recipe(open_source(checkpoint), preset(scheme))
-    right: Export = backend.target.export
+    right = backend.target.export
 
     def export(config: ModelConfig, weights: Any, *rest: Any) -> Any:
         return right(fault.config(config), fault.weights(dict(weights)), *rest)
 
-    target = replace(backend.target, export=export)
+    target = replace(backend.target, export=cast(Export, export))
 
     def layouts(config: ModelConfig, targets: Sequence[Target], *_: Any) -> dict[str, CacheLayout]:
         layout = cache_layout(config, target.cache_style, context, bundle.largest_call(config, context, chunk))
