@@ -158,8 +158,8 @@ def shifted_scales(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def short_ring(layout: CacheLayout, config: ModelConfig) -> CacheLayout:
-    """Rings that hold the window, but not the chunk that is written before its first query reads."""
-    slots = config.sliding_window + 2
+    """Rings that hold the window, but not also the chunk that is written before its first query reads."""
+    slots = max(config.sliding_window + 2, layout.chunk)
     return replace(layout, layers=tuple(replace(one, slots=min(one.slots, slots)) for one in layout.layers))
 
 
