@@ -1,5 +1,8 @@
 """Integers of any shape and value, written by each exporter and read back: all of them are equal."""
 
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,10 @@ from export.executorch.lower import lower
 from export.executorch.read_back import embedding_integers
 from export.onnx.layers import IR_VERSION, OPSETS, GraphBuilder, WeightFile
 from export.onnx.read_back import read_back_onnx
+from export.onnx.rounding import kleidiai, per_block
 from export.onnx.text import embed
 from quant.activations import fake_quantize_per_token
-from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid
+from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid, round_to_nearest
 from runtime_py.sessions.pte import open_program
 from tests.shapes import tiny_config
 
@@ -60,14 +64,17 @@ def assert_close(found: np.ndarray, expected: Tensor, size: Tensor) -> None:
     assert (np.abs(found - expected.numpy()) <= 1e-6 * size.numpy() + 1e-30).all()
 
 
-def write_onnx(weight: IntegerWeight, path: Path) -> None:
-    """A graph with one stored table W: x [1, S, K] → x · Wᵀ, and ids [1, S] → their rows."""
+def write_onnx(weight: IntegerWeight, path: Path, kept: Sequence[str] = (NAME,)) -> None:
+    """A graph with one stored table W: x [1, S, K] → x · Wᵀ, and ids [1, S] → their rows.
+
+    Unless W is among ``kept``, x is rounded first.
+    """
     rows, columns = weight.codes.shape
     config = tiny_config(vocab_size=rows, hidden_size=columns)
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, "length", columns]))
     ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1, "length"]))
     with WeightFile(path.with_name(path.name + ".data")) as file:
-        graph = GraphBuilder({NAME: weight}, file, [NAME])
+        graph = GraphBuilder({NAME: weight}, file, kept)
         (product,) = graph.linear(x, NAME)
         outputs = [product, embed(graph, config, ids)]
         for value, name in zip(outputs, ("product", "rows"), strict=True):
@@ -97,6 +104,38 @@ def test_onnx(weight: IntegerWeight, tmp_path_factory: pytest.TempPathFactory) -
     values = weight.dequantize()
     assert_close(product[0], (x.double() @ values.double().T).float(), x.abs() @ values.abs().T)
     assert np.array_equal(looked_up[0], values[ids].numpy())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="on ARM, KleidiAI's kernels round in another way")
+@given(weight=weights(ONNX_FORMS, shorter=True), size=st.sampled_from([1e-6, 1.0, 300.0]), tokens=st.integers(1, 5))
+def test_the_reference_rounds_activations_as_matmulnbits_does(
+    weight: IntegerWeight, size: float, tokens: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Up to the order of additions, and to values that lie so close to a boundary that a float error decides."""
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    write_onnx(weight, path, ())
+    columns = weight.codes.shape[1]
+    x = size * torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
+    x[0, : columns // 2] = 0.0
+    session = onnxruntime.InferenceSession(path)
+    (product,) = session.run(["product"], {"x": x[None].numpy(), "ids": np.zeros((1, 1), np.int64)})
+    round = per_block(NAME, weight)
+    rounded, values = round(x), weight.dequantize()
+    assert 0 < float((rounded - x).abs().max()) <= float(x.abs().max()) / 254 * 1.001
+    # The kernels multiply with unsigned codes and subtract the zero point's share afterwards.
+    unsigned = replace(weight, codes=torch.full_like(weight.codes, 2 ** (weight.bits - 1) - 1)).dequantize()
+    assert_close(product[0], (rounded.double() @ values.double().T).float(), rounded.abs() @ (2 * unsigned).T)
+
+
+def test_arm_kernels_round_by_token_where_kleidiai_takes_over() -> None:
+    x = torch.randn(3, 96)
+    whole, ragged = (round_to_nearest(torch.randn(8, n), 4, 32, pad=True) for n in (96, 80))
+    wide = round_to_nearest(torch.randn(8, 96), 8, 32)
+    assert torch.equal(kleidiai(NAME, whole)(x), fake_quantize_per_token(x))
+    for weight, columns in ((ragged, 80), (wide, 96)):
+        part = x[:, :columns]
+        assert torch.equal(kleidiai(NAME, weight)(part), per_block(NAME, weight)(part))
+        assert not torch.equal(kleidiai(NAME, weight)(part), fake_quantize_per_token(part))
 
 
 class Several(nn.Module):

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from export.integers import compare_integers
-from export.onnx.file import cache_shapes_onnx, load_graph
+from export.onnx.file import cache_shapes_onnx, exact_twin, load_graph
 from export.onnx.layers import block_size, pack
 from export.onnx.read_back import unpack
 from export.onnx.target import ONNX
 from export.onnx.write import export_onnx, genai_config
-from export.target import TensorSpec
+from export.target import TensorSpec, rounding_of
 from gemma3.cache import COMPACTING_SLACK, cache_layout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
+from quant.eager import quantized_model
 from quant.integers import IntegerWeight, round_to_nearest
 from runtime_py.api import export_bundle
 from runtime_py.sessions.onnx import OnnxSession
@@ -88,6 +89,45 @@ def test_prompts_that_end_near_the_end_of_the_window_and_of_the_buffer(tmp_path:
         assert np.abs(session.prefill(ids[:prompt]) - expected[prompt - 1]).max() <= TOLERANCE
         for position in range(prompt, min(prompt + 10, LENGTH)):
             assert np.abs(session.step(ids[position]) - expected[position]).max() <= TOLERANCE
+
+
+def test_a_twin_multiplies_in_float32_and_can_compute_some_logits_only(tmp_path: Path) -> None:
+    rounded = tiny_onnx(tiny_config(), tmp_path, "int4-block32", "int8", accuracy_level=4)
+    ids, columns = random_tokens(rounded.config, LENGTH), np.array([3, 7, 150], np.int32)
+    expected = rounded.eager_logits(ids)[-1].numpy()
+    for chosen in (None, columns):
+        with exact_twin(rounded.path, chosen) as twin:
+            size = rounded.config.vocab_size if chosen is None else len(chosen)
+            session = OnnxSession(twin, rounded.layout, rounded.config, 1, logits=size)
+            logits = session.prefill(ids)
+        assert logits.shape == (size,)
+        assert np.abs(logits - (expected if chosen is None else expected[chosen])).max() <= TOLERANCE
+    assert not list(tmp_path.glob("exact*"))
+    assert np.abs(rounded.session().prefill(ids) - expected).max() > 10 * TOLERANCE
+
+
+def test_chosen_weights_keep_float_activations(tmp_path: Path) -> None:
+    """Its reference rounds all other inputs. Weights that differ in this are not one matrix."""
+    config = tiny_config()
+    weights = quantized_weights(config, "int4-block32", "int8")
+    kept = [name for name in weights.tensors if "down_proj" in name or "layers.0.self_attn.q_proj" in name]
+    layout = cache_layout(config, "compacting", 128, chunk=8)
+    export_onnx(config, weights.tensors, layout, tmp_path / "model.onnx", kept)
+    levels = {
+        name: attribute.i
+        for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+        for name in json.loads(node.metadata_props[0].value)["rows"]
+    }
+    assert {name for name, level in levels.items() if level == 1} == set(kept)
+    assert set(levels.values()) == {1, 4}
+    ids = random_tokens(config, 6)
+    model = quantized_model(config, weights, rounding_of(ONNX, "int8-per-block", kept))
+    wrong = quantized_model(config, weights, rounding_of(ONNX, "int8-per-block"))
+    logits = OnnxSession(tmp_path / "model.onnx", layout, config, 1).prefill(ids)
+    right, other = (one(torch.tensor([ids]))[0, -1].numpy() for one in (model, wrong))
+    assert np.abs(logits - right).max() < np.abs(logits - other).max()
 
 
 def test_as_shipped_is_close_to_eager(tmp_path: Path) -> None:
