@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from export.bundle import draft_bundle
 from export.checks import Check
 from export.target import Export, Target
 from gemma3.cache import CacheLayout, cache_layout
-from gemma3.config import ModelConfig
+from gemma3.config import SLIDING, ModelConfig
 from quant.integers import IntegerWeight
 from quant.quantize import in_recipe
 from quant.recipe import preset
@@ -160,7 +161,8 @@ def shifted_scales(weights: dict[str, Any]) -> dict[str, Any]:
 def short_ring(layout: CacheLayout, config: ModelConfig) -> CacheLayout:
     """Rings that hold the window, but not also the chunk that is written before its first query reads."""
     slots = max(config.sliding_window + 2, layout.chunk)
-    return replace(layout, layers=tuple(replace(one, slots=min(one.slots, slots)) for one in layout.layers))
+    layers = (replace(one, slots=slots) if one.kind == SLIDING else one for one in layout.layers)
+    return replace(layout, layers=tuple(layers))
 
 
 RIGHT = Fault("none: the right file")
@@ -239,6 +241,7 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", help="only those whose names contain one of these")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
+    warnings.simplefilter("ignore")
     chosen = [one for one in FAULTS if not arguments.faults or any(part in one.name for part in arguments.faults)]
     for format in arguments.format:
         style = backend_of(format).target.cache_style
