@@ -5,7 +5,6 @@ docs/manifest.schema.json describes the file. docs/bundle.md shows an example an
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from gemma3 import typed_json
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
+from gemma3.host.files import parse_json, read_text
 from quant.recipe import Activations, Verdict
 
 # MAJOR.MINOR. A new MINOR only adds keys: a reader ignores keys that it does not know in a file of a newer MINOR.
@@ -113,13 +113,13 @@ class Manifest:
     def from_json(text: str) -> "Manifest":
         """Raises BadInput for JSON that is not a manifest of this major version."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"not JSON ({error}); {AGAIN}") from None
+            data = parse_json(text)
+        except BadInput as error:
+            raise BadInput(f"{error}; {AGAIN}") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         minor = _minor(version)
         if minor is None:
-            raise BadInput(f"schema_version is {version!r}, this program reads {MAJOR}.x; {AGAIN}")
+            raise BadInput(f"schema_version is {ascii(version)[:60]}, this program reads {MAJOR}.x; {AGAIN}")
         try:
             manifest = typed_json.decode(Manifest, data, "manifest", ignore_unknown=minor > MINOR)
             _check_sizes(manifest)
@@ -173,12 +173,7 @@ def read_manifest(bundle: Path) -> Manifest:
     is not a plain file inside the bundle, or has another size.
     """
     path = bundle / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give a directory that gemma-edge export wrote") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text; {AGAIN}") from None
+    text = read_text(path, "give a directory that gemma-edge export wrote")
     try:
         manifest = Manifest.from_json(text)
     except BadInput as error:

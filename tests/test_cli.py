@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import cli
 from export.manifest import GOLDEN, MANIFEST, PLAN, FileEntry, sha256_of
 from runtime_py import api, text
-from tests.bundles import CONFIG, EXPORT, Cli, Run, copy_bundle, rewrite_tensors, write_checkpoint
+from tests.bundles import CONFIG, EXPORT, SEEING_CONFIG, Cli, Run, copy_bundle, rewrite_tensors, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def lose_a_shard(checkpoint: Path) -> None:
         (put("model.layers.9.mlp.up_proj.weight", 4, 4), ("model.layers.9.mlp.up_proj.weight",)),
         (put("model.norm.weight", 65), ("model.norm.weight", "[65]", "[64]")),
         (lose_a_shard, ("model-00001-of-00002.safetensors", "missing")),
-        (lambda checkpoint: edit_config(checkpoint, surprise=1), ("'surprise'",)),
+        (lambda checkpoint: edit_config(checkpoint, quantization_config={}), ("quantization_config", "full-precision")),
         (lambda checkpoint: edit_config(checkpoint, model_type="llama"), ("'llama'", "Gemma 3")),
         (lambda checkpoint: (checkpoint / "config.json").unlink(), ("config.json", "no such file")),
         (lambda checkpoint: (checkpoint / "tokenizer.model").write_bytes(b"junk"), ("not a SentencePiece model",)),
@@ -99,7 +99,6 @@ def test_a_checkpoint_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--context", "7"), 4, ("context 7", "window 8", "--context 8")),
         (("--context", "161"), 4, ("context 161", "max_position_embeddings 160")),
         (("--chunk", "0"), 3, ("chunk 0", "--chunk")),
         (("--context", "96", "--chunk", "97"), 3, ("chunk 97", "context 96")),
@@ -111,6 +110,24 @@ def test_settings_that_do_not_fit(
 ) -> None:
     assert_refused(gemma_edge("export", checkpoint, "-o", tmp_path / "out", *options), code, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("base", [CONFIG, SEEING_CONFIG], ids=["text-only", "sees"])
+def test_a_window_over_the_positions_and_a_context_under_the_window(
+    gemma_edge: Cli, tmp_path: Path, base: dict[str, Any]
+) -> None:
+    long = {"sliding_window": 4096}
+    changed = long if base is CONFIG else {"text_config": CONFIG | long}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", base, **changed)
+    for context in ("160", "64"):
+        out = tmp_path / context
+        result = gemma_edge(
+            "export", checkpoint, "-o", out, "--format", "onnx", "--scheme", "fp32", "--context", context
+        )
+        assert result.code == 0, result.err
+        cache = json.loads((out / MANIFEST).read_text())["artifacts"]["onnx"]["cache"]
+        assert {layer["slots"] for layer in cache["layers"]} == {int(context)}
+        assert gemma_edge("validate", out, "--checkpoint", checkpoint).code == 0
 
 
 @pytest.mark.parametrize("model", ["google/gemma-3-270m", "model.gguf", "/nowhere"])

@@ -14,6 +14,9 @@ from gemma3.errors import BadInput
 from gemma3.images import Pixels, network_input
 from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls, check_image, is_pixels
 
+# runtime_py/__init__.py turns telemetry off before the import. This is for a process that had the library already.
+ort.disable_telemetry_events()
+
 PARTS = ("key", "value")
 INTEGER_INPUTS = ("input_ids", "attention_mask")
 

@@ -69,7 +69,7 @@ def edited(*path: str | int, to: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "not readable as JSON"),
         ("[]", "schema_version is None"),
         ("null", "schema_version is None"),
         (edited("schema_version", to=2), r"schema_version is 2, this program reads 3\.x; .*gemma-edge export"),
@@ -135,7 +135,7 @@ def test_any_json_under_any_key_is_read_or_refused(key: str, value: Any) -> None
 
 
 def test_not_a_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="No such file"):
+    with pytest.raises(BadInput, match="no such file"):
         read_manifest(tmp_path)
 
 
