@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -255,6 +256,51 @@ def test_one_changed_byte_in_any_file(gemma_edge: Cli, bundle: Path, tmp_path: P
     assert result.code == 5
     assert json.loads(result.out)["passed"] is False
     assert name in result.err
+
+
+def as_links(bundle: Path, root: Path, names: set[str] | None = None) -> Path:
+    """A snapshot of ``bundle`` as the hub's cache has it: files are links into blobs/, or only ``names`` are."""
+    snapshot = root / "snapshots" / "0123abcd"
+    (root / "blobs").mkdir(parents=True)
+    for file in (path for path in bundle.rglob("*") if path.is_file()):
+        copy = snapshot / file.relative_to(bundle)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        blob = root / "blobs" / sha256_of(file)
+        blob.write_bytes(file.read_bytes())
+        if names is None or copy.name in names:
+            copy.symlink_to(os.path.relpath(blob, copy.parent))
+        else:
+            copy.write_bytes(blob.read_bytes())
+    return snapshot
+
+
+@pytest.mark.parametrize("names", [None, {"model.onnx.data"}, {"model.onnx", "golden.safetensors"}])
+def test_a_bundle_of_links(gemma_edge: Cli, bundle: Path, tmp_path: Path, names: set[str] | None) -> None:
+    snapshot = as_links(bundle, tmp_path, names)
+    (snapshot / "README.md").write_text("a card")
+    (snapshot / ".cache").mkdir()
+    expected = gemma_edge("generate", bundle, "Hello", "-n", "4")
+    found = gemma_edge("generate", snapshot, "Hello", "-n", "4")
+    assert (found.code, found.out) == (0, expected.out), found.err
+    assert gemma_edge("validate", snapshot).code == 0
+
+
+def test_a_link_to_another_content_is_not_followed(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+    snapshot = as_links(bundle, tmp_path)
+    data = snapshot / "model.onnx.data"
+    damaged = bytearray(data.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    data.resolve().write_bytes(damaged)
+    assert_refused(gemma_edge("generate", snapshot, "Hello"), 5, "model.onnx.data", "does not describe")
+    assert gemma_edge("validate", snapshot).code == 5
+
+
+def test_what_is_made_from_links_is_plain(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    source = as_links(checkpoint, tmp_path / "hub")
+    for command, out in (("export", "bundle"), ("quantize", "quantized")):
+        options = ("--format", "onnx", "--context", "64") if command == "export" else ()
+        assert gemma_edge(command, source, "-o", tmp_path / out, *options).code == 0
+        assert not [path for path in (tmp_path / out).rglob("*") if path.is_symlink()]
 
 
 def forge(bundle: Path, name: str) -> None:
