@@ -6,6 +6,17 @@ Exit codes: 0 done, 1 internal error, 2 usage, 3 bad input, 4 does not fit, 5 ve
 The functions are imported inside the commands, because --help and running an .onnx must not wait for torch.
 """
 
+import signal
+import threading
+
+# Until everything is imported, Ctrl-C ends the program at once. Python would show where in the imports it was.
+QUIET = threading.current_thread() is threading.main_thread() and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+)
+if QUIET:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import atexit
 import errno
 import json
 import logging
@@ -15,7 +26,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -23,6 +34,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gemma3.errors import BadInput, DoesNotFit
+from gemma3.host.signals import ended_by, ending_signals
+from gemma3.host.streams import disconnect, prepare_streams
+
+if QUIET:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from quant.recipe import Recipe
@@ -103,23 +119,64 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def main() -> None:
-    """The console script. An error that a user can cause ends with one line on stderr and its exit code."""
+    """The console script. An error that a user can cause ends with one line on stderr and its exit code.
+
+    A signal ends it with 128 and its number, and a reader that closes the pipe (``| head``) as SIGPIPE does: 141.
+    """
+    with ending_signals():
+        code = run_app()
+        number = ended_by()
+    if QUIET:  # while Python ends, too
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    sys.exit(128 + number if code and number else code)
+
+
+def prepare() -> None:
+    """Set up output, logging and warnings."""
+    prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for package in ("cli", "export", "quant", "runtime_py"):
+    for package in ("cli", "gemma3", "export", "quant", "runtime_py"):
         logging.getLogger(package).setLevel(logging.INFO)
     if not os.environ.get(DEBUG):
         # torch, torchao and executorch warn about their own internals. The code of this project raises or logs instead.
         warnings.simplefilter("ignore")
         for noisy in ("torchao", "torch.utils._pytree"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def run_app() -> int:
+    """Run the command of ``sys.argv``. Returns the exit code."""
     try:
-        app()
+        prepare()
+        try:
+            app()
+        except SystemExit as end:  # typer always ends so
+            if isinstance(end.__context__, BrokenPipeError):
+                raise end.__context__ from None
+            sys.stdout.flush()
+            return int(end.code or 0)
+    except BrokenPipeError:
+        disconnect(sys.stdout)
+        disconnect(sys.stderr)
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception as error:
-        sys.exit(report_error(error))
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            disconnect(sys.stdout)  # in case it is what is full
+        with suppress(OSError):
+            return report_error(error)
+        return 1
+    raise AssertionError("typer returned")
 
 
 def report_error(error: Exception) -> int:
-    """Write ``error`` as one line to stderr. Returns the exit code."""
+    """Write ``error`` as one line to stderr. Returns the exit code.
+
+    After a signal it writes nothing: an exception that is not KeyboardInterrupt is what a library made of it.
+    """
+    if ended_by() is not None:
+        return 1
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
@@ -552,11 +609,15 @@ def recipe_of(scheme: str | None, embedding: str | None, file: Path | None) -> "
 
 @contextmanager
 def whole(out: Path) -> Iterator[None]:
-    """For commands that write ``out`` whole or not at all. On Ctrl-C it says that ``out`` was not written."""
+    """For commands that write ``out`` whole or not at all. On Ctrl-C it says whether ``out`` was written."""
+    existed = os.path.lexists(out)
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"interrupted: {out} was not written", file=sys.stderr)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or ended_by() is not None:
+            written = "was written before" if os.path.lexists(out) and not existed else "was not written"
+            with suppress(OSError):
+                print(f"interrupted: {out} {written}", file=sys.stderr)
         raise
 
 
@@ -565,7 +626,12 @@ def lines(prompt: str) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print(prompt, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise BadInput(
+                f"standard input is not {error.encoding} text (byte {error.object[error.start]:#04x})"
+            ) from None
         if not line:
             return
         if line.strip():
