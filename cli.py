@@ -164,9 +164,7 @@ def run_app() -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             disconnect(sys.stdout)  # in case it is what is full
-        with suppress(OSError):
-            return report_error(error)
-        return 1
+        return report_error(error)
     raise AssertionError("typer returned")
 
 
@@ -182,12 +180,14 @@ def report_error(error: Exception) -> int:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         error = DoesNotFit(f"out of memory or disk space ({error or 'memory'}); free some and try again")
     code: int | None = getattr(error, "exit_code", None)
+    line = f"error: {error}"
     if code is None:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"internal error: {line}; set {DEBUG}=1 to see where", file=sys.stderr)
-        return 1
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+        line = f"internal error: {type(error).__name__}: {error}; set {DEBUG}=1 to see where"
+    try:
+        print(" ".join(line.split()), file=sys.stderr)
+    except OSError:
+        disconnect(sys.stderr)
+    return 1 if code is None else code
 
 
 def _version(wanted: bool) -> None:

@@ -73,8 +73,8 @@ def open_session(bundle: Path, format: str | None = None, threads: int | None = 
 def open_graph(bundle: Path, manifest: Manifest, backend: Backend, threads: int | None) -> Session:
     """A session over the graph of ``backend`` in a bundle that has one.
 
-    Raises DoesNotFit for far more ``threads`` than this machine has cores, which would take all its memory, and BadInput
-    as the session does.
+    Raises DoesNotFit for far more ``threads`` than this machine has cores, which would take all its memory, and
+    BadInput as the session does.
     """
     cores = os.cpu_count() or 1
     if threads is not None and threads > max(FEW_THREADS, THREADS_PER_CORE * cores):
