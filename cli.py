@@ -2,7 +2,8 @@
 
 Data goes to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 internal error, 2 usage, 3 bad input, 4 does not fit, 5 verification failed.
+Exit codes: 0 done, 1 internal error, 2 usage, 3 bad input, 4 does not fit, 5 verification failed; 128 and a signal's
+number when it was stopped, 141 when the reader of its output went away.
 The functions are imported inside the commands, because --help and running an .onnx must not wait for torch.
 """
 
@@ -263,7 +264,7 @@ def quantize(
     embedding: EmbeddingOption = None,
     recipe: RecipeOption = None,
     data: Annotated[
-        list[Path] | None, typer.Option("--data", metavar="FILE", help="Text, or conversations (.jsonl), for gptq.")
+        list[Path] | None, typer.Option("--data", metavar="FILE", help="Text, or conversations in JSON, for gptq.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of --data that gptq reads.")] = 65_536,
 ) -> None:
@@ -293,9 +294,7 @@ def qat(
     recipe: RecipeOption = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--data", metavar="FILE", help="Text, or conversations (.jsonl) [a demo checkpoint's own sample]."
-        ),
+        typer.Option("--data", metavar="FILE", help="Text, or conversations in JSON [a demo checkpoint's own sample]."),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Training steps.")] = 500,
     batch: Annotated[int, typer.Option("--batch", help="Rows per step.")] = 4,
@@ -502,7 +501,7 @@ def accuracy(
         str, typer.Option("--reference", metavar="CHECKPOINT", help="The original, full-precision model.")
     ],
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="Plain text, or conversations, with images or not (.jsonl).")
+        Path, typer.Option("--data", metavar="FILE", help="Plain text, or conversations in JSON, with images or not.")
     ],
     baseline: Annotated[
         list[str] | None,

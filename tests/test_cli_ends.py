@@ -25,12 +25,13 @@ def bundle(checkpoint: Path) -> Path:
     return out
 
 
-def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+def start(*arguments: object, **options: Any) -> Any:
+    """A command in a process of its own, with its output as text unless ``options`` say otherwise."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
     return subprocess.Popen([*COMMAND, *map(str, arguments)], **options)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Any) -> None:
     while not condition():
         assert process.poll() is None, "it ended before the signal"
         time.sleep(0.01)
