@@ -27,8 +27,8 @@ def bundle(checkpoint: Path) -> Path:
 
 def start(*arguments: object, **options: Any) -> Any:
     """A command in a process of its own, with its output as text unless ``options`` say otherwise."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], **options)
+    given: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | options
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], **given)
 
 
 def wait_for(condition: Callable[[], bool], process: Any) -> None:
