@@ -2,10 +2,22 @@
 
 Data goes to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 internal error, 2 usage, 3 bad input, 4 does not fit, 5 verification failed.
+Exit codes: 0 done, 1 internal error, 2 usage, 3 bad input, 4 does not fit, 5 verification failed; 128 and a signal's
+number when it was stopped, 141 when the reader of its output went away.
 The functions are imported inside the commands, because --help and running an .onnx must not wait for torch.
 """
 
+import signal
+import threading
+
+# Until everything is imported, Ctrl-C ends the program at once. Python would show where in the imports it was.
+QUIET = threading.current_thread() is threading.main_thread() and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+)
+if QUIET:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import atexit
 import errno
 import json
 import logging
@@ -15,7 +27,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -23,6 +35,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gemma3.errors import BadInput, DoesNotFit
+from gemma3.host.signals import ended_by, ending_signals
+from gemma3.host.streams import disconnect, prepare_streams
+
+if QUIET:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from quant.recipe import Recipe
@@ -103,34 +120,75 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def main() -> None:
-    """The console script. An error that a user can cause ends with one line on stderr and its exit code."""
+    """The console script. An error that a user can cause ends with one line on stderr and its exit code.
+
+    A signal ends it with 128 and its number, and a reader that closes the pipe (``| head``) as SIGPIPE does: 141.
+    """
+    with ending_signals():
+        code = run_app()
+        number = ended_by()
+    if QUIET:  # while Python ends, too
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    sys.exit(128 + number if code and number else code)
+
+
+def prepare() -> None:
+    """Set up output, logging and warnings."""
+    prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for package in ("cli", "export", "quant", "runtime_py"):
+    for package in ("cli", "gemma3", "export", "quant", "runtime_py"):
         logging.getLogger(package).setLevel(logging.INFO)
     if not os.environ.get(DEBUG):
         # torch, torchao and executorch warn about their own internals. The code of this project raises or logs instead.
         warnings.simplefilter("ignore")
         for noisy in ("torchao", "torch.utils._pytree"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def run_app() -> int:
+    """Run the command of ``sys.argv``. Returns the exit code."""
     try:
-        app()
+        prepare()
+        try:
+            app()
+        except SystemExit as end:  # typer always ends so
+            if isinstance(end.__context__, BrokenPipeError):
+                raise end.__context__ from None
+            sys.stdout.flush()
+            return int(end.code or 0)
+    except BrokenPipeError:
+        disconnect(sys.stdout)
+        disconnect(sys.stderr)
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception as error:
-        sys.exit(report_error(error))
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            disconnect(sys.stdout)  # in case it is what is full
+        return report_error(error)
+    raise AssertionError("typer returned")
 
 
 def report_error(error: Exception) -> int:
-    """Write ``error`` as one line to stderr. Returns the exit code."""
+    """Write ``error`` as one line to stderr. Returns the exit code.
+
+    After a signal it writes nothing: an exception that is not KeyboardInterrupt is what a library made of it.
+    """
+    if ended_by() is not None:
+        return 1
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         error = DoesNotFit(f"out of memory or disk space ({error or 'memory'}); free some and try again")
     code: int | None = getattr(error, "exit_code", None)
+    line = f"error: {error}"
     if code is None:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"internal error: {line}; set {DEBUG}=1 to see where", file=sys.stderr)
-        return 1
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+        line = f"internal error: {type(error).__name__}: {error}; set {DEBUG}=1 to see where"
+    try:
+        print(" ".join(line.split()), file=sys.stderr)
+    except OSError:
+        disconnect(sys.stderr)
+    return 1 if code is None else code
 
 
 def _version(wanted: bool) -> None:
@@ -211,7 +269,7 @@ def quantize(
     embedding: EmbeddingOption = None,
     recipe: RecipeOption = None,
     data: Annotated[
-        list[Path] | None, typer.Option("--data", metavar="FILE", help="Text, or conversations (.jsonl), for gptq.")
+        list[Path] | None, typer.Option("--data", metavar="FILE", help="Text, or conversations in JSON, for gptq.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of --data that gptq reads.")] = 65_536,
 ) -> None:
@@ -241,9 +299,7 @@ def qat(
     recipe: RecipeOption = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--data", metavar="FILE", help="Text, or conversations (.jsonl) [a demo checkpoint's own sample]."
-        ),
+        typer.Option("--data", metavar="FILE", help="Text, or conversations in JSON [a demo checkpoint's own sample]."),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Training steps.")] = 500,
     batch: Annotated[int, typer.Option("--batch", help="Rows per step.")] = 4,
@@ -450,7 +506,7 @@ def accuracy(
         str, typer.Option("--reference", metavar="CHECKPOINT", help="The original, full-precision model.")
     ],
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="Plain text, or conversations, with images or not (.jsonl).")
+        Path, typer.Option("--data", metavar="FILE", help="Plain text, or conversations in JSON, with images or not.")
     ],
     baseline: Annotated[
         list[str] | None,
@@ -557,11 +613,15 @@ def recipe_of(scheme: str | None, embedding: str | None, file: Path | None) -> "
 
 @contextmanager
 def whole(out: Path) -> Iterator[None]:
-    """For commands that write ``out`` whole or not at all. On Ctrl-C it says that ``out`` was not written."""
+    """For commands that write ``out`` whole or not at all. On Ctrl-C it says whether ``out`` was written."""
+    existed = os.path.lexists(out)
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"interrupted: {out} was not written", file=sys.stderr)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or ended_by() is not None:
+            written = "was written before" if os.path.lexists(out) and not existed else "was not written"
+            with suppress(OSError):
+                print(f"interrupted: {out} {written}", file=sys.stderr)
         raise
 
 
@@ -570,7 +630,12 @@ def lines(prompt: str) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print(prompt, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise BadInput(
+                f"standard input is not {error.encoding} text (byte {error.object[error.start]:#04x})"
+            ) from None
         if not line:
             return
         if line.strip():

@@ -5,9 +5,9 @@ docs/manifest.schema.json describes the file. docs/bundle.md shows an example an
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from export.target import Method, StandIn
 from gemma3 import typed_json
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
-from gemma3.errors import BadInput, VerificationFailed
+from gemma3.errors import BadInput, UserError, VerificationFailed
+from gemma3.host.files import parse_json, read_text
 from quant.recipe import Verdict
 
 # MAJOR.MINOR. A new MINOR only adds keys: a reader ignores keys that it does not know in a file of a newer MINOR.
@@ -117,13 +118,13 @@ class Manifest:
     def from_json(text: str) -> "Manifest":
         """Raises BadInput for JSON that is not a manifest of this major version."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"not JSON ({error}); {AGAIN}") from None
+            data = parse_json(text)
+        except BadInput as error:
+            raise BadInput(f"{error}; {AGAIN}") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         minor = _minor(version)
         if minor is None:
-            raise BadInput(f"schema_version is {version!r}, this program reads {MAJOR}.x; {AGAIN}")
+            raise BadInput(f"schema_version is {ascii(version)[:60]}, this program reads {MAJOR}.x; {AGAIN}")
         try:
             manifest = typed_json.decode(Manifest, data, "manifest", ignore_unknown=minor > MINOR)
             _check_sizes(manifest)
@@ -173,16 +174,11 @@ def _minor(version: Any) -> int | None:
 def read_manifest(bundle: Path) -> Manifest:
     """The manifest of ``bundle``. Checks that the files it lists exist with their sizes, but not their contents.
 
-    Raises BadInput when ``bundle`` is not a bundle of this version, and VerificationFailed when a file is missing,
-    is not a plain file inside the bundle, or has another size.
+    A file may be a link to a plain file, as in a hub cache. Raises BadInput when ``bundle`` is not a bundle of this
+    version, and VerificationFailed when a file is missing, is not a plain file of the bundle, or has another size.
     """
     path = bundle / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give a directory that gemma-edge export wrote") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text; {AGAIN}") from None
+    text = read_text(path, "give a directory that gemma-edge export wrote")
     try:
         manifest = Manifest.from_json(text)
     except BadInput as error:
@@ -207,16 +203,39 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def _is_inside(bundle: Path, name: str) -> bool:
-    """Is ``name`` a path to a file in the bundle or in its folder ``proof/``, without a link on the way?"""
+    """Is ``name`` a path to a file in the bundle or in its folder ``proof/``, which is not a link?"""
     folder, _, base = name.rpartition("/")
     if folder not in ("", PROOF) or base in ("", ".", "..") or "\\" in base:
         return False
-    return not (bundle / name).is_symlink() and not (folder and (bundle / folder).is_symlink())
+    return not (folder and (bundle / folder).is_symlink())
 
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_link(link: Path) -> None:
+    """Follow a link that is a file of a bundle only if its content is what the manifest beside it says.
+
+    Raises VerificationFailed when the content differs, and BadInput when there is no manifest that lists the file.
+    """
+    try:
+        entry = read_manifest(link.parent).files.get(link.name)
+    except UserError:
+        entry = None
+    if entry is None:
+        raise BadInput(
+            f"{link.parent}: {link.name} is a link or not a plain file, and no manifest vouches for it; not opened"
+        )
+    status = link.stat()
+    if _sha256_of(link.resolve(), status.st_size, status.st_mtime_ns) != entry.sha256:
+        raise VerificationFailed(f"{link}: is a link to a file that the manifest does not describe; copy it again")
+
+
+@cache  # a session opens its graph more than once
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    return sha256_of(path)
 
 
 def describe_files(directory: Path) -> dict[str, FileEntry]:

@@ -71,18 +71,13 @@ class CacheLayout:
 def cache_layout(config: ModelConfig, style: CacheStyle, context: int, chunk: int) -> CacheLayout:
     """The layout for at most ``context`` positions, which are fed in chunks of at most ``chunk`` tokens.
 
-    Raises DoesNotFit when the context is larger than the model's or smaller than the sliding window, and BadInput
-    when the chunk is not within the context.
+    A window longer than the context is clamped to it: such a layer holds the whole context. Raises DoesNotFit when the
+    context is larger than the model's, and BadInput when the chunk is not within the context.
     """
     if context > config.max_position_embeddings:
         raise DoesNotFit(
             f"context {context} is larger than the model's max_position_embeddings "
             f"{config.max_position_embeddings}; use --context {config.max_position_embeddings} or less"
-        )
-    windows = [spec.window for spec in config.layers if spec.window is not None]
-    if windows and context < max(windows):
-        raise DoesNotFit(
-            f"context {context} is smaller than the sliding window {max(windows)}; use --context {max(windows)} or more"
         )
     if not 1 <= chunk <= context:
         raise BadInput(

@@ -3,7 +3,6 @@
 quant/source.py opens quantized checkpoints too.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,11 +16,16 @@ from torch import Tensor
 from gemma3 import names
 from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
+from gemma3.host.files import check_plain, read_json, reason
 from gemma3.model import Gemma3
 from gemma3.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+AGAIN = "download it again"
+GIVE = "give a Hugging Face checkpoint directory"
+
+GIT_LFS = b"version https://git-lfs"
 
 # Multimodal checkpoints nest the text model. These are the prefixes of the released files, then those that newer
 # versions of transformers save or use in memory. The first one that matches a name is replaced.
@@ -33,6 +37,25 @@ PREFIXES = (
     *((prefix, f"{names.VISION_TOWER}.") for prefix in (f"{names.VISION_TOWER}.", "vision_tower.")),
     *((f"model.{prefix}", f"{names.VISION_TOWER}.") for prefix in (f"{names.VISION_TOWER}.", "vision_tower.")),
 )
+
+
+# torch.compile puts this before the names of what it has compiled.
+COMPILED = "_orig_mod."
+# What other tools put into the names of weights, and what to do then.
+WRAPPERS = (
+    (
+        ("base_model.model.", ".lora_", ".base_layer."),
+        "PEFT's names; merge the adapter (merge_and_unload) and save again",
+    ),
+    (("module.", "_fsdp_wrapped_module."), "the names of a wrapper; unwrap the model and save it again"),
+)
+# Files that stand where a checkpoint's weights are missing, and what to do then.
+INSTEAD = {
+    "adapter_model.safetensors": "holds an adapter without its model; merge it (merge_and_unload) and save the result",
+    "adapter_model.bin": "holds an adapter without its model; merge it (merge_and_unload) and save the result",
+    "pytorch_model.bin": "holds weights as pytorch_model.bin only; save them as safetensors (save_pretrained does)",
+    "pytorch_model.bin.index.json": "holds weights as .bin files only; save them as safetensors (save_pretrained does)",
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises BadInput when a file or shard is missing or damaged, when such a head differs, and when a tensor is missing,
     unexpected, stored twice, has another shape, or has another dtype than F32, BF16 and F16.
     """
+    if not (path / CONFIG).exists() and (advice := _instead(path)):  # an adapter has no config.json
+        raise BadInput(f"{path}: {advice}")
     config = read_config(path / CONFIG)
     stored: dict[str, str] = {}
     owner: dict[str, Any] = {}
@@ -106,7 +131,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         raise BadInput(
-            f"{path}: {_some(missing)} missing; config.json expects {len(expected)} tensors; download it again"
+            f"{path}: {_some(missing)} missing; config.json expects {len(expected)} tensors; "
+            f"{_advice(config, missing, stored)}"
         )
     if extra:
         raise BadInput(
@@ -190,32 +216,52 @@ def _check_stored_twin(path: Path, owner: dict[str, Any], stored: dict[str, str]
 
 def _weight_files(path: Path) -> list[Path]:
     single, index = path / SINGLE_FILE, path / INDEX_FILE
-    if single.exists():
+    if single.exists() or single.is_symlink():
         return [single]
-    if not index.exists():
-        raise BadInput(
-            f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a Hugging Face checkpoint directory"
-        )
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BadInput(f"{index}: not a safetensors index ({error!r}); download it again") from None
+    if not (index.exists() or index.is_symlink()):
+        raise BadInput(f"{path}: {_instead(path) or f'holds neither {SINGLE_FILE} nor {INDEX_FILE}; {GIVE}'}")
+    data = read_json(index, AGAIN)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(one, str) for one in weight_map.values())):
+        raise BadInput(f"{index}: not a safetensors index: no weight_map from names to files; {AGAIN}")
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if Path(shard).name != shard:
-            raise BadInput(f"{index}: shard {shard!r} is not a plain file name")
-        if not (path / shard).is_file():
-            raise BadInput(f"{path}: shard {shard} of {len(shards)} is missing; download it again")
+        if Path(shard).name != shard or len(shard.encode(errors="replace")) > 255:
+            raise BadInput(f"{index}: shard {ascii(shard)[:80]} is not a plain file name")
+        if not (path / shard).exists():
+            raise BadInput(f"{path}: shard {ascii(shard)[1:-1][:80]} of {len(shards)} is missing; {AGAIN}")
     return [path / shard for shard in shards]
 
 
+def _instead(path: Path) -> str | None:
+    return next((advice for name, advice in INSTEAD.items() if (path / name).is_file()), None)
+
+
 def _open(file: Path) -> Any:
+    check_plain(file, AGAIN)
     try:
         return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file}: not a readable safetensors file ({error}); download it again") from None
+    except OSError as error:
+        raise BadInput(f"{file}: {reason(error)}") from None
+    except SafetensorError as error:
+        with file.open("rb") as opened:
+            pointer = opened.read(len(GIT_LFS)) == GIT_LFS
+        advice = "it is a git-lfs pointer; fetch the file itself with git lfs pull" if pointer else AGAIN
+        raise BadInput(f"{file}: not a readable safetensors file ({error}); {advice}") from None
+
+
+def _advice(config: ModelConfig, missing: list[str], stored: Iterable[str]) -> str:
+    """What to do about missing tensors, judged by which they are and by the names that are there instead."""
+    for marks, advice in WRAPPERS:
+        if any(name.startswith(marks) or any(mark in name for mark in marks if mark[0] == ".") for name in stored):
+            return f"the tensors have {advice}"
+    if config.vision is not None and all(name.startswith((names.VISION_TOWER, names.PROJECTOR)) for name in missing):
+        return "its vision model was removed; to use the text model alone, remove vision_config from config.json"
+    return AGAIN
 
 
 def _plain_name(name: str) -> str:
+    name = name.replace(COMPILED, "")
     for prefix, plain in PREFIXES:
         if name.startswith(prefix):
             return plain + name.removeprefix(prefix)

@@ -17,9 +17,8 @@ from gemma3.chat import Image, Message, Part, encode_chat
 from gemma3.config import ModelConfig, VisionConfig
 from gemma3.errors import BadInput
 from gemma3.images import Pixels, prepare
+from gemma3.rows import content_of, read_data
 from gemma3.tokenizer import Tokenizer
-
-CHAT_SUFFIX = ".jsonl"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def pack(
 ) -> Rows:
     """The files, in order, as rows of ``length`` tokens. Text that does not fill the last row is left out.
 
-    A ``.jsonl`` file holds one conversation per line (see ``documents``); any other file is one document of plain text.
+    A file of rows holds one document per row, any other file is one document of plain text (see ``gemma3.rows``).
     Raises BadInput for rows of fewer than 2 tokens, as ``documents`` does, for a conversation with images that does not
     fit a row, for ids outside the vocabulary of ``config``, and when there is less than one row.
     """
@@ -100,59 +99,34 @@ def _rows(documents: Iterable[Document], length: int, bos_id: int) -> Iterator[t
 def documents(
     path: Path, tokenizer: Tokenizer, vision: VisionConfig | None = None, *, pan_and_scan: bool = False
 ) -> Iterator[Document]:
-    """The documents of a file: each line of a ``.jsonl`` file, or any other file as a whole.
+    """The documents of a file: its rows, or a file of plain text as a whole (see ``gemma3.rows``).
 
-    A line of a ``.jsonl`` file is ``{"messages": [{"role", "content"}, …]}``. Content is text, or a list of
-    ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``, where the image is a path relative to the
-    file's folder. ``pan_and_scan`` adds crops of images that are far from square. Raises BadInput for a file that is
-    missing, empty or not text, for a line that is not a conversation or whose images cannot be used, and for images
-    without ``vision``.
+    The content of a message is text, or a list of ``{"type": "text", "text": …}`` and
+    ``{"type": "image", "image": …}``, where the image is a path relative to the file's folder. ``pan_and_scan`` adds
+    crops of images that are far from square. Raises BadInput as ``read_data`` and ``content_of`` do, for a row whose
+    messages or images cannot be used, and for images without ``vision``.
     """
-    text = _read(path)
-    if path.suffix != CHAT_SUFFIX:
-        yield Document(tokenizer.encode(text, bos=True), [])
+    data = read_data(path)
+    if isinstance(data, str):
+        yield Document(tokenizer.encode(data, bos=True), [])
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    for row in data:
         try:
-            messages, images = _conversation(line, path.parent, vision, pan_and_scan)
+            content = content_of(row.value)
+            if isinstance(content, str):
+                yield Document(tokenizer.encode(content, bos=True), [])
+                continue
+            messages, images = _conversation(content, path.parent, vision, pan_and_scan)
             tokens_per_image = None if vision is None else vision.tokens_per_image
             ids = encode_chat(tokenizer, messages, add_generation_prompt=False, tokens_per_image=tokens_per_image)
         except BadInput as error:
-            raise BadInput(f"{path}: line {number}: {error}") from None
+            raise BadInput(f"{path}: {row.place}: {error}") from None
         yield Document(ids, images)
 
 
-def read_utf8(path: Path) -> str:
-    """The file's text, with unchanged line endings. Raises BadInput when it cannot be read or is not UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})") from None
-
-
-def _read(path: Path) -> str:
-    text = read_utf8(path)
-    if not text.strip():
-        raise BadInput(f"{path}: holds no text; give a file that does")
-    if "\0" in text:
-        raise BadInput(f"{path}: has a NUL character at {text.index(chr(0))}: binary data, give text")
-    return text
-
-
 def _conversation(
-    line: str, folder: Path, vision: VisionConfig | None, pan_and_scan: bool
+    messages: list[Any], folder: Path, vision: VisionConfig | None, pan_and_scan: bool
 ) -> tuple[list[Message], list[Pixels]]:
-    try:
-        data: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"not JSON ({error})") from None
-    messages = data.get("messages") if isinstance(data, dict) else None
-    if not isinstance(messages, list):
-        raise BadInput('no list under "messages"')
     images: list[Pixels] = []
 
     def part(given: Any) -> Part:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gemma3.errors import BadInput
+from gemma3.host.files import read_text
 from gemma3.names import EMBEDDING, HEAD
 
 
@@ -170,11 +171,12 @@ def read_recipe(path: Path) -> Recipe:
     model's linear layers are int8-channel unless one of the file's rules matches them. The recipe is named after the
     file. Raises BadInput for a file that cannot be read, without rules, or with unknown keys or schemes.
     """
+    text = read_text(path, "give a TOML file with [[rule]] tables")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give a TOML file with [[rule]] tables") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        data = tomllib.loads(text)
+    except RecursionError:
+        raise BadInput(f"{path}: not TOML: nested too deeply") from None
+    except ValueError as error:  # tomllib's own error, or a number of thousands of digits
         raise BadInput(f"{path}: not TOML: {error}") from None
     try:
         if extra := data.keys() - {"embedding", "rule"}:

@@ -4,6 +4,7 @@
 imported when they are used.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ from export.onnx.target import ONNX
 from export.target import Target
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
-from gemma3.errors import BadInput
+from gemma3.errors import BadInput, DoesNotFit, counted
 from runtime_py.proof.subject import ExtraCheck, Subject
 from runtime_py.sessions.protocol import Session
+
+# Any machine may have so many threads, and a core so many of them.
+FEW_THREADS, THREADS_PER_CORE = 64, 8
 
 # (path, cache layout, model, number of threads) → a session over the graph. Threads None: the runtime's choice.
 OpenGraph = Callable[[Path, CacheLayout, ModelConfig, int | None], Session]
@@ -61,7 +65,16 @@ def open_session(bundle: Path, format: str | None = None, threads: int | None = 
 
 
 def open_graph(bundle: Path, manifest: Manifest, backend: Backend, threads: int | None) -> Session:
-    """A session over the graph of ``backend`` in a bundle that has one. Raises BadInput as the session does."""
+    """A session over the graph of ``backend`` in a bundle that has one.
+
+    Raises DoesNotFit for far more ``threads`` than this machine has cores, which would take all its memory, and
+    BadInput as the session does.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > max(FEW_THREADS, THREADS_PER_CORE * cores):
+        raise DoesNotFit(
+            f"{threads} threads are too many for {counted(cores, 'core')}; use --threads {cores} or leave it out"
+        )
     artifact = manifest.artifacts[backend.target.name]
     return backend.import_runtime()(bundle / artifact.file, artifact.cache, manifest.model, threads)
 

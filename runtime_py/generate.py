@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from gemma3.errors import BadInput
 from runtime_py.sessions.protocol import Image, Logits, Session
 
+COLDEST = 1e-30  # a lower temperature would overflow; this one is greedy already
+
 StopReason = Literal["stop token", "length", "context"]
 
 
@@ -45,7 +47,7 @@ class Sampler:
             chosen = np.zeros(logits.shape, np.float64)
             chosen[np.argmax(logits)] = 1.0
             return chosen
-        scaled = logits.astype(np.float64) / self.temperature
+        scaled = logits.astype(np.float64) / max(self.temperature, COLDEST)
         probabilities = np.exp(scaled - scaled.max())
         # A stable order: of equal logits, the ones with the highest ids are cut first.
         order = np.argsort(-logits.astype(np.float64), kind="stable")

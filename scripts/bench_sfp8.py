@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +71,8 @@ def in_onnxruntime(
     nodes, initializers = graph.op.nodes, graph.op.initializers
     whole = ir.Graph([x], [y], nodes=nodes, initializers=initializers, opset_imports=dict(OPSETS))
     ir.save(ir.Model(whole, ir_version=IR_VERSION), path)
+    import onnxruntime  # after runtime_py, which turns its telemetry off
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     if not folded:

@@ -6,6 +6,7 @@ from pathlib import Path
 # (transformers) must not use the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import ONNX Runtime and its oracles themselves
 
 import pytest
 from hypothesis import settings

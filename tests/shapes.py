@@ -58,6 +58,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "global-first": RELEASED
     | {"num_hidden_layers": 3, "layer_types": [FULL, SLIDING, SLIDING], "sliding_window": 5, "head_dim": 64},
     "window-of-one": RELEASED | {"num_hidden_layers": 3, "sliding_window_pattern": 3, "sliding_window": 1},
+    # All layers see everything: their caches hold the context.
+    "window-over-positions": RELEASED | {"num_hidden_layers": 2, "sliding_window_pattern": 2, "sliding_window": 4096},
     "other-ropes": RELEASED
     | {"num_hidden_layers": 4, "sliding_window_pattern": 2, "rope_theta": 5_000.0, "rope_local_base_freq": 300.0},
 }

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import cli
 from export.manifest import GOLDEN, MANIFEST, PLAN, FileEntry, sha256_of
 from runtime_py import api, text
-from tests.bundles import CONFIG, EXPORT, Cli, Run, copy_bundle, rewrite_tensors, write_checkpoint
+from tests.bundles import CONFIG, EXPORT, SEEING_CONFIG, Cli, Run, copy_bundle, rewrite_tensors, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def lose_a_shard(checkpoint: Path) -> None:
         (put("model.layers.9.mlp.up_proj.weight", 4, 4), ("model.layers.9.mlp.up_proj.weight",)),
         (put("model.norm.weight", 65), ("model.norm.weight", "[65]", "[64]")),
         (lose_a_shard, ("model-00001-of-00002.safetensors", "missing")),
-        (lambda checkpoint: edit_config(checkpoint, surprise=1), ("'surprise'",)),
+        (lambda checkpoint: edit_config(checkpoint, quantization_config={}), ("quantization_config", "full-precision")),
         (lambda checkpoint: edit_config(checkpoint, model_type="llama"), ("'llama'", "Gemma 3")),
         (lambda checkpoint: (checkpoint / "config.json").unlink(), ("config.json", "no such file")),
         (lambda checkpoint: (checkpoint / "tokenizer.model").write_bytes(b"junk"), ("not a SentencePiece model",)),
@@ -102,7 +103,6 @@ def test_a_checkpoint_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--context", "7"), 4, ("context 7", "window 8", "--context 8")),
         (("--context", "161"), 4, ("context 161", "max_position_embeddings 160")),
         (("--chunk", "0"), 3, ("chunk 0", "--chunk")),
         (("--context", "96", "--chunk", "97"), 3, ("chunk 97", "context 96")),
@@ -114,6 +114,24 @@ def test_settings_that_do_not_fit(
 ) -> None:
     assert_refused(gemma_edge("export", checkpoint, "-o", tmp_path / "out", *options), code, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("base", [CONFIG, SEEING_CONFIG], ids=["text-only", "sees"])
+def test_a_window_over_the_positions_and_a_context_under_the_window(
+    gemma_edge: Cli, tmp_path: Path, base: dict[str, Any]
+) -> None:
+    long = {"sliding_window": 4096}
+    changed = long if base is CONFIG else {"text_config": CONFIG | long}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", base, **changed)
+    for context in ("160", "64"):
+        out = tmp_path / context
+        result = gemma_edge(
+            "export", checkpoint, "-o", out, "--format", "onnx", "--scheme", "fp32", "--context", context
+        )
+        assert result.code == 0, result.err
+        cache = json.loads((out / MANIFEST).read_text())["artifacts"]["onnx"]["cache"]
+        assert {layer["slots"] for layer in cache["layers"]} == {int(context)}
+        assert gemma_edge("validate", out, "--checkpoint", checkpoint).code == 0
 
 
 @pytest.mark.parametrize("model", ["google/gemma-3-270m", "model.gguf", "/nowhere"])
@@ -241,6 +259,51 @@ def test_one_changed_byte_in_any_file(gemma_edge: Cli, bundle: Path, tmp_path: P
     assert result.code == 5
     assert json.loads(result.out)["passed"] is False
     assert name in result.err
+
+
+def as_links(bundle: Path, root: Path, names: set[str] | None = None) -> Path:
+    """A snapshot of ``bundle`` as the hub's cache has it: files are links into blobs/, or only ``names`` are."""
+    snapshot = root / "snapshots" / "0123abcd"
+    (root / "blobs").mkdir(parents=True)
+    for file in (path for path in bundle.rglob("*") if path.is_file()):
+        copy = snapshot / file.relative_to(bundle)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        blob = root / "blobs" / sha256_of(file)
+        blob.write_bytes(file.read_bytes())
+        if names is None or copy.name in names:
+            copy.symlink_to(os.path.relpath(blob, copy.parent))
+        else:
+            copy.write_bytes(blob.read_bytes())
+    return snapshot
+
+
+@pytest.mark.parametrize("names", [None, {"model.onnx.data"}, {"model.onnx", "golden.safetensors"}])
+def test_a_bundle_of_links(gemma_edge: Cli, bundle: Path, tmp_path: Path, names: set[str] | None) -> None:
+    snapshot = as_links(bundle, tmp_path, names)
+    (snapshot / "README.md").write_text("a card")
+    (snapshot / ".cache").mkdir()
+    expected = gemma_edge("generate", bundle, "Hello", "-n", "4")
+    found = gemma_edge("generate", snapshot, "Hello", "-n", "4")
+    assert (found.code, found.out) == (0, expected.out), found.err
+    assert gemma_edge("validate", snapshot).code == 0
+
+
+def test_a_link_to_another_content_is_not_followed(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+    snapshot = as_links(bundle, tmp_path)
+    data = snapshot / "model.onnx.data"
+    damaged = bytearray(data.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    data.resolve().write_bytes(damaged)
+    assert_refused(gemma_edge("generate", snapshot, "Hello"), 5, "model.onnx.data", "does not describe")
+    assert gemma_edge("validate", snapshot).code == 5
+
+
+def test_what_is_made_from_links_is_plain(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    source = as_links(checkpoint, tmp_path / "hub")
+    for command, out in (("export", "bundle"), ("quantize", "quantized")):
+        options = ("--format", "onnx", "--context", "64") if command == "export" else ()
+        assert gemma_edge(command, source, "-o", tmp_path / out, *options).code == 0
+        assert not [path for path in (tmp_path / out).rglob("*") if path.is_symlink()]
 
 
 def forge(bundle: Path, name: str) -> None:

@@ -120,7 +120,7 @@ def test_sfp8_as_integers_and_exact(gemma_edge: Cli, checkpoint: Path, tmp_path:
         (("--method", "rtn", "--data", "TEXT"), ("method rtn takes no data; leave out --data",)),
         (("--method", "gptq", "--data", "missing.txt"), ("missing.txt", "cannot be read")),
         (("--scheme", "fp32", "--embedding", "int8"), ("no meaning with scheme fp32",)),
-        (("--recipe", "none.toml"), ("none.toml", "No such file")),
+        (("--recipe", "none.toml"), ("none.toml", "no such file")),
     ],
 )
 def test_refusals(

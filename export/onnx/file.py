@@ -1,6 +1,5 @@
 """Reads .onnx files, which are not trusted. Works without torch, so that a session can use it."""
 
-import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from export.manifest import check_link
 from gemma3.errors import BadInput
 
 VISION_FILE = "vision.onnx"  # the vision model's graph, beside the text model's
@@ -21,7 +21,8 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
     ONNX Runtime opens any file that an initializer names. The graphs of this project name only plain files beside them,
     hold weights only in the main graph's initializers, and have no functions, and no subgraphs except the branches of
-    an If. Raises BadInput for a file that is missing or not readable as ONNX, and for a graph with anything else.
+    an If. Raises BadInput for a file that is missing or not readable as ONNX, and for a graph with anything else. A
+    link beside the graph counts as a file only if the bundle's manifest knows its content (see ``check_link``).
     """
     try:
         # Not onnx.load, which would open external data before it is checked.
@@ -34,9 +35,11 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise BadInput(f"{path}: an empty graph; export the model again")
     if _is_foreign(model.graph) or model.functions:
         raise BadInput(f"{path}: holds subgraphs, functions or constants that gemma-edge does not write")
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external(path, tensor)
+    external = [one for one in model.graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
+    for location in {_external_entry(tensor).get("location", ""): tensor.name for tensor in external}.items():
+        _check_location(path, *location)
+    for tensor in external:
+        _check_extent(path, tensor)
     return model
 
 
@@ -125,23 +128,30 @@ def _external_entry(tensor: onnx.TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
-def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
-    entry = _external_entry(tensor)
-    location, offset, length = entry.get("location", ""), entry.get("offset", ""), entry.get("length", "")
+def _check_location(path: Path, location: str, tensor: str) -> None:
     if location in ("", ".", "..") or Path(location).name != location or "\\" in location:
-        raise BadInput(f"{path}: {tensor.name} lies in {location!r}, which is not a file beside it; not opened")
+        raise BadInput(f"{path}: {tensor} lies in {location!r}, which is not a file beside it; not opened")
+    file = path.with_name(location)
     try:
-        status = os.lstat(path.with_name(location))
-    except OSError:
+        plain = stat.S_ISREG(file.stat().st_mode)
+    except (OSError, ValueError):
         raise BadInput(f"{path}: {location} is missing beside it; copy it there or export the model again") from None
-    if not stat.S_ISREG(status.st_mode):
+    if not plain:
         raise BadInput(f"{path}: {location} is a link or not a plain file; not opened")
+    if file.is_symlink():
+        check_link(file)
+
+
+def _check_extent(path: Path, tensor: onnx.TensorProto) -> None:
+    entry = _external_entry(tensor)
+    location, offset, length = entry["location"], entry.get("offset", ""), entry.get("length", "")
+    held = path.with_name(location).stat().st_size
     size = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
     for dim in tensor.dims:
         size *= dim
-    if not (offset.isdecimal() and length == str(size) and int(offset) + size <= status.st_size):
+    if not (offset.isdecimal() and length == str(size) and int(offset) + size <= held):
         raise BadInput(
-            f"{path}: {location} has {status.st_size} bytes, but {tensor.name} of {size} bytes is at "
+            f"{path}: {location} has {held} bytes, but {tensor.name} of {size} bytes is at "
             f"offset {offset or 'unknown'}; the file is cut short or not this model's"
         )
 

@@ -176,14 +176,18 @@ def attend(
 
     ``operands`` are the queries, the keys, the values, and the past keys and values.
     """
-    window = {} if spec.window is None else {"local_window_size": spec.window, "sliding_window_cache": 1}
+    cache = operands[-1].shape
+    assert cache is not None
+    # A cache that is shorter than the window holds the whole context, so it never drops a row.
+    width = None if spec.window is None else min(spec.window, cache.numpy()[2])
+    window = {} if width is None else {"local_window_size": width, "sliding_window_cache": 1}
 
     def text() -> list[ir.Value]:
         return group_query_attention(graph, config, spec, [*operands, step.past, step.total], **window)
 
     def image() -> list[ir.Value]:
-        if spec.window is not None:
-            return image_in_window(graph, config, spec, spec.window, operands, step)
+        if width is not None:
+            return image_in_window(graph, config, spec, width, operands, step)
         return group_query_attention(graph, config, spec, [*operands, step.past, step.total], causal=0)
 
     if step.is_image is None:

@@ -82,12 +82,14 @@ def genai_config(config: ModelConfig, layout: CacheLayout, filename: str = "mode
     A user must not change its max_length from the context, because the graph fixes the shapes of the caches.
     """
     local = [index for index, spec in enumerate(config.layers) if spec.window is not None]
+    slots = layout.layers[local[0]].slots if local else 0
+    window = min(config.sliding_window, slots)
     sliding = {
-        "window_size": config.sliding_window,
+        "window_size": window,
         "layers": local,
         "slide_key_value_cache": False,
         "slide_inputs": False,
-        "cache_slack": layout.layers[local[0]].slots - config.sliding_window if local else 0,
+        "cache_slack": slots - window,
     }
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 BAR = 24
@@ -32,17 +33,21 @@ class Progress:
         left = (now - self._began) / max(done - self._first, 1) * (self._total - done)
         line = f"{done}/{self._total} {text}, {minutes(left)} left"
         if not self._terminal:
-            print(line, file=self._file, flush=True)
+            self._write(f"{line}\n")
             return
         filled = BAR * done // max(self._total, 1)
         line = f"[{'#' * filled}{'.' * (BAR - filled)}] {line}"
-        print(f"\r{line:<{self._width}}", end="", file=self._file, flush=True)
+        self._write(f"\r{line:<{self._width}}")
         self._width = len(line)
 
     def close(self) -> None:
         """End the bar's line, so that later output begins below it."""
         if self._terminal and self._width:
-            print(file=self._file, flush=True)
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # a terminal or pipe that was closed is no reason to end the work
+            print(text, end="", file=self._file, flush=True)
 
 
 def minutes(seconds: float) -> str:

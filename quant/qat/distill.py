@@ -13,7 +13,7 @@ from torch import Tensor
 from gemma3.checkpoint import Checkpoint, load_model, resolve_checkpoint
 from gemma3.data import pack
 from gemma3.errors import BadInput
-from gemma3.host.atomic import refuse_target
+from gemma3.host.atomic import check_name, refuse_target
 from gemma3.images import Pixels
 from quant.methods import quantize_weights
 from quant.qat.loop import Settings, train
@@ -81,6 +81,7 @@ def distill(
     together, and what ``train`` and ``save_quantized`` raise.
     """
     refuse_target(out)
+    check_name(run := out.with_name(f"{out.name}.training"))
     checkpoint, init, teacher = sources.checkpoint, sources.init, sources.teacher
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     files = data or [checkpoint.path / name for name in SAMPLE if (checkpoint.path / name).is_file()]
@@ -105,7 +106,6 @@ def distill(
             )
         images = [as_tensor(row, vision.image_size) for row in rows.images]
         ignored.append(vision.image_token_id)
-    run = out.with_name(f"{out.name}.training")
     with processes() as (device, first):
         if first:
             shown = f" with {sum(map(len, rows.images))} images" if any(rows.images) else ""

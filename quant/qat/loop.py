@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gemma3.errors import BadInput
 from gemma3.host.progress import Progress
+from gemma3.host.signals import ENDING, is_heeded
 from quant.qat.fake import convert, prepare
 from quant.qat.loss import Distillation, Loss
 from quant.qat.processes import local, shard
@@ -220,7 +221,7 @@ def _diverged(step: int, loss: float, norm: float, settings: Settings, run: Path
 
 @contextmanager
 def _interruptions() -> Iterator[Callable[[], bool]]:
-    """The first SIGINT or SIGTERM makes the yielded function return True; a second one ends the process."""
+    """The first signal that would end the process makes the yielded function return True; a second one ends it."""
     arrived = False
     former: dict[int, Any] = {}
 
@@ -229,7 +230,7 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
         arrived = True
         signal.signal(number, former[number])
 
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+    for number in filter(is_heeded, map(int, ENDING)):
         former[number] = signal.signal(number, remember)
     try:
         yield lambda: arrived

@@ -1,6 +1,7 @@
 """Measures how fast the graphs of a bundle are and how much memory they take, each in a process of its own."""
 
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Sequence
@@ -81,10 +82,21 @@ def bench(
     measurements = []
     for one in formats_of(bundle, manifest, format):
         # A new process, so that the memory of the parent and of other runtimes does not count.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_quietly) as pool:
             task = pool.submit(_measure, bundle, backend_of(one), prompt, new_tokens, repetitions, threads)
-            measurements.append(task.result())
+            try:
+                measurements.append(task.result())
+            except KeyboardInterrupt:
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
     return measurements
+
+
+def _end_quietly() -> None:
+    """In the new process, let Ctrl-C end it without a word: it also reaches the parent, which speaks for both."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _measure(

@@ -1,14 +1,14 @@
 """Asks any session short questions with one right answer each. Scores the answers by exact match, per category."""
 
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gemma3.data import read_utf8
 from gemma3.errors import BadInput
 from gemma3.images import read_image
+from gemma3.rows import read_data
 from gemma3.tokenizer import Tokenizer
 from runtime_py.conversation import Conversation
 from runtime_py.generate import Sampler
@@ -36,29 +36,20 @@ def read_questions(path: Path) -> list[Question]:
     ``images`` is optional: a list of paths relative to the file's folder. Raises BadInput for anything else, for a file
     without questions, and for images that cannot be read.
     """
-    text = read_utf8(path)
-    questions = [
-        _question(line, path.parent, f"{path}: line {number}")
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
-    if not questions:
-        raise BadInput(f"{path}: holds no questions; give one JSON object a line")
-    return questions
+    rows = read_data(path)
+    if isinstance(rows, str):
+        raise BadInput(f"{path}: holds no questions but text; give one JSON object a line")
+    return [_question(row.value, path.parent, f"{path}: {row.place}") for row in rows]
 
 
-def _question(line: str, folder: Path, where: str) -> Question:
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: not JSON ({error})") from None
-    names = data.pop("images", []) if isinstance(data, dict) else None
+def _question(row: Any, folder: Path, where: str) -> Question:
+    data = dict(row) if isinstance(row, dict) else {}
+    names = data.pop("images", [])
     if not (
-        isinstance(data, dict)
-        and data.keys() == {"category", "prompt", "answer"}
+        data.keys() == {"category", "prompt", "answer"}
         and all(isinstance(value, str) and value for value in data.values())
     ):
-        raise BadInput(f"{where}: is {line[:60]!r}, expected text under 'category', 'prompt' and 'answer'")
+        raise BadInput(f"{where}: is {ascii(row)[:60]!r}, expected text under 'category', 'prompt' and 'answer'")
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise BadInput(f"{where}: 'images' is {str(names)[:60]!r}, expected a list of paths")
     try:

@@ -3,13 +3,13 @@
 docs/bundle.md explains the file, and docs/validation.md how its figures are computed. Works without torch.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma3 import typed_json
 from gemma3.errors import BadInput, VerificationFailed
+from gemma3.host.files import parse_json, read_text
 from runtime_py.proof.limits import AT_LEAST
 from runtime_py.proof.plan import Plan
 
@@ -51,11 +51,10 @@ def save_plan(path: Path, plan: Plan, artifacts: Mapping[str, dict[str, Referenc
 def load_plan(path: Path) -> ProofPlan:
     """Raises VerificationFailed when the file is damaged or of another version."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path, "export the bundle again"))
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version is {version!r}, this program reads {SCHEMA_VERSION}")
+            raise BadInput(f"schema_version is {ascii(version)[:60]}, this program reads {SCHEMA_VERSION}")
         return typed_json.decode(ProofPlan, data, "plan")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, BadInput) else repr(error)
-        raise VerificationFailed(f"{path}: not the plan of a proof ({reason}); export the bundle again") from None
+    except BadInput as error:
+        raise VerificationFailed(f"{path}: not the plan of a proof ({error}); export the bundle again") from None

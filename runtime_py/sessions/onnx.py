@@ -7,12 +7,15 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.onnx.file import VISION_FILE, load_graph
+from export.onnx.file import VISION_FILE, data_file, load_graph
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
 from gemma3.images import Pixels, network_input
 from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls, check_image, is_pixels
+
+# runtime_py/__init__.py turns telemetry off before the import. This is for a process that had the library already.
+ort.disable_telemetry_events()
 
 PARTS = ("key", "value")
 INTEGER_INPUTS = ("input_ids", "attention_mask")
@@ -138,8 +141,15 @@ def open_graph(path: Path, threads: int | None, plan_memory: bool = True) -> ort
     options.enable_mem_pattern = plan_memory
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
+    graph: Path | bytes = path
+    data = data_file(path)
+    if data.is_symlink():
+        # ONNX Runtime follows no link out of the graph's folder, but takes the content.
+        graph = path.read_bytes()
+        content = np.memmap(data, np.uint8, mode="r")
+        options.add_external_initializers_from_files_in_memory([data.name], [content], [len(content)])
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         reason = str(error).splitlines()[0]
         raise BadInput(f"{path}: ONNX Runtime does not load it ({reason}); export it again") from None

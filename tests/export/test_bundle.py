@@ -126,10 +126,9 @@ def test_a_full_disk_is_noticed_before_exporting(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("context", [7, 161])
-def test_a_context_that_does_not_fit(checkpoint: Path, tmp_path: Path, context: int) -> None:
-    with pytest.raises(DoesNotFit, match=f"context {context}"):
-        export(checkpoint, tmp_path / "out", context=context)
+def test_a_context_that_does_not_fit(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="context 161"):
+        export(checkpoint, tmp_path / "out", context=161)
     assert list(tmp_path.iterdir()) == []
 
 

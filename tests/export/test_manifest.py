@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def edited(*path: str | int, to: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "not readable as JSON"),
         ("[]", "schema_version is None"),
         ("null", "schema_version is None"),
         (edited("schema_version", to=2), r"schema_version is 2, this program reads 4\.x; .*gemma-edge export"),
@@ -135,7 +136,7 @@ def test_any_json_under_any_key_is_read_or_refused(key: str, value: Any) -> None
 
 
 def test_not_a_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="No such file"):
+    with pytest.raises(BadInput, match="no such file"):
         read_manifest(tmp_path)
 
 
@@ -153,11 +154,24 @@ def test_a_file_of_another_size(tmp_path: Path) -> None:
         read_manifest(bundle)
 
 
-def test_a_link_instead_of_a_file(tmp_path: Path) -> None:
+def test_a_link_to_a_plain_file_counts_as_that_file(tmp_path: Path) -> None:
+    """As in a hub cache."""
     (tmp_path / "bundle").mkdir()
     bundle = write(tmp_path / "bundle", small())
     (bundle / "model.onnx").rename(tmp_path / "elsewhere")
-    (bundle / "model.onnx").symlink_to(tmp_path / "elsewhere")
+    (bundle / "model.onnx").symlink_to("../elsewhere")
+    assert read_manifest(bundle) == small()
+    (tmp_path / "elsewhere").write_bytes(b"abcd")
+    with pytest.raises(VerificationFailed, match="4 bytes, its manifest says 3"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "model.onnx", ".", "/dev/zero", "pipe"])
+def test_a_link_to_anything_else(tmp_path: Path, target: str) -> None:
+    bundle = write(tmp_path, small())
+    os.mkfifo(tmp_path / "pipe")
+    (bundle / "model.onnx").unlink()
+    (bundle / "model.onnx").symlink_to(target)
     with pytest.raises(VerificationFailed, match="not a plain file"):
         read_manifest(bundle)
 

@@ -131,9 +131,84 @@ def test_damaged_shards(tmp_path: Path) -> None:
     index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     assert "is not a plain file name" in refusal(path)
-    for damaged in ("{", "[]", "{}", '{"weight_map": 3}'):
+    for damaged in ("[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}'):
         index.write_text(damaged)
         assert "not a safetensors index" in refusal(path)
+    index.write_text("{")
+    assert "not readable as JSON" in refusal(path)
+    index.write_text(json.dumps({"weight_map": {"a": "z" * 10_000}}))
+    assert len(refusal(path)) < 400
+
+
+def test_names_that_torch_compile_made(tmp_path: Path) -> None:
+    tensors = state("like-270m")
+    expected = open_checkpoint(write(tmp_path / "plain", SHAPES["like-270m"], tensors)).names
+    whole = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    inner = {name.replace("model.", "model._orig_mod.", 1): tensor for name, tensor in tensors.items()}
+    for place, compiled in (("whole", whole), ("inner", inner)):
+        checkpoint = open_checkpoint(write(tmp_path / place, SHAPES["like-270m"], compiled))
+        assert checkpoint.names == expected
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in checkpoint.items())
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda name: f"base_model.model.{name}", "PEFT's names; merge the adapter"),
+        (lambda name: name.replace("_proj.", "_proj.base_layer."), "PEFT's names; merge the adapter"),
+        (lambda name: f"module.{name}", "a wrapper; unwrap the model"),
+        (lambda name: name.replace("norm", "other"), "expects 93 tensors; download it again"),
+    ],
+)
+def test_names_of_other_tools(tmp_path: Path, rename: Any, message: str) -> None:
+    tensors = {rename(name): tensor for name, tensor in state("like-270m").items()}
+    assert message in refusal(write(tmp_path, SHAPES["like-270m"], tensors))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_model.safetensors", "", "holds an adapter without its model; merge it"),
+        ("pytorch_model.bin", "", "holds weights as pytorch_model.bin only; save them as safetensors"),
+        ("other", "", "holds neither model.safetensors nor"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer; fetch the file"),
+        ("model.safetensors", "junk", "not a readable safetensors file"),
+    ],
+)
+def test_advice_fits_what_is_there(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["like-270m"]))
+    (tmp_path / name).write_text(content)
+    assert message in refusal(tmp_path)
+    if name.startswith("adapter"):
+        (tmp_path / "config.json").unlink()
+        assert message in refusal(tmp_path)
+
+
+def test_a_hub_cache_whose_weights_are_not_there_yet(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["like-270m"]))
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/0123abcd")
+    assert "model.safetensors: no such file; download it again" in refusal(tmp_path)
+
+
+def test_weights_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions do not stop root, which tests may run as."""
+    path = write(tmp_path, SHAPES["like-270m"], state("like-270m"))
+
+    def refuse(name: str, framework: str) -> None:
+        raise PermissionError(13, "Permission denied", name)
+
+    monkeypatch.setattr("gemma3.checkpoint.safe_open", refuse)
+    assert "not allowed to read it; make it readable" in refusal(path)
+
+
+def test_a_vision_model_that_was_removed(tmp_path: Path) -> None:
+    model = random_model(tiny_vision_config())
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    text = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    config = VISION_SHAPES["like-4b"]
+    assert "the text model alone, remove vision_config from config.json" in refusal(write(tmp_path, config, text))
+    alone = {key: value for key, value in config.items() if key != "vision_config"}
+    assert sorted(open_checkpoint(write(tmp_path, alone, text)).names) == sorted(text)
 
 
 def test_resolve(tmp_path: Path) -> None:

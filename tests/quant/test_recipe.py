@@ -204,8 +204,8 @@ def test_bad_recipe_files(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_no_recipe_file(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"none.toml: No such file"):
+    with pytest.raises(BadInput, match=r"none.toml: no such file"):
         read_recipe(tmp_path / "none.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff")
-    with pytest.raises(BadInput, match=r"bytes.toml: not TOML"):
+    with pytest.raises(BadInput, match=r"bytes.toml: not UTF-8"):
         read_recipe(tmp_path / "bytes.toml")

@@ -19,6 +19,7 @@ LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
         (Sampler(temperature=1.0), [0.1, 0.4, 0.2, 0.3]),
         # p^2, renormalised
         (Sampler(temperature=0.5), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+        (Sampler(temperature=1e-310), [0, 1, 0, 0]),
         (Sampler(temperature=1.0, top_k=2), [0, 4 / 7, 0, 3 / 7]),
         (Sampler(temperature=1.0, top_k=1), [0, 1, 0, 0]),
         (Sampler(temperature=1.0, top_k=9), [0.1, 0.4, 0.2, 0.3]),

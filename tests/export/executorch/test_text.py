@@ -43,6 +43,7 @@ OTHER_SHAPES = {
     "all-global": {},
     "global-first": {},
     "window-of-one": {"num_hidden_layers": 2, "sliding_window_pattern": 2},
+    "window-over-positions": {},
     "other-ropes": {"num_hidden_layers": 2},
 }
 

@@ -263,7 +263,11 @@ def test_refuses_weights_that_are_not_the_models(tmp_path: Path) -> None:
         export_onnx(config, coarse, layout, tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_vision_config()], ids=["text-only", "sees"])
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(), tiny_config("window-over-positions", max_position_embeddings=1024), tiny_vision_config()],
+    ids=["text-only", "window-over-context", "sees"],
+)
 def test_stock_onnxruntime_genai_runs_the_text_model(config: ModelConfig, tmp_path: Path) -> None:
     """After a prompt far longer than the local buffers and in greedy decoding, its logits and tokens are ours."""
     tiny = tiny_onnx(config, tmp_path, context=256)

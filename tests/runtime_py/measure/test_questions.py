@@ -79,8 +79,8 @@ def test_lines_are_read_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "no questions"),
-        (b"\n\n", "no questions"),
+        (b"", "holds no text"),
+        (b"\n\n", "holds no text"),
         (b"\x80\x00", "not UTF-8"),
         (b"{", "line 1: not JSON"),
         (b"[1]", r"line 1: is '\[1\]'"),

@@ -1,5 +1,6 @@
 """The .onnx session: its protocol, its independence from torch, and what it does with damaged or hostile files."""
 
+import os
 import subprocess
 import sys
 import weakref
@@ -36,6 +37,18 @@ def copy(tiny: TinyOnnx, tmp_path: Path) -> TinyOnnx:
 def test_does_not_load_torch() -> None:
     code = "import sys, runtime_py.sessions.onnx; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
+
+
+@pytest.mark.parametrize("before", ["import runtime_py.api, onnxruntime", "import runtime_py.sessions.onnx"])
+def test_nothing_is_written_below_the_home_directory(tiny: TinyOnnx, tmp_path: Path, before: str) -> None:
+    """No device id and no queue of events for the maker of ONNX Runtime, whatever the environment says."""
+    code = (
+        f"{before}; from onnxruntime import *; InferenceSession({str(tiny.path)!r}, providers=['CPUExecutionProvider'])"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "GITHUB_ACTIONS")}
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "ORT_DISABLE_TELEMETRY": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], env=kept | home, check=True)
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_position_and_logits_follow_what_is_fed(tiny: TinyOnnx) -> None:
