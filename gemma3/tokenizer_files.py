@@ -1,0 +1,195 @@
+"""What a checkpoint's directory says about its tokenizer, as one SentencePiece model.
+
+    tokenizer.model          Gemma's SentencePiece model, and/or
+    tokenizer.json           the same as Hugging Face's tokenizers library stores it; transformers 5 saves nothing else
+    tokenizer_config.json, added_tokens.json, special_tokens_map.json     more tokens
+
+Where two files describe the same thing they are compared, and a contradiction is an error that names it: the pieces by
+id, the order of merges, the added and the special tokens, and finally the ids of a text made of odd strings, for which
+the tokenizers library reads tokenizer.json by itself.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma3.added_tokens import AGREE, AddedToken, fold, read_added_tokens, shown
+from gemma3.errors import BadInput
+from gemma3.pieces import SPACE, SPECIAL_PIECES
+from gemma3.tokenizer_json import AGAIN, BYTE, JSON, TokenizerJson, cannot_read, piece_scores, read_tokenizer_json
+
+MODEL = "tokenizer.model"
+
+# Strings that tokenizers are known to disagree about. None has the name of a special token.
+PROBES = (
+    *(" " * count for count in (1, 2, 3, 7, 31, 32, 40, 65)),
+    *(f"a{' ' * count}b" for count in (1, 2, 3, 7, 31, 32, 40, 65)),
+    *("\n" * count for count in (1, 2, 3, 30, 31, 32, 65)),
+    *("\t" * count for count in (1, 2, 31, 32)),
+    *(" a", "a ", " a ", "  \n \n\n  a", "\r\n\r\n", "\ta\t\tb \t c", "\u00a0\u2003\u3000\u200b\ufeff"),
+    *("The quick brown fox's 1234567890 tests, 3.14159e-10 and 1,000,000.", "don't DON'T I'M x=y+z;"),
+    *("def f(x):\n    if x > 0:\n\treturn [i ** 2 for i in range(x)]  # …\n", '{"a": [1, null, "\\u00e9"]}\r\n'),
+    *("<table><tr><td>x</td></tr></table>", "<b>bold</b> </ b> <B>", "<unused>", "[multimodal", "<0x41>", "<|im_start|>"),
+    *("<start_of_tur", "start_of_turn>", "<end_of", "<eos", "bos>", "< eos >", "<<pad", "▁", "▁▁", "a▁b ▁ c"),
+    *("漢字かな交じり文、カタカナ。", "한국어 문장", "Ünïcödé", "u\u0308n\u0303i", "Привет, мир", "שלום עולם", "مرحبا", "नमस्ते"),
+    *("🦊👩‍👩‍👧🇨🇭👍🏽", "\U0010fffd\ue000", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ﬁ ① Å ½ ＡＢＣ", "\x01\x02\x1b[0m\x7f\x85", "\u202eabc\u202c", "\ufffd"),
+    *("a" * 300, "ab" * 150, "https://example.org/a?b=c&d=%20#e", "C:\\Users\\x", "$\\int_0^1 x\\,dx$", "…—–“”‘’«»"),
+)
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A SentencePiece model with all tokens of a checkpoint, and the file ``path`` that its vocabulary is from.
+
+    ``added`` are the ordinary tokens that JSON files list. ``file`` is the tokenizer.json, if there is one.
+    """
+
+    path: Path
+    model: bytes
+    added: Sequence[str]
+    file: TokenizerJson | None
+
+
+def read_model(path: Path) -> bytes:
+    """The content of a SentencePiece model's file. Raises BadInput when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise cannot_read(path, error) from None
+
+
+def read_tokenizer_files(directory: Path, rows: int | None) -> TokenizerFiles:
+    """Special tokens at ids from ``rows`` on are left out: text-only checkpoints list one past their embedding table.
+
+    Raises BadInput when a file is missing, unreadable or not Gemma's, or when two files contradict each other.
+    """
+    has_model, has_json = (_exists(directory / name) for name in (MODEL, JSON))
+    if not has_model and not has_json:
+        raise BadInput(f"{directory}: has neither {MODEL} nor {JSON}; copy the tokenizer's files there from the model")
+    file = read_tokenizer_json(directory / JSON) if has_json else None
+    path = directory / (MODEL if has_model else JSON)
+    content, model = b"", None
+    if has_model:
+        content = read_model(path)
+        model = parse_model(content, path)
+    count = max(file.ids.values()) + 1 if file is not None and model is None else len(model.pieces)
+    tokens, special = read_added_tokens(directory, file, count)
+    if model is None:
+        assert file is not None
+        model = _from_json(file, {token.name for token in tokens.values()} | SPECIAL_PIECES)
+    elif file is not None:
+        _compare(model, file, tokens)
+    if fold(model, path, tokens, special, rows) or not content:
+        content = model.SerializeToString(deterministic=True)
+    return TokenizerFiles(path, content, [t.name for t in tokens.values() if t.name not in special], file)
+
+
+def parse_model(content: bytes, path: Path) -> Any:
+    """The SentencePiece model in ``content`` as a message. Raises BadInput when it is not one."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from sentencepiece import sentencepiece_model_pb2
+
+    protobuf: Any = sentencepiece_model_pb2
+    try:
+        model = protobuf.ModelProto.FromString(content)
+    except DecodeError:
+        model = protobuf.ModelProto()
+    if not model.pieces:
+        raise BadInput(f"{path}: {len(content)} bytes, not a SentencePiece model; {AGAIN}")
+    return model
+
+
+def prove(files: TokenizerFiles, encode: Callable[[str], list[int]], decode: Callable[[Iterable[int]], str]) -> None:
+    """Raises BadInput when the tokenizers library, reading tokenizer.json, has other tokens or ids, or another text."""
+    if files.file is None:
+        return
+    import tokenizers
+
+    path = files.file.path
+    try:
+        other = tokenizers.Tokenizer.from_str(files.file.text)
+    except Exception as error:  # the library raises nothing narrower
+        raise BadInput(f"{path}: the tokenizers library cannot read it ({str(error)[:200]}); {AGAIN}") from None
+    other.no_truncation()
+    other.no_padding()
+    other.encode_special_tokens = True  # text never becomes a special token
+    for entry in files.file.added:
+        if other.token_to_id(entry["content"]) != entry["id"]:
+            raise BadInput(
+                f"{path}: lists {shown(entry['content'])} as token {entry['id']}, but the tokenizers library makes it "
+                f"{other.token_to_id(entry['content'])}; {AGREE}"
+            )
+    for text in _probes(files.added):
+        theirs, ours = other.encode(text, add_special_tokens=False).ids, encode(text)
+        if theirs != ours:
+            raise BadInput(f"{path}: {text!r} gives the ids {theirs}, but {ours} by {files.path.name}; {AGREE}")
+        if other.decode(theirs) != decode(ours):
+            raise BadInput(
+                f"{path}: {ours} is the text {other.decode(theirs)!r}, but {decode(ours)!r} by {files.path.name}; {AGREE}"
+            )
+
+
+def _probes(added: Iterable[str]) -> Iterator[str]:
+    yield from PROBES
+    for name in (name.replace(SPACE, " ") for name in added):
+        yield from (name, f"a{name}b {name}  {name}\n{name}{name} é{name}{name[:-1]}", f" {name[1:]}")
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()  # a link to nowhere is an error, not a file that is missing
+
+
+def _from_json(file: TokenizerJson, added: Set[str]) -> Any:
+    """The SentencePiece model of a vocabulary and its merges, as Gemma's own is: bytes for what is not in the
+    vocabulary, text kept as it is. Those of its pieces that are in ``added`` become user-defined.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    protobuf: Any = sentencepiece_model_pb2
+    kind = protobuf.ModelProto.SentencePiece
+    scores = piece_scores(file, {name for name in file.ids if name not in added and not BYTE.fullmatch(name)})
+    types = dict.fromkeys(("<pad>", "<eos>", "<bos>"), kind.CONTROL) | {"<unk>": kind.UNKNOWN}
+    model = protobuf.ModelProto()
+    for token, name in sorted((token, name) for name, token in file.ids.items()):
+        while len(model.pieces) < token:
+            model.pieces.add(piece=f"<no token {len(model.pieces)}>", score=0.0, type=kind.UNUSED)
+        default = kind.BYTE if BYTE.fullmatch(name) else kind.USER_DEFINED if name in added else kind.NORMAL
+        name = name.replace(" ", SPACE) if default == kind.USER_DEFINED else name
+        # Characters are not merged, so their score does not matter.
+        model.pieces.add(piece=name, score=scores.get(name, 0.0), type=types.get(name, default))
+    model.trainer_spec.model_type = protobuf.TrainerSpec.BPE
+    model.trainer_spec.vocab_size = len(model.pieces)
+    model.trainer_spec.byte_fallback = True
+    for name in ("pad", "eos", "bos", "unk"):
+        setattr(model.trainer_spec, f"{name}_id", file.ids.get(f"<{name}>", -1))
+        setattr(model.trainer_spec, f"{name}_piece", f"<{name}>")
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = False
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model
+
+
+def _compare(model: Any, file: TokenizerJson, tokens: dict[int, AddedToken]) -> None:
+    """Raises BadInput when tokenizer.json has other pieces than ``model``, or merges in another order."""
+    names = {token: name for name, token in file.ids.items()} | {t.id: t.name for t in tokens.values() if t.path == file.path}
+    for name, token in file.ids.items():
+        if names[token] != name:
+            raise BadInput(
+                f"{file.path}: token {token} is {shown(name)} in its vocabulary, but {shown(names[token])} among its "
+                f"added tokens; {AGREE}"
+            )
+    for token, piece in enumerate(model.pieces):
+        name = names.get(token)
+        if name is None or name.replace(" ", SPACE) != piece.piece.replace(" ", SPACE):
+            there = "missing" if name is None else shown(name)
+            raise BadInput(f"{file.path}: token {token} is {there}, but {shown(piece.piece)} in {MODEL}; {AGREE}")
+    for name, token in file.ids.items():
+        if token >= len(model.pieces) and token not in tokens:
+            raise BadInput(f"{file.path}: token {token}, {shown(name)}, is not in {MODEL}; {AGREE}")
+    normal = {piece.piece: piece.score for piece in model.pieces if piece.type == model.SentencePiece.NORMAL}
+    last, last_score = "", float("inf")
+    for name in piece_scores(file, set(normal)):  # from the first merge to the last
+        if normal[name] > last_score:
+            raise BadInput(f"{file.path}: merges {shown(last)} before {shown(name)}, {MODEL} after it; {AGREE}")
+        last, last_score = name, normal[name]
