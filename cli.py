@@ -508,13 +508,15 @@ def inspect(
     ] = None,
 ) -> None:
     """Draw the attention masks of the local and the global layers, in the terminal and as a PNG."""
-    from gemma3.checkpoint import CONFIG, read_tokenizer, resolve_checkpoint
+    from gemma3.checkpoint import CONFIG, resolve_checkpoint
     from gemma3.config import read_config
+    from gemma3.tokenizer import Tokenizer
     from runtime_py.mask_picture import masks_of, save, show
 
     path = resolve_checkpoint(model)  # not opened: its weights are not needed
-    config = read_config(path / CONFIG)
-    masks = masks_of(mask, read_tokenizer(path, config), config, window=window, tokens_per_image=tokens_per_image)
+    masks = masks_of(
+        mask, Tokenizer(path), read_config(path / CONFIG), window=window, tokens_per_image=tokens_per_image
+    )
     terminal = sys.stdout.isatty()
     print(show(masks, colour=terminal, columns=shutil.get_terminal_size().columns if terminal else None))
     save(masks, out)

@@ -144,7 +144,7 @@ def fold(model: Any, path: Path, tokens: Mapping[int, AddedToken], special: froz
 
     Ordinary tokens become user-defined pieces, special ones control pieces, and ids between them that have no name
     become unused pieces. Special tokens at ids from ``rows`` on are left out. Raises BadInput when a token has another
-    name in the model, when two tokens are the same text, and for a special token without an id.
+    name in the model, when two tokens are the same text, and for a special token without an id or in ordinary text.
     """
     kind = model.SentencePiece
     names = {piece.piece: i for i, piece in enumerate(model.pieces)}
@@ -158,15 +158,20 @@ def fold(model: Any, path: Path, tokens: Mapping[int, AddedToken], special: froz
                 raise BadInput(
                     f"{token.path}: token {token.id} is {shown(token.name)}, but {shown(piece.piece)} in {path.name}; {AGREE}"
                 )
-        elif name in names:
+        elif token.name in names:
             raise BadInput(
-                f"{token.path}: {shown(token.name)} is token {token.id}, but {names[name]} in {path.name}; {AGREE}"
+                f"{token.path}: {shown(token.name)} is token {token.id}, but {names[token.name]} in {path.name}; {AGREE}"
             )
     for name, i in names.items():
         piece, listed = model.pieces[i], tokens.get(i)
         if name in SPECIAL_PIECES or piece.type in (kind.BYTE, kind.UNKNOWN):
             continue
         if name in special:
+            if piece.type == kind.NORMAL:
+                raise BadInput(
+                    f"{path}: {shown(name)} is a special token and a piece of ordinary text; give the special token a "
+                    "name of its own"
+                )
             wanted = kind.CONTROL
         elif listed is None:
             continue
@@ -185,7 +190,8 @@ def fold(model: Any, path: Path, tokens: Mapping[int, AddedToken], special: froz
         name = token.name.replace(" ", SPACE)
         if name in names:
             raise BadInput(
-                f"{token.path}: {shown(token.name)} is the same text as token {names[name]}; give it another name"
+                f"{token.path}: the added token {shown(token.name)} is the same text as token {names[name]}, which "
+                "SentencePiece does not have; give it another name"
             )
         _append(model, names, name, kind.CONTROL if token.name in special else kind.USER_DEFINED)
     known = names.keys() | {token.name.replace(" ", SPACE) for token in tokens.values()}

@@ -50,7 +50,7 @@ class Tokenizer:
         self.bos_id = self.special_id("<bos>")
         self.end_of_turn_id = self.special_id(END_OF_TURN)
         if files is not None:
-            prove(files, lambda text: self.encode(text, bos=False), self.decode)
+            prove(files, self.special, lambda text: self.encode(text, bos=False), self.decode)
 
     @property
     def vocab_size(self) -> int:
@@ -146,7 +146,7 @@ def _load(model: bytes, path: Path) -> Any:
 def _special_ids(pieces: Any) -> dict[str, int]:
     """Name → id of every special token: SentencePiece's control pieces, and those that are special in every Gemma 3."""
     return {
-        pieces.id_to_piece(i): i
+        pieces.id_to_piece(i).replace(SPACE, " "): i
         for i in range(pieces.get_piece_size())
         if pieces.is_control(i) or pieces.is_unknown(i) or pieces.id_to_piece(i) in SPECIAL_PIECES
     }

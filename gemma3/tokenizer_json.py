@@ -151,9 +151,16 @@ def _vocabulary(path: Path, vocabulary: Any) -> dict[str, int]:
         raise BadInput(f"{path}: its model has no vocab; {AGAIN}")
     names: dict[int, str] = {}
     for name, token in vocabulary.items():
-        check_id(path, check_name(path, name), token)
+        check_id(path, name, token)
         if names.setdefault(token, name) != name:
             raise BadInput(f"{path}: {names[token]!r} and {name!r} both have the id {token}; {AGAIN}")
+    try:
+        joined = "".join(vocabulary).encode()
+    except UnicodeEncodeError:
+        joined = b"\0"
+    if "" in vocabulary or b"\0" in joined:  # checking each name alone would take a second
+        for name in vocabulary:
+            check_name(path, name)
     missing = [name for name in BYTES if name not in vocabulary]
     if missing:
         raise BadInput(f"{path}: has no piece {missing[0]} for that byte; {GEMMAS_OWN}")
@@ -166,7 +173,7 @@ def _merges(path: Path, merges: Any) -> list[tuple[str, str]]:
     pairs = []
     for merge in merges:  # ["a", "b"], or "a b" in older files
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(half, str) and half for half in pair):
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
             raise BadInput(f"{path}: {_shown(merge)} is no merge of two pieces; {AGAIN}")
         pairs.append((pair[0], pair[1]))
     return pairs
