@@ -29,6 +29,7 @@ from export.manifest import (
 )
 from export.stand_ins import for_target
 from export.target import StandIn, Target
+from export.tokenizer import write_tokenizer
 from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheLayout, cache_layout
 from gemma3.chat import CHAT_TEMPLATE
 from gemma3.config import ModelConfig
@@ -50,7 +51,7 @@ from quant.weights import QuantizedWeights
 log = logging.getLogger(__name__)
 
 # An upper bound on the proof, the manifest and the tokenizer together.
-SMALL_FILES_BYTES = 32 << 20
+SMALL_FILES_BYTES = 64 << 20
 
 
 @dataclass
@@ -88,7 +89,7 @@ def draft_bundle(
     layouts = cache_layouts(config, targets, context, chunk)
     with staging(out) as directory:
         tokenizer = tokenizer_info(checkpoint)
-        write_tokenizer(checkpoint, directory)
+        write_tokenizer(checkpoint.tokenizer, checkpoint.path, directory)
         weights: dict[str, QuantizedWeights] = {}
         stand_ins: dict[str, dict[str, StandIn]] = {}
         for target in targets:
@@ -226,17 +227,6 @@ def stand_in_checks(manifest: Manifest) -> list[Check]:
             name = f"{count} {worst.kind.upper()} weights as {worst.scheme}, the lowest signal-to-noise ratio"
             checks.append(Check(format, "stand-ins", "decibels", name, worst.decibels, None, True))
     return checks
-
-
-def write_tokenizer(checkpoint: QuantizedCheckpoint, directory: Path) -> None:
-    """Write the tokenizer of ``checkpoint`` into ``directory``: one file that has all its tokens.
-
-    The JSON files that stock runners need are copied, if there are any.
-    """
-    (directory / TOKENIZER).write_bytes(checkpoint.tokenizer.model)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, directory / name)
 
 
 def tokenizer_info(source: Source) -> TokenizerInfo:

@@ -194,6 +194,8 @@ def _compare(model: Any, file: TokenizerJson, tokens: dict[int, AddedToken]) -> 
             )
     for token, piece in enumerate(model.pieces):
         name = names.get(token)
+        if name is None and piece.type == model.SentencePiece.UNUSED:
+            continue
         if name is None or name.replace(" ", SPACE) != piece.piece.replace(" ", SPACE):
             there = "missing" if name is None else shown(name)
             raise BadInput(f"{file.path}: token {token} is {there}, but {shown(piece.piece)} in {MODEL}; {AGREE}")
