@@ -30,10 +30,33 @@ PROBES = (
     *(" a", "a ", " a ", "  \n \n\n  a", "\r\n\r\n", "\ta\t\tb \t c", "\u00a0\u2003\u3000\u200b\ufeff"),
     *("The quick brown fox's 1234567890 tests, 3.14159e-10 and 1,000,000.", "don't DON'T I'M x=y+z;"),
     *("def f(x):\n    if x > 0:\n\treturn [i ** 2 for i in range(x)]  # …\n", '{"a": [1, null, "\\u00e9"]}\r\n'),
-    *("<table><tr><td>x</td></tr></table>", "<b>bold</b> </ b> <B>", "<unused>", "[multimodal", "<0x41>", "<|im_start|>"),
+    *(
+        "<table><tr><td>x</td></tr></table>",
+        "<b>bold</b> </ b> <B>",
+        "<unused>",
+        "[multimodal",
+        "<0x41>",
+        "<|im_start|>",
+    ),
     *("<start_of_tur", "start_of_turn>", "<end_of", "<eos", "bos>", "< eos >", "<<pad", "▁", "▁▁", "a▁b ▁ c"),
-    *("漢字かな交じり文、カタカナ。", "한국어 문장", "Ünïcödé", "u\u0308n\u0303i", "Привет, мир", "שלום עולם", "مرحبا", "नमस्ते"),
-    *("🦊👩‍👩‍👧🇨🇭👍🏽", "\U0010fffd\ue000", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ﬁ ① Å ½ ＡＢＣ", "\x01\x02\x1b[0m\x7f\x85", "\u202eabc\u202c", "\ufffd"),
+    *(
+        "漢字かな交じり文、カタカナ。",
+        "한국어 문장",
+        "Ünïcödé",
+        "u\u0308n\u0303i",
+        "Привет, мир",
+        "שלום עולם",
+        "مرحبا",
+        "नमस्ते",
+    ),
+    *(
+        "🦊👩‍👩‍👧🇨🇭👍🏽",
+        "\U0010fffd\ue000",
+        "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ﬁ ① Å ½ ＡＢＣ",
+        "\x01\x02\x1b[0m\x7f\x85",
+        "\u202eabc\u202c",
+        "\ufffd",
+    ),
     *("a" * 300, "ab" * 150, "https://example.org/a?b=c&d=%20#e", "C:\\Users\\x", "$\\int_0^1 x\\,dx$", "…—–“”‘’«»"),
 )
 
@@ -185,7 +208,9 @@ def _from_json(file: TokenizerJson, added: Set[str], special: Set[str]) -> Any:
 
 def _compare(model: Any, file: TokenizerJson, tokens: dict[int, AddedToken]) -> None:
     """Raises BadInput when tokenizer.json has other pieces than ``model``, or merges in another order."""
-    names = {token: name for name, token in file.ids.items()} | {t.id: t.name for t in tokens.values() if t.path == file.path}
+    names = {token: name for name, token in file.ids.items()} | {
+        t.id: t.name for t in tokens.values() if t.path == file.path
+    }
     for name, token in file.ids.items():
         if names[token] != name:
             raise BadInput(

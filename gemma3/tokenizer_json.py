@@ -24,7 +24,11 @@ GEMMAS_OWN = "gemma-edge reads Gemma's own tokenizer, with tokens added or renam
 REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 # The second one finds no space: they are replaced before.
 SPLIT_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-DECODER = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+DECODER = [
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
 # The settings of Gemma's BPE, each with the values that mean the same.
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "type": ("BPE",),
@@ -89,7 +93,9 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
         raise BadInput(f"{path}: has no model; {AGAIN}")
     for key, allowed in SETTINGS.items():
         if model.get(key, allowed[-1]) not in allowed:
-            raise BadInput(f"{path}: {key} of its model is {_shown(model[key])}, Gemma's is {allowed[0]!r}; {GEMMAS_OWN}")
+            raise BadInput(
+                f"{path}: {key} of its model is {_shown(model[key])}, Gemma's is {allowed[0]!r}; {GEMMAS_OWN}"
+            )
     normalizer, decoder = _steps(data, "normalizer"), _steps(data, "decoder")
     if normalizer != [REPLACE_SPACES]:
         raise BadInput(f"{path}: its normalizer is {_shown(normalizer)}, Gemma's only writes spaces as ▁; {GEMMAS_OWN}")

@@ -21,10 +21,10 @@ from gemma3.write_tokenizer_json import as_tokenizer_json
 from scripts.random_checkpoint import made_up_tokenizer
 
 DEMO = Path(gemma3.__file__).parent / "demo"
-WORDS = ["[SCRATCH]", "Xylo", "foo bar", "<CHARACTER_1>", "\nnew", "漢x", "abc", "ab"]
+WORDS = ["[SCRATCH]", "Xylo", "foo bar", "<CHARACTER_1>", "\nnewest", "漢x", "qzx", "qz"]
 # Text about the added words, whole, in part and side by side.
 TEXT = st.lists(
-    st.sampled_from([*WORDS, "[SCR", "ylo", " ", "  ", "\n", "c", "é", "🦊", "<b>", "12"]) | st.text(max_size=3)
+    st.sampled_from([*WORDS, "[SCR", "ylo", " ", "  ", "\n", "x", "é", "🦊", "<b>", "12"]) | st.text(max_size=3)
 ).map("".join)
 
 
@@ -67,9 +67,7 @@ def with_words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any
 
 
 @given(text=TEXT)
-def test_added_words_are_encoded_and_printed_as_transformers_does(
-    with_words: tuple[Tokenizer, Any], text: str
-) -> None:
+def test_added_words_are_encoded_and_printed_as_transformers_does(with_words: tuple[Tokenizer, Any], text: str) -> None:
     ours, oracle = with_words
     ids = oracle.encode(text, add_special_tokens=False)
     if "▁" not in text and not any(name in text for name in SPECIAL_PIECES):
@@ -137,20 +135,22 @@ def test_a_vocabulary_piece_that_became_a_token_of_its_own(tmp_path: Path) -> No
 
 def test_ids_between_added_tokens_give_no_text(tmp_path: Path) -> None:
     shutil.copy(DEMO / "tokenizer.model", tmp_path)
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image_soft_token>": 4096, "word": 4100}))
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<pad>"]}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": 4096, "wordy": 4100}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<tool>"]}))
     ours = Tokenizer(tmp_path)
     assert ours.vocab_size == 4101
-    assert ours.decode([4096, 4097, 4099, 4100]) == "word"
-    assert ours.encode("<no token 4097>word", bos=False)[-1] == 4100
+    assert ours.decode([4096, 4097, 4099, 4100]) == "wordy"
+    assert ours.encode("<no token 4097>wordy", bos=False)[-1] == 4100
     assert max(ours.encode("<no token 4097>", bos=False)) < 4096
 
 
 def test_special_tokens_past_the_embedding_table_are_left_out(tmp_path: Path) -> None:
     shutil.copy(DEMO / "tokenizer.model", tmp_path)
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image_soft_token>": 4096, "word": 4097}))
-    assert Tokenizer(tmp_path, rows=4097).special["<image_soft_token>"] == 9
-    assert Tokenizer(tmp_path, rows=4096).vocab_size == 4098
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"wordy": 4096, "<tool>": 4097}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"tool_token": "<tool>"}))
+    assert Tokenizer(tmp_path, rows=4098).special["<tool>"] == 4097
+    assert Tokenizer(tmp_path, rows=4097).vocab_size == 4097
+    assert Tokenizer(tmp_path, rows=4096).vocab_size == 4097  # an ordinary one stays, and is refused with the model
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,9 @@ def test_a_renamed_piece(made_up: Path, tmp_path: Path) -> None:
     renamed = Tokenizer(tmp_path)
     assert renamed.special["<|im_start|>"] == Tokenizer(made_up).encode("<unused5>", bos=False)[0]
     shutil.copy(made_up / "tokenizer.model", tmp_path)
-    with pytest.raises(BadInput, match=r"tokenizer\.json: token 10 is '<\|im_start\|>', but '<unused5>' in tokenizer\.mo"):
+    with pytest.raises(
+        BadInput, match=r"tokenizer\.json: token 10 is '<\|im_start\|>', but '<unused5>' in tokenizer\.mo"
+    ):
         Tokenizer(tmp_path)
 
 
@@ -210,25 +212,37 @@ CONTRADICTIONS: list[tuple[str, Callable[[Any], object], str]] = [
     ("tokenizer.json", lambda d: d["model"].update(vocab=[]), "has no vocab"),
     ("tokenizer.json", lambda d: d["model"].update(merges=[["a"]]), "is no merge of two pieces"),
     ("tokenizer.json", lambda d: d["model"]["vocab"].pop("<0x41>"), "has no piece <0x41>"),
-    ("tokenizer.json", lambda d: d["model"]["vocab"].update({"new": 4096}), "'new', is not in tokenizer.model"),
-    ("tokenizer.json", lambda d: d["model"]["vocab"].update({"new": -1}), "the id of 'new' is -1"),
-    ("tokenizer.json", lambda d: d["model"]["vocab"].update({"new": 10**9}), "the id of 'new' is 1000000000"),
+    ("tokenizer.json", lambda d: d["model"]["vocab"].update({"newest": 4096}), "'newest', is not in tokenizer.model"),
+    ("tokenizer.json", lambda d: d["model"]["vocab"].update({"newest": -1}), "the id of 'newest' is -1"),
+    ("tokenizer.json", lambda d: d["model"]["vocab"].update({"newest": 10**9}), "the id of 'newest' is 1000000000"),
     ("tokenizer.json", lambda d: d["model"]["vocab"].update({"": 4096}), "'' is no name"),
     ("tokenizer.json", lambda d: d["model"]["vocab"].update({"\ud800": 4096}), "lone surrogate"),
     ("tokenizer.json", lambda d: added(d, listed(4096, "word", single_word=True)), "'word' has single_word"),
     ("tokenizer.json", lambda d: added(d, listed(4096, "word", lstrip=True)), "'word' has lstrip"),
     ("tokenizer.json", lambda d: added(d, listed(4096, "word")), "'word' is not in tokenizer_config.json"),
-    ("tokenizer.json", lambda d: added(d, listed(4096, "<x>", True), listed(4097, "<x>", True)), "'<x>' is token 4097, but 4096"),
+    (
+        "tokenizer.json",
+        lambda d: added(d, listed(4096, "<x>", True), listed(4097, "<x>", True)),
+        "'<x>' is token 4097, but 4096",
+    ),
     ("tokenizer.json", lambda d: added(d, listed(4099, "<x>", True)), "'<x>' as token 4099, but the tokenizers"),
     ("tokenizer.json", lambda d: added(d, listed(4096, "<pad>", True)), "'<pad>' is token 4096, but 0"),
     ("tokenizer.json", lambda d: added(d, listed(5, "word")), "token 5 is 'word', but '<start_of_turn>'"),
     ("tokenizer.json", lambda d: added(d, "word"), "is 'word', not an object"),
     ("tokenizer.json", lambda d: added(d, listed(4096, [], True)), r"\[\] is no name"),
-    ("tokenizer.json", lambda d: d.update(added_tokens={}), "added_tokens|neither"),
+    ("tokenizer.json", lambda d: d.update(added_tokens={}), "the tokenizers library cannot read it"),
     ("tokenizer_config.json", lambda d: d.update(eos_token="<nowhere>"), "special token '<nowhere>' has no id"),
     ("tokenizer_config.json", lambda d: d["added_tokens_decoder"].update({"x": {"content": "y"}}), "id of 'y' is 'x'"),
-    ("tokenizer_config.json", lambda d: d["added_tokens_decoder"]["40"].update(special=True), "is special, but ordinary"),
-    ("tokenizer_config.json", lambda d: d["added_tokens_decoder"]["40"].update(content="x"), "token 40 is 'x', but '▁▁"),
+    (
+        "tokenizer_config.json",
+        lambda d: d["added_tokens_decoder"]["40"].update(special=True),
+        "is special, but ordinary",
+    ),
+    (
+        "tokenizer_config.json",
+        lambda d: d["added_tokens_decoder"]["40"].update(content="x"),
+        "token 40 is 'x', but '▁▁",
+    ),
     ("tokenizer_config.json", lambda d: d.update(added_tokens_decoder=[]), "added_tokens_decoder is not an object"),
 ]
 
@@ -250,10 +264,13 @@ def test_contradictions_are_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.add_tokens([" leading"]), "gives the ids"),
+        (lambda t: t.add_tokens(AddedToken(" leading", normalized=False)), "gives the ids"),
         (lambda t: t.add_tokens([" the"]), "' the' is the same text as token"),
         (lambda t: t.add_tokens(AddedToken("word", rstrip=True)), "'word' has rstrip"),
-        (lambda t: t.add_special_tokens({"additional_special_tokens": ["ing"]}), "'ing' is a special token and a piece of"),
+        (
+            lambda t: t.add_special_tokens({"additional_special_tokens": ["ing"]}),
+            "'ing' is a special token and a piece of",
+        ),
     ],
 )
 def test_added_tokens_that_sentencepiece_does_not_have(
