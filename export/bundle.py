@@ -21,7 +21,6 @@ from export.manifest import (
     MANIFEST,
     PROOF,
     SCHEMA_VERSION,
-    TOKENIZER,
     Artifact,
     Manifest,
     TokenizerInfo,

@@ -58,6 +58,11 @@ def read_added_tokens(
     return tokens, frozenset(special)
 
 
+def contradiction(path: Path, here: str, there: str, where: Path) -> BadInput:
+    """The error for two files that say different things about a token: ``here`` in ``path``, ``there`` in ``where``."""
+    return BadInput(f"{path}: {here}, but {there} in {where.name}; {AGREE}")
+
+
 def shown(name: str) -> str:
     return repr(name if len(name) <= 60 else name[:59] + "…")
 
@@ -113,22 +118,15 @@ def _merged(listed: Iterable[AddedToken]) -> dict[int, AddedToken]:
     for token in listed:
         other = by_id.setdefault(token.id, token)
         if other.name != token.name:
-            raise BadInput(
-                f"{token.path}: token {token.id} is {shown(token.name)}, but {shown(other.name)} in "
-                f"{other.path.name}; {AGREE}"
-            )
+            here = f"token {token.id} is {shown(token.name)}"
+            raise contradiction(token.path, here, shown(other.name), other.path)
         other = by_name.setdefault(token.name, token)
         if other.id != token.id:
-            raise BadInput(
-                f"{token.path}: {shown(token.name)} is token {token.id}, but {other.id} in {other.path.name}; {AGREE}"
-            )
+            raise contradiction(token.path, f"{shown(token.name)} is token {token.id}", str(other.id), other.path)
         if None not in (token.special, other.special) and token.special != other.special:
             if token.name not in SPECIAL_PIECES:
-                kinds = ("ordinary", "special")
-                raise BadInput(
-                    f"{token.path}: {shown(token.name)} is {kinds[bool(token.special)]}, but "
-                    f"{kinds[bool(other.special)]} in {other.path.name}; {AGREE}"
-                )
+                here, there = ("special", "ordinary") if token.special else ("ordinary", "special")
+                raise contradiction(token.path, f"{shown(token.name)} is {here}", there, other.path)
         elif other.special is None:
             by_id[token.id] = by_name[token.name] = token
     return by_id
@@ -155,13 +153,10 @@ def fold(model: Any, path: Path, tokens: Mapping[int, AddedToken], special: froz
         if token.id < count:
             piece = model.pieces[token.id]
             if piece.piece.replace(" ", SPACE) != name:
-                raise BadInput(
-                    f"{token.path}: token {token.id} is {shown(token.name)}, but {shown(piece.piece)} in {path.name}; {AGREE}"
-                )
+                raise contradiction(token.path, f"token {token.id} is {shown(token.name)}", shown(piece.piece), path)
         elif token.name in names:
-            raise BadInput(
-                f"{token.path}: {shown(token.name)} is token {token.id}, but {names[token.name]} in {path.name}; {AGREE}"
-            )
+            here, there = f"{shown(token.name)} is token {token.id}", str(names[token.name])
+            raise contradiction(token.path, here, there, path)
     for name, i in names.items():
         piece, listed = model.pieces[i], tokens.get(i)
         if name in SPECIAL_PIECES or piece.type in (kind.BYTE, kind.UNKNOWN):
@@ -176,7 +171,7 @@ def fold(model: Any, path: Path, tokens: Mapping[int, AddedToken], special: froz
         elif listed is None:
             continue
         elif piece.type == kind.CONTROL:
-            raise BadInput(f"{listed.path}: {shown(name)} is ordinary, but a control piece in {path.name}; {AGREE}")
+            raise contradiction(listed.path, f"{shown(name)} is ordinary", "a control piece", path)
         else:
             wanted = kind.USER_DEFINED
         if piece.type != wanted:

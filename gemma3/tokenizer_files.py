@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma3.added_tokens import AGREE, AddedToken, fold, read_added_tokens, shown
+from gemma3.added_tokens import AGREE, AddedToken, contradiction, fold, read_added_tokens, shown
 from gemma3.errors import BadInput
 from gemma3.pieces import SPACE, SPECIAL_PIECES
 from gemma3.tokenizer_json import AGAIN, BYTE, JSON, TokenizerJson, cannot_read, piece_scores, read_tokenizer_json
@@ -92,18 +92,17 @@ def read_tokenizer_files(directory: Path, rows: int | None) -> TokenizerFiles:
         raise BadInput(f"{directory}: has neither {MODEL} nor {JSON}; copy the tokenizer's files there from the model")
     file = read_tokenizer_json(directory / JSON) if has_json else None
     path = directory / (MODEL if has_model else JSON)
-    content, model = b"", None
+    content = read_model(path) if has_model else b""
     if has_model:
-        content = read_model(path)
         model = parse_model(content, path)
-    count = max(file.ids.values()) + 1 if file is not None and model is None else len(model.pieces)
-    tokens, special = read_added_tokens(directory, file, count)
-    if model is None:
+        tokens, special = read_added_tokens(directory, file, len(model.pieces))
+        if file is not None:
+            _compare(model, path, file, tokens)
+    else:
         assert file is not None
+        tokens, special = read_added_tokens(directory, file, max(file.ids.values()) + 1)
         model = _from_json(file, {token.name for token in tokens.values()}, special)
-    elif file is not None:
-        _compare(model, file, tokens)
-    if fold(model, path, tokens, special, rows) or not content:
+    if fold(model, path, tokens, special, rows) or not has_model:
         content = model.SerializeToString(deterministic=True)
     return TokenizerFiles(path, content, [t.name for t in tokens.values() if t.name not in special], file)
 
@@ -149,18 +148,17 @@ def prove(
         if other.token_to_id(entry["content"]) != entry["id"]:
             raise BadInput(
                 f"{path}: lists {shown(entry['content'])} as token {entry['id']}, but the tokenizers library makes it "
-                f"{other.token_to_id(entry['content'])}; {AGREE}"
+                f"{other.token_to_id(entry['content'])}; save the tokenizer again with transformers' save_pretrained"
             )
     for text in _probes(files.added):
         if any(name in text for name in special):
             continue
         theirs, ours = other.encode(text, add_special_tokens=False).ids, encode(text)
         if theirs != ours:
-            raise BadInput(f"{path}: {text!r} gives the ids {theirs}, but {ours} by {files.path.name}; {AGREE}")
+            raise contradiction(path, f"{text!r} gives the ids {theirs}", str(ours), files.path)
         if other.decode(theirs) != decode(ours):
-            raise BadInput(
-                f"{path}: {ours} is the text {other.decode(theirs)!r}, but {decode(ours)!r} by {files.path.name}; {AGREE}"
-            )
+            here = f"{ours} is the text {other.decode(theirs)!r}"
+            raise contradiction(path, here, repr(decode(ours)), files.path)
 
 
 def _probes(added: Iterable[str]) -> Iterator[str]:
@@ -206,30 +204,26 @@ def _from_json(file: TokenizerJson, added: Set[str], special: Set[str]) -> Any:
     return model
 
 
-def _compare(model: Any, file: TokenizerJson, tokens: dict[int, AddedToken]) -> None:
+def _compare(model: Any, path: Path, file: TokenizerJson, tokens: dict[int, AddedToken]) -> None:
     """Raises BadInput when tokenizer.json has other pieces than ``model``, or merges in another order."""
-    names = {token: name for name, token in file.ids.items()} | {
-        t.id: t.name for t in tokens.values() if t.path == file.path
-    }
-    for name, token in file.ids.items():
-        if names[token] != name:
-            raise BadInput(
-                f"{file.path}: token {token} is {shown(name)} in its vocabulary, but {shown(names[token])} among its "
-                f"added tokens; {AGREE}"
-            )
-    for token, piece in enumerate(model.pieces):
-        name = names.get(token)
-        if name is None and piece.type == model.SentencePiece.UNUSED:
+    names = {token: name for name, token in file.ids.items()}
+    for token in tokens.values():
+        if token.path == file.path and names.setdefault(token.id, token.name) != token.name:
+            here = f"token {token.id} is {shown(token.name)} among its added tokens"
+            raise contradiction(file.path, here, f"{shown(names[token.id])} in the vocabulary", file.path)
+    for i, piece in enumerate(model.pieces):
+        found = names.get(i)
+        if found is None and piece.type == model.SentencePiece.UNUSED:
             continue
-        if name is None or name.replace(" ", SPACE) != piece.piece.replace(" ", SPACE):
-            there = "missing" if name is None else shown(name)
-            raise BadInput(f"{file.path}: token {token} is {there}, but {shown(piece.piece)} in {MODEL}; {AGREE}")
-    for name, token in file.ids.items():
-        if token >= len(model.pieces) and token not in tokens:
-            raise BadInput(f"{file.path}: token {token}, {shown(name)}, is not in {MODEL}; {AGREE}")
+        if found is None or found.replace(" ", SPACE) != piece.piece.replace(" ", SPACE):
+            here = f"token {i} is {'missing' if found is None else shown(found)}"
+            raise contradiction(file.path, here, shown(piece.piece), path)
+    for name, i in file.ids.items():
+        if i >= len(model.pieces) and i not in tokens:
+            raise BadInput(f"{file.path}: token {i}, {shown(name)}, is not in {path.name}; {AGREE}")
     normal = {piece.piece: piece.score for piece in model.pieces if piece.type == model.SentencePiece.NORMAL}
     last, last_score = "", float("inf")
     for name in piece_scores(file, set(normal)):  # from the first merge to the last
         if normal[name] > last_score:
-            raise BadInput(f"{file.path}: merges {shown(last)} before {shown(name)}, {MODEL} after it; {AGREE}")
+            raise contradiction(file.path, f"merges {shown(last)} before {shown(name)}", "after it", path)
         last, last_score = name, normal[name]

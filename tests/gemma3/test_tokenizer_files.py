@@ -43,7 +43,7 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
 
 
-def listed(token: int, name: str, special: bool = False, **flags: bool) -> dict[str, Any]:
+def listed(token: int, name: Any, special: bool = False, **flags: bool) -> dict[str, Any]:
     """A token as tokenizer.json lists it."""
     rules = dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | flags
     return {"id": token, "content": name, "special": special, "normalized": not special} | rules
