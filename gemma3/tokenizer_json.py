@@ -143,11 +143,13 @@ def piece_scores(file: TokenizerJson, ordinary: set[str]) -> dict[str, float]:
             last = piece
     merges = set(file.merges)
     for piece in ordinary:
+        # SentencePiece begins with single characters, whether they are pieces or not.
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            # SentencePiece begins with single characters, whether they are pieces or not.
-            possible = (cut == 1 or left in ordinary) and (cut == len(piece) - 1 or right in ordinary)
-            if possible and (left, right) not in merges:
+            left = piece[:cut]
+            if cut > 1 and left not in ordinary:
+                continue
+            right = piece[cut:]
+            if (left, right) not in merges and (len(right) == 1 or right in ordinary):
                 raise BadInput(f"{file.path}: no merge makes {piece!r} of {left!r} and {right!r}; {GEMMAS_OWN}")
     return scores
 
