@@ -146,7 +146,7 @@ def fold(model: Any, path: Path, tokens: Mapping[int, AddedToken], special: froz
     """
     kind = model.SentencePiece
     names = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    count = len(names)
+    count = len(model.pieces)
     changed = False
     for token in tokens.values():
         name = token.name.replace(" ", SPACE)

@@ -133,8 +133,8 @@ def _load(model: bytes, path: Path) -> Any:
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(model)
-        usable = pieces.get_piece_size() > 0
-    except (RuntimeError, OSError):
+        usable = pieces.get_piece_size() > 0 and all(map(pieces.id_to_piece, range(pieces.get_piece_size())))
+    except (RuntimeError, OSError, UnicodeDecodeError):
         usable = False
     if not usable:
         raise BadInput(f"{path}: {len(model)} bytes, not a SentencePiece model; {AGAIN}")

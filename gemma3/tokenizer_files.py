@@ -115,9 +115,10 @@ def parse_model(content: bytes, path: Path) -> Any:
     protobuf: Any = sentencepiece_model_pb2
     try:
         model = protobuf.ModelProto.FromString(content)
-    except DecodeError:
-        model = protobuf.ModelProto()
-    if not model.pieces:
+        usable = all(piece.piece for piece in model.pieces) and len(model.pieces) > 0
+    except (DecodeError, UnicodeDecodeError):
+        usable = False
+    if not usable:
         raise BadInput(f"{path}: {len(content)} bytes, not a SentencePiece model; {AGAIN}")
     return model
 

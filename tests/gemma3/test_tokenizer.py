@@ -131,6 +131,9 @@ def test_missing_corrupt_and_foreign_models_are_bad_input(tmp_path: Path) -> Non
         broken.write_bytes(content)
         with pytest.raises(BadInput, match=f"{len(content)} bytes, not a SentencePiece model"):
             Tokenizer(broken)
+    broken.write_bytes((DEMO / "tokenizer.model").read_bytes().replace(b"<eos>", b"<e\xffs>"))
+    with pytest.raises(BadInput, match="not a SentencePiece model"):
+        Tokenizer(broken)
     with pytest.raises(BadInput, match="changes whitespace or characters"):
         Tokenizer(train(tmp_path / "default.model"))
     kept = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
