@@ -21,7 +21,6 @@ from export.manifest import (
     MANIFEST,
     PROOF,
     SCHEMA_VERSION,
-    TOKENIZER,
     Artifact,
     Manifest,
     TokenizerInfo,
@@ -29,9 +28,10 @@ from export.manifest import (
 )
 from export.stand_ins import for_target
 from export.target import FLOAT, StandIn, Target
+from export.tokenizer import write_tokenizer
 from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheLayout, cache_layout
 from gemma3.chat import CHAT_TEMPLATE
-from gemma3.config import ModelConfig, VisionConfig
+from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.host.atomic import staging
 from gemma3.host.memory import peak_rss
@@ -42,7 +42,6 @@ from gemma3.tokenizer import (
     IMAGE_SOFT_TOKEN,
     START_OF_IMAGE,
     START_OF_TURN,
-    Tokenizer,
 )
 from quant.quantize import in_recipe
 from quant.recipe import Recipe, Rule
@@ -52,7 +51,7 @@ from quant.weights import QuantizedWeights
 log = logging.getLogger(__name__)
 
 # An upper bound on the proof, the manifest and the tokenizer together.
-SMALL_FILES_BYTES = 32 << 20
+SMALL_FILES_BYTES = 64 << 20
 
 
 @dataclass
@@ -91,7 +90,7 @@ def draft_bundle(
     check_activations(targets, checkpoint.recipe)
     with staging(out) as directory:
         tokenizer = tokenizer_info(checkpoint)
-        copy_tokenizer(checkpoint.path, directory)
+        write_tokenizer(checkpoint.tokenizer, checkpoint.path, directory)
         weights: dict[str, QuantizedWeights] = {}
         stand_ins: dict[str, dict[str, StandIn]] = {}
         for target in targets:
@@ -268,30 +267,9 @@ def stand_in_checks(manifest: Manifest) -> list[Check]:
     return checks
 
 
-def copy_tokenizer(path: Path, directory: Path) -> None:
-    """Copy the tokenizer of the checkpoint at ``path`` into ``directory``.
-
-    Its JSON files, if there are any, are copied too: prompts with images and stock runners need them.
-    """
-    shutil.copyfile(path / TOKENIZER, directory / TOKENIZER)
-    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
-        if (path / name).is_file():
-            shutil.copyfile(path / name, directory / name)
-
-
 def tokenizer_info(source: Source) -> TokenizerInfo:
-    """The manifest's entry for the tokenizer. Raises BadInput when tokenizer and config.json do not belong together."""
-    path, config, tokenizer = source.path, source.config, source.tokenizer
-    if config.vision is None:
-        # Released text-only checkpoints list an image token past their embedding table.
-        tokenizer = Tokenizer(path / TOKENIZER, added_tokens=False)
-    else:
-        _check_image_ids(path, config.vision, tokenizer)
-    if tokenizer.vocab_size > config.vocab_size or tokenizer.bos_id != config.bos_token_id:
-        raise BadInput(
-            f"{path}: {TOKENIZER} has {tokenizer.vocab_size} tokens and BOS {tokenizer.bos_id}, config.json "
-            f"{config.vocab_size} and {config.bos_token_id}; they are not of the same model"
-        )
+    """The manifest's entry for the tokenizer. Raises BadInput as ``gemma3.checkpoint.read_tokenizer`` does."""
+    config, tokenizer = source.config, source.tokenizer
     markers = [START_OF_TURN, END_OF_TURN]
     if config.vision is not None:
         markers += [START_OF_IMAGE, IMAGE_SOFT_TOKEN, END_OF_IMAGE]
@@ -305,19 +283,6 @@ def tokenizer_info(source: Source) -> TokenizerInfo:
         chat_template=CHAT_TEMPLATE,
         special_ids={marker: tokenizer.special_id(marker) for marker in markers},
     )
-
-
-def _check_image_ids(path: Path, vision: VisionConfig, tokenizer: Tokenizer) -> None:
-    for piece, expected in (
-        (START_OF_IMAGE, vision.begin_image_token_id),
-        (IMAGE_SOFT_TOKEN, vision.image_token_id),
-        (END_OF_IMAGE, vision.end_image_token_id),
-    ):
-        if tokenizer.special_id(piece) != expected:
-            raise BadInput(
-                f"{path}: {piece} is token {tokenizer.special_id(piece)} of the tokenizer, {expected} in "
-                "config.json; they are not of the same model"
-            )
 
 
 def weights_behind(manifest: Manifest, source: Source, targets: Mapping[str, Target]) -> dict[str, QuantizedWeights]:

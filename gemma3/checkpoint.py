@@ -18,7 +18,14 @@ from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
 from gemma3.host.files import check_plain, read_json, reason
 from gemma3.model import Gemma3
-from gemma3.tokenizer import Tokenizer
+from gemma3.tokenizer import (
+    END_OF_IMAGE,
+    END_OF_TURN,
+    IMAGE_SOFT_TOKEN,
+    START_OF_IMAGE,
+    START_OF_TURN,
+    Tokenizer,
+)
 
 CONFIG = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -73,8 +80,8 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer. Raises BadInput as ``Tokenizer`` does."""
-        return Tokenizer(self.path)
+        """The checkpoint's tokenizer. Raises BadInput as ``read_tokenizer`` does."""
+        return read_tokenizer(self.path, self.config)
 
     @property
     def names(self) -> list[str]:
@@ -91,6 +98,33 @@ class Checkpoint:
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.tensor(name)) for name in self._stored)
+
+
+def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of the checkpoint in the directory ``path``.
+
+    Raises BadInput as ``Tokenizer`` does, when it lacks a marker, and when it does not belong to ``config``.
+    """
+    tokenizer, vision = Tokenizer(path, rows=config.vocab_size), config.vision
+    if tokenizer.vocab_size > config.vocab_size or tokenizer.bos_id != config.bos_token_id:
+        raise BadInput(
+            f"{path}: {tokenizer.path.name} has {tokenizer.vocab_size} tokens and BOS {tokenizer.bos_id}, config.json "
+            f"{config.vocab_size} and {config.bos_token_id}; they are not of the same model"
+        )
+    expected: dict[str, int | None] = {START_OF_TURN: None, END_OF_TURN: None}
+    if vision is not None:
+        expected |= {
+            START_OF_IMAGE: vision.begin_image_token_id,
+            IMAGE_SOFT_TOKEN: vision.image_token_id,
+            END_OF_IMAGE: vision.end_image_token_id,
+        }
+    for piece, token in expected.items():
+        if tokenizer.special_id(piece) != token and token is not None:
+            raise BadInput(
+                f"{path}: {piece} is token {tokenizer.special_id(piece)} of the tokenizer, {token} in config.json; "
+                "they are not of the same model"
+            )
+    return tokenizer
 
 
 DEMOS = {"demo": "demo", "demo-vision": "demo_vision"}  # model argument → folder beside this file

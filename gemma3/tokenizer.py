@@ -7,9 +7,8 @@ vocabulary (runs of newlines, HTML tags) are ordinary text and stay whole.
 
 import codecs
 import hashlib
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,58 +16,57 @@ from typing import Any
 import sentencepiece
 
 from gemma3.errors import BadInput
-
-START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
-START_OF_IMAGE, END_OF_IMAGE, IMAGE_SOFT_TOKEN = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
-# These are special in every Gemma 3 checkpoint. tokenizer_config.json says so, but it may be missing.
-SPECIAL_PIECES = frozenset(
-    {"<pad>", "<eos>", "<bos>", "<unk>", "<mask>"}
-    | {START_OF_TURN, END_OF_TURN, START_OF_IMAGE, END_OF_IMAGE, IMAGE_SOFT_TOKEN}
-)
+from gemma3.pieces import END_OF_IMAGE as END_OF_IMAGE
+from gemma3.pieces import END_OF_TURN as END_OF_TURN
+from gemma3.pieces import IMAGE_SOFT_TOKEN as IMAGE_SOFT_TOKEN
+from gemma3.pieces import SPACE
+from gemma3.pieces import SPECIAL_PIECES as SPECIAL_PIECES
+from gemma3.pieces import START_OF_IMAGE as START_OF_IMAGE
+from gemma3.pieces import START_OF_TURN as START_OF_TURN
+from gemma3.tokenizer_files import prove, read_model, read_tokenizer_files
+from gemma3.tokenizer_json import AGAIN
 
 
 class Tokenizer:
-    """The SentencePiece model in the file ``path``, or in ``tokenizer.model`` of the checkpoint directory ``path``.
+    """The tokenizer of the checkpoint directory ``path``, or the SentencePiece model in the file ``path`` alone.
 
-    Tokens that a checkpoint adds to the SentencePiece vocabulary are read from ``added_tokens.json`` and
-    ``tokenizer_config.json`` beside the model, if they exist and ``added_tokens`` is true. Raises BadInput when a file
-    is missing, unreadable or not a Gemma tokenizer.
+    A directory has tokenizer.model or tokenizer.json, and may list more tokens in other files. They become one
+    SentencePiece model, ``model``, which as a file is the same tokenizer: gemma3/tokenizer_files.py says how. Special
+    tokens at ids from ``rows`` on, the rows of the embedding table, are left out. ``special`` has the special tokens,
+    by name. Raises BadInput when a file is missing, unreadable or not a Gemma tokenizer, or contradicts another one.
     """
 
-    def __init__(self, path: Path | str, added_tokens: bool = True) -> None:
+    def __init__(self, path: Path | str, rows: int | None = None) -> None:
         path = Path(path)
-        self.path = path / "tokenizer.model" if path.is_dir() else path
-        try:
-            model = self.path.read_bytes()
-        except OSError as error:
-            raise BadInput(
-                f"{self.path}: cannot be read ({error.strerror}); give a directory with a SentencePiece tokenizer.model"
-            ) from None
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._pieces = _load(model, self.path)
+        files = read_tokenizer_files(path, rows) if path.is_dir() else None
+        self.path = path if files is None else files.path
+        self.model = read_model(path) if files is None else files.model
+        self.sha256 = hashlib.sha256(self.model).hexdigest()
+        self._pieces = _load(self.model, self.path)
         self._piece_count: int = self._pieces.get_piece_size()
-        self._special = _special_ids(self._pieces, self.path.parent if added_tokens else None)
+        self.special: Mapping[str, int] = _special_ids(self._pieces)
         self.pad_id = self.special_id("<pad>")
         self.eos_id = self.special_id("<eos>")
         self.bos_id = self.special_id("<bos>")
         self.end_of_turn_id = self.special_id(END_OF_TURN)
+        if files is not None:
+            prove(files, self.special, lambda text: self.encode(text, bos=False), self.decode)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id with a name. The model's embedding table may have more rows."""
-        last_special = max(self._special.values())
-        return max(self._piece_count, last_special + 1)
+        return self._piece_count
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids of special tokens, which stand for no text."""
-        return frozenset(self._special.values())
+        return frozenset(self.special.values())
 
     def special_id(self, piece: str) -> int:
         """The id of a special token by its name. Raises BadInput when the tokenizer has none of that name."""
-        if piece not in self._special:
+        if piece not in self.special:
             raise BadInput(f"{self.path}: has no piece {piece}; this is not the tokenizer of a Gemma 3 chat model")
-        return self._special[piece]
+        return self.special[piece]
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """The ids of plain text, beginning with BOS if ``bos``. No part of the text becomes a special token.
@@ -98,18 +96,21 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that one id stands for: none for a special token, part of a character for a byte piece."""
-        if token_id in self.special_ids or not 0 <= token_id < self._piece_count:
+        """The UTF-8 bytes that one id stands for: part of a character for a byte piece.
+
+        None for a special token and for an id without a token.
+        """
+        if token_id in self.special_ids or not 0 <= token_id < self._piece_count or self._pieces.is_unused(token_id):
             return b""
         piece: str = self._pieces.id_to_piece(token_id)
         if self._pieces.is_byte(token_id):
             return bytes([int(piece[1:-1], 16)])  # "<0xE2>"
-        return piece.replace("▁", " ").encode()
+        return piece.replace(SPACE, " ").encode()
 
     @cached_property
     def _special_names(self) -> re.Pattern[str]:
         # The lookahead finds all names, even those that overlap or begin inside one another.
-        return re.compile("(?=" + "|".join(map(re.escape, sorted(self._special))) + ")")
+        return re.compile("(?=" + "|".join(map(re.escape, sorted(self.special))) + ")")
 
 
 class StreamDecoder:
@@ -132,43 +133,19 @@ def _load(model: bytes, path: Path) -> Any:
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(model)
-        usable = pieces.get_piece_size() > 0
-    except (RuntimeError, OSError):
+        usable = pieces.get_piece_size() > 0 and all(map(pieces.id_to_piece, range(pieces.get_piece_size())))
+    except (RuntimeError, OSError, UnicodeDecodeError):
         usable = False
     if not usable:
-        raise BadInput(f"{path}: {len(model)} bytes, not a SentencePiece model; download it again")
-    probe = " a  b\n"
+        raise BadInput(f"{path}: {len(model)} bytes, not a SentencePiece model; {AGAIN}")
+    probe = " a  b\n①ﬁ\t"
     if pieces.decode(pieces.encode(probe)) != probe:
-        raise BadInput(f"{path}: changes whitespace; Gemma's tokenizer keeps text as it is, use the checkpoint's own")
+        raise BadInput(f"{path}: changes whitespace or characters; Gemma's tokenizer keeps text as it is, use Gemma's")
     return pieces
 
 
-def _special_ids(pieces: Any, directory: Path | None) -> dict[str, int]:
-    """Name → id of every special token: SentencePiece's control pieces, the known special ones, and the tokens that the
-    files in ``directory`` add.
-    """
-    ids = {
-        pieces.id_to_piece(i): i
-        for i in range(pieces.get_piece_size())
-        if pieces.is_control(i) or pieces.is_unknown(i) or pieces.id_to_piece(i) in SPECIAL_PIECES
-    }
-    if directory is None:
-        return ids
-    try:
-        added = _read_json(directory / "added_tokens.json")
-        ids |= {name: int(i) for name, i in added.items() if int(i) >= pieces.get_piece_size()}
-        listed = _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
-        ids |= {token["content"]: int(i) for i, token in listed.items() if token["special"]}
-        if not all(isinstance(name, str) and name for name in ids):
-            raise ValueError("a token's content is not text")
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{directory}: added tokens are unreadable ({error!r}); download the file again") from None
-    return ids
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object at ``path``; empty if there is no such file."""
-    if not path.exists():
-        return {}
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
+def _special_ids(pieces: Any) -> dict[str, int]:
+    """Name → id of every special token: SentencePiece's control pieces, and those that are special in every Gemma 3."""
+    ids = {i for i in range(pieces.get_piece_size()) if pieces.is_control(i)} | {pieces.unk_id()}
+    ids |= {i for name in SPECIAL_PIECES if pieces.id_to_piece(i := pieces.piece_to_id(name)) == name}
+    return {pieces.id_to_piece(i).replace(SPACE, " "): i for i in sorted(ids)}

@@ -40,7 +40,7 @@ def quantize(
 
     GPTQ is calibrated on the first ``tokens`` tokens of the files ``data``: text, or conversations (.jsonl) without
     images. Raises BadInput for an unknown method, for GPTQ without ``data`` or another method with it, for data that
-    cannot be used, and when the recipe does not fit the checkpoint.
+    cannot be used, and when the recipe or the tokenizer does not fit the checkpoint.
     """
     if method not in get_args(PostTraining):
         raise BadInput(f"method {method!r} is unknown; use one of {', '.join(get_args(PostTraining))}")
@@ -48,6 +48,7 @@ def quantize(
         raise BadInput("method gptq needs text; give files with --data")
     if method != "gptq" and data:
         raise BadInput(f"method {method} takes no data; leave out --data")
+    checkpoint.tokenizer  # noqa: B018 (raises for one that no bundle can have, before minutes of work)
     log.info("quantizing %d weights: %s", len(checkpoint.names), recipe.name)
     chosen: IntegerMethod = hqq if method == "hqq" else rtn
     if method == "gptq":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from gemma3.checkpoint import CONFIG, Checkpoint, check_shapes, open_checkpoint
+from gemma3.checkpoint import CONFIG, Checkpoint, check_shapes, open_checkpoint, read_tokenizer
 from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
 from gemma3.tokenizer import Tokenizer
@@ -28,8 +28,8 @@ class QuantizedCheckpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer, read when it is first used. Raises BadInput as ``Tokenizer`` does."""
-        return Tokenizer(self.path)
+        """The checkpoint's tokenizer, read when it is first used. Raises BadInput as ``read_tokenizer`` does."""
+        return read_tokenizer(self.path, self.config)
 
 
 Source = Checkpoint | QuantizedCheckpoint

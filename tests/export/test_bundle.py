@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import onnxruntime_genai
 import pytest
 
 from export import bundle as module
@@ -11,10 +12,14 @@ from export.checks import Check
 from export.manifest import MANIFEST, read_manifest
 from export.onnx.target import ONNX
 from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
+from gemma3.tokenizer import Tokenizer
+from gemma3.tokenizer_files import parse_model
+from gemma3.write_tokenizer_json import as_tokenizer_json
 from quant.quantize import in_recipe
 from quant.recipe import preset
 from quant.source import open_source
 from runtime_py import api
+from scripts.random_checkpoint import made_up_tokenizer
 from tests.bundles import write_checkpoint
 
 CONTEXT, CHUNK = 96, 8
@@ -146,12 +151,53 @@ def test_a_token_that_only_the_tokenizer_has(tmp_path: Path) -> None:
     added = {"640": {"content": "<image_soft_token>", "special": True}}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     export(checkpoint, tmp_path / "out")
-    assert "tokenizer_config.json" in read_manifest(tmp_path / "out").files
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (checkpoint / "tokenizer.model").read_bytes()
+
+
+def with_added_words(directory: Path) -> Path:
+    """A checkpoint of 640 pieces and 8 rows for added words, of which its tokenizer has three."""
+    checkpoint = write_checkpoint(directory, vocab_size=648)
+    (checkpoint / "tokenizer.model").write_bytes(made_up_tokenizer(640))
+    (checkpoint / "added_tokens.json").write_text(json.dumps({"[SCRATCH]": 640, "Xylo phone": 641, "<X_1>": 642}))
+    return checkpoint
+
+
+def test_added_words_are_in_the_bundle_and_onnxruntime_genai_reads_the_same(tmp_path: Path) -> None:
+    export(with_added_words(tmp_path / "checkpoint"), tmp_path / "out")
+    ours = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    model = onnxruntime_genai.Model(str(tmp_path / "out"))
+    stock = onnxruntime_genai.Tokenizer(model)
+    for text in ("[SCRATCH] and Xylo phone", "a[SCRATCH]<X_1>b", "x\n\n  def f(): 12", "é🦊 [SCRA", "<X_1> <X_1>"):
+        ids = ours.encode(text, bos=False)
+        assert list(stock.encode(text)) in (ids, [ours.bos_id, *ids])
+        assert stock.decode(ids) == ours.decode(ids) == text
+    assert ours.encode("Xylo phone", bos=False) == [641]
+
+
+def test_a_word_past_the_embedding_table(tmp_path: Path) -> None:
+    checkpoint = with_added_words(tmp_path / "checkpoint")
+    (checkpoint / "added_tokens.json").write_text(json.dumps({"[SCRATCH]": 648}))
+    with pytest.raises(BadInput, match=r"has 649 tokens and BOS 2, config\.json 648 and 2"):
+        export(checkpoint, tmp_path / "out")
+    with pytest.raises(BadInput, match="has 649 tokens"):
+        api.quantize(open_source(checkpoint))
+
+
+def test_a_quantized_checkpoint_keeps_the_tokenizer(tmp_path: Path) -> None:
+    checkpoint = with_added_words(tmp_path / "checkpoint")
+    model = parse_model((checkpoint / "tokenizer.model").read_bytes(), checkpoint)
+    (checkpoint / "tokenizer.json").write_text(as_tokenizer_json(model), encoding="utf-8")
+    with pytest.raises(BadInput, match=r"'\[SCRATCH\]' is not in tokenizer\.json"):
+        api.quantize(open_source(checkpoint))
+    (checkpoint / "added_tokens.json").unlink()
+    (checkpoint / "tokenizer.model").unlink()
+    api.save_checkpoint(api.quantize(open_source(checkpoint)), tmp_path / "quantized")
+    assert open_source(tmp_path / "quantized").tokenizer.model == open_source(checkpoint).tokenizer.model
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     (checkpoint / "tokenizer.model").unlink()
-    with pytest.raises(BadInput, match=r"tokenizer\.model: cannot be read"):
+    with pytest.raises(BadInput, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         export(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,4 @@
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,8 @@ def test_ids_are_found_by_name() -> None:
 def test_directory_and_file_are_the_same_tokenizer(tmp_path: Path) -> None:
     shutil.copy(DEMO / "tokenizer.model", tmp_path / "other.model")
     alone = Tokenizer(tmp_path / "other.model")
-    assert alone.special_ids == TOKENIZER.special_ids
+    assert alone.special == TOKENIZER.special
+    assert alone.model == TOKENIZER.model == (DEMO / "tokenizer.model").read_bytes()
     assert alone.encode("<eos> x", bos=True) == TOKENIZER.encode("<eos> x", bos=True)
 
 
@@ -111,27 +111,6 @@ def test_ids_without_text_decode_to_nothing() -> None:
     assert TOKENIZER.decode([*sorted(TOKENIZER.special_ids), 4096, 300_000]) == ""
 
 
-def test_added_tokens_are_known_but_never_parsed(tmp_path: Path) -> None:
-    """As in the multimodal checkpoints, whose soft image token lies beyond the SentencePiece vocabulary."""
-    shutil.copy(DEMO / "tokenizer.model", tmp_path)
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": 4100}))
-    config = {"added_tokens_decoder": {"4101": {"content": "<extra>", "special": True}}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(tmp_path)
-    assert (tokenizer.special_id("<tool>"), tokenizer.special_id("<extra>")) == (4100, 4101)
-    assert tokenizer.vocab_size == 4102
-    ids = tokenizer.encode("<tool><extra>", bos=False)
-    assert max(ids) < 4096
-    assert tokenizer.decode([*ids, 4100]) == "<tool><extra>"
-
-
-def test_ordinary_added_tokens_stay_ordinary(tmp_path: Path) -> None:
-    shutil.copy(DEMO / "tokenizer.model", tmp_path)
-    config = {"added_tokens_decoder": {"11": {"content": "\n\n", "special": False}}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert Tokenizer(tmp_path).encode("\n\n", bos=False) == TOKENIZER.encode("\n\n", bos=False)
-
-
 def train(path: Path, **options: Any) -> Path:
     """A tiny SentencePiece model that is not Gemma's."""
     with path.open("wb") as file:
@@ -143,26 +122,23 @@ def train(path: Path, **options: Any) -> Path:
 
 
 def test_missing_corrupt_and_foreign_models_are_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"tokenizer\.model: cannot be read \(No such file"):
+    with pytest.raises(BadInput, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         Tokenizer(tmp_path)
+    with pytest.raises(BadInput, match=r"tokenizer\.model: cannot be read \(No such file"):
+        Tokenizer(tmp_path / "tokenizer.model")
     broken = tmp_path / "broken.model"
     for content in (b"", b"not a model", (DEMO / "tokenizer.model").read_bytes()[:30_001]):
         broken.write_bytes(content)
         with pytest.raises(BadInput, match=f"{len(content)} bytes, not a SentencePiece model"):
             Tokenizer(broken)
-    with pytest.raises(BadInput, match="changes whitespace"):
+    broken.write_bytes((DEMO / "tokenizer.model").read_bytes().replace(b"<eos>", b"<e\xffs>"))
+    with pytest.raises(BadInput, match="not a SentencePiece model"):
+        Tokenizer(broken)
+    with pytest.raises(BadInput, match="changes whitespace or characters"):
         Tokenizer(train(tmp_path / "default.model"))
     kept = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
     with pytest.raises(BadInput, match="has no piece <pad>"):
         Tokenizer(train(tmp_path / "plain.model", **kept))
-
-
-def test_unreadable_added_tokens_are_bad_input(tmp_path: Path) -> None:
-    shutil.copy(DEMO / "tokenizer.model", tmp_path)
-    for content in ("{", "[]", '{"<x>": "many"}'):
-        (tmp_path / "added_tokens.json").write_text(content)
-        with pytest.raises(BadInput, match="added tokens are unreadable"):
-            Tokenizer(tmp_path)
 
 
 def test_a_lone_surrogate_is_bad_input() -> None:
