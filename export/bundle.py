@@ -30,9 +30,9 @@ from export.manifest import (
 from export.stand_ins import for_target
 from export.target import StandIn, Target
 from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheLayout, cache_layout
-from gemma3.chat import CHAT_TEMPLATE
 from gemma3.config import ModelConfig, VisionConfig
 from gemma3.errors import BadInput, DoesNotFit
+from gemma3.generation_config import GENERATION_CONFIG, stop_ids
 from gemma3.host.atomic import staging
 from gemma3.host.memory import peak_rss
 from gemma3.tokenizer import (
@@ -89,6 +89,8 @@ def draft_bundle(
     layouts = cache_layouts(config, targets, context, chunk)
     with staging(out) as directory:
         tokenizer = tokenizer_info(checkpoint)
+        for line in companion_notes(checkpoint):
+            log.info("%s", line)
         copy_tokenizer(checkpoint.path, directory)
         weights: dict[str, QuantizedWeights] = {}
         stand_ins: dict[str, dict[str, StandIn]] = {}
@@ -115,6 +117,7 @@ def draft_bundle(
             artifacts=artifacts,
             files=describe_files(directory),
             validation=(),
+            sampling=checkpoint.generation.sampling,
         )
         (directory / PROOF).mkdir()
         write_manifest(directory, manifest)
@@ -235,7 +238,7 @@ def copy_tokenizer(path: Path, directory: Path) -> None:
     Its JSON files, if there are any, are copied too: prompts with images and stock runners need them.
     """
     shutil.copyfile(path / TOKENIZER, directory / TOKENIZER)
-    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"):
         if (path / name).is_file():
             shutil.copyfile(path / name, directory / name)
 
@@ -256,16 +259,27 @@ def tokenizer_info(source: Source) -> TokenizerInfo:
     markers = [START_OF_TURN, END_OF_TURN]
     if config.vision is not None:
         markers += [START_OF_IMAGE, IMAGE_SOFT_TOKEN, END_OF_IMAGE]
-    # Chat models end a turn with <end_of_turn>, which some configurations leave out of eos_token_id.
-    stops = dict.fromkeys((*config.eos_token_ids, tokenizer.end_of_turn_id))
     return TokenizerInfo(
         sha256=tokenizer.sha256,
         bos_id=config.bos_token_id,
-        eos_ids=tuple(stops),
+        eos_ids=stop_ids(config, source.generation, tokenizer),
         pad_id=config.pad_token_id,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=source.chat.template,
         special_ids={marker: tokenizer.special_id(marker) for marker in markers},
+        chat_format=source.chat.name,
+        template_variables=dict(source.chat.variables),
     )
+
+
+def companion_notes(source: Source) -> Iterator[str]:
+    """What a user should know of the files beside the weights, line by line."""
+    if source.chat.name == "template":
+        yield "the checkpoint's own chat template differs from Gemma's and is used"
+    for setting in source.generation.ignored:
+        yield f"{GENERATION_CONFIG}: {setting} is not applied by gemma-edge"
+    for token in source.config.eos_token_ids + source.generation.eos_token_ids:
+        if token >= source.config.vocab_size:
+            yield f"stop id {token} is left out: the vocabulary has {source.config.vocab_size} tokens"
 
 
 def _check_image_ids(path: Path, vision: VisionConfig, tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3.chat import Image, Message, Part, encode_chat
+from gemma3.chat import GEMMA, ChatFormat, Image, Message, Part
 from gemma3.config import ModelConfig, VisionConfig
 from gemma3.errors import BadInput
 from gemma3.images import Pixels, prepare
@@ -24,7 +24,10 @@ CHAT_SUFFIX = ".jsonl"
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids that begin with BOS, and the images (uint8 [S, S, 3]) of the image tokens among them, in order."""
+    """Token ids, and the images (uint8 [S, S, 3]) of the image tokens among them, in order.
+
+    The ids begin with BOS, unless a chat template writes none.
+    """
 
     ids: list[int]
     images: list[Pixels]
@@ -42,7 +45,13 @@ class Rows:
 
 
 def pack(
-    paths: Sequence[Path], tokenizer: Tokenizer, length: int, config: ModelConfig, *, pan_and_scan: bool = False
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    length: int,
+    config: ModelConfig,
+    *,
+    pan_and_scan: bool = False,
+    chat: ChatFormat = GEMMA,
 ) -> Rows:
     """The files, in order, as rows of ``length`` tokens. Text that does not fill the last row is left out.
 
@@ -52,7 +61,7 @@ def pack(
     """
     if length < 2:
         raise BadInput(f"rows of {length} tokens; give at least 2")
-    rows = list(_rows(_usable(paths, tokenizer, length, config, pan_and_scan), length, tokenizer.bos_id))
+    rows = list(_rows(_usable(paths, tokenizer, length, config, pan_and_scan, chat), length, tokenizer.bos_id))
     last, images = rows[-1]
     if len(last) < length and not images:
         rows.pop()
@@ -63,10 +72,15 @@ def pack(
 
 
 def _usable(
-    paths: Sequence[Path], tokenizer: Tokenizer, length: int, config: ModelConfig, pan_and_scan: bool
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    length: int,
+    config: ModelConfig,
+    pan_and_scan: bool,
+    chat: ChatFormat,
 ) -> Iterator[Document]:
     for path in paths:
-        for document in documents(path, tokenizer, config.vision, pan_and_scan=pan_and_scan):
+        for document in documents(path, tokenizer, config.vision, pan_and_scan=pan_and_scan, chat=chat):
             highest, size = max(document.ids), len(document.ids)
             if highest >= config.vocab_size:
                 raise BadInput(
@@ -98,15 +112,20 @@ def _rows(documents: Iterable[Document], length: int, bos_id: int) -> Iterator[t
 
 
 def documents(
-    path: Path, tokenizer: Tokenizer, vision: VisionConfig | None = None, *, pan_and_scan: bool = False
+    path: Path,
+    tokenizer: Tokenizer,
+    vision: VisionConfig | None = None,
+    *,
+    pan_and_scan: bool = False,
+    chat: ChatFormat = GEMMA,
 ) -> Iterator[Document]:
     """The documents of a file: each line of a ``.jsonl`` file, or any other file as a whole.
 
-    A line of a ``.jsonl`` file is ``{"messages": [{"role", "content"}, …]}``. Content is text, or a list of
-    ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``, where the image is a path relative to the
-    file's folder. ``pan_and_scan`` adds crops of images that are far from square. Raises BadInput for a file that is
-    missing, empty or not text, for a line that is not a conversation or whose images cannot be used, and for images
-    without ``vision``.
+    ``chat`` is the form of conversations. A line of a ``.jsonl`` file is ``{"messages": [{"role", "content"}, …]}``.
+    Content is text, or a list of ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``, where the image
+    is a path relative to the file's folder. ``pan_and_scan`` adds crops of images that are far from square. Raises
+    BadInput for a file that is missing, empty or not text, for a line that is not a conversation or that ``chat``
+    refuses, for images that cannot be used, and for images without ``vision``.
     """
     text = _read(path)
     if path.suffix != CHAT_SUFFIX:
@@ -118,7 +137,7 @@ def documents(
         try:
             messages, images = _conversation(line, path.parent, vision, pan_and_scan)
             tokens_per_image = None if vision is None else vision.tokens_per_image
-            ids = encode_chat(tokenizer, messages, add_generation_prompt=False, tokens_per_image=tokens_per_image)
+            ids = chat.encode(tokenizer, messages, add_generation_prompt=False, tokens_per_image=tokens_per_image)
         except BadInput as error:
             raise BadInput(f"{path}: line {number}: {error}") from None
         yield Document(ids, images)

@@ -9,9 +9,10 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import sentencepiece
@@ -63,6 +64,11 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The ids of special tokens, which stand for no text."""
         return frozenset(self._special.values())
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Name → id of every special token."""
+        return MappingProxyType(self._special)
 
     def special_id(self, piece: str) -> int:
         """The id of a special token by its name. Raises BadInput when the tokenizer has none of that name."""

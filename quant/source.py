@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from gemma3.chat import ChatFormat
+from gemma3.chat_template import open_format
 from gemma3.checkpoint import CONFIG, Checkpoint, check_shapes, open_checkpoint
 from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
+from gemma3.generation_config import GenerationConfig, read_generation_config
 from gemma3.tokenizer import Tokenizer
 from quant.recipe import Recipe
 from quant.stored import is_quantized, load_quantized
@@ -30,6 +33,16 @@ class QuantizedCheckpoint:
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, read when it is first used. Raises BadInput as ``Tokenizer`` does."""
         return Tokenizer(self.path)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """The form of the conversations it was tuned on. Raises BadInput as ``open_format`` does."""
+        return open_format(self.path, self.config.vision is not None)
+
+    @cached_property
+    def generation(self) -> GenerationConfig:
+        """Its ``generation_config.json``. Raises BadInput as ``read_generation_config`` does."""
+        return read_generation_config(self.path)
 
 
 Source = Checkpoint | QuantizedCheckpoint

@@ -1,0 +1,265 @@
+"""A checkpoint's own chat template, for a fine-tune whose prompts have another form than Gemma's.
+
+The template is jinja2 text. It is looked for where transformers looks for it, and compared with Gemma's form on a few
+conversations. If it differs, it is rendered in a sandbox (gemma3/template_renderer.py). The rendered text has the same
+token ids as transformers' ``apply_chat_template``, except that content never becomes a special token.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from gemma3.chat import GEMMA, ChatFormat, Image, Message, Part, encode_parts, for_text_only, render_chat
+from gemma3.errors import BadInput, counted
+from gemma3.json_file import read_object
+from gemma3.template_renderer import TemplateRenderer
+from gemma3.tokenizer import START_OF_IMAGE, Tokenizer
+
+TEMPLATE_FILE, PROCESSOR_TEMPLATE = "chat_template.jinja", "chat_template.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+
+# The named tokens of transformers' GemmaTokenizer.
+NAMED_TOKENS = {
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+}
+STANDARD_NAMES = {*NAMED_TOKENS, "sep_token", "cls_token"}
+
+PRIVATE_USE = range(0xF0000, 0xFFFFE)
+
+
+class TemplateFormat:
+    """The form of a chat template. ``variables`` are the names of special tokens, such as ``bos_token``.
+
+    Raises BadInput as ``TemplateRenderer`` does.
+    """
+
+    name: Literal["template"] = "template"
+
+    def __init__(self, template: str, variables: Mapping[str, str]) -> None:
+        self.template = template
+        self.variables = variables
+        self._renderer = TemplateRenderer(template, variables)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation. Raises BadInput for one that the template refuses or fails on."""
+        return self._renderer.render([_for_template(message) for message in messages], add_generation_prompt)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tokens_per_image: int | None = None,
+    ) -> list[int]:
+        """As ``ChatFormat`` says. There is a BOS only where the template writes one.
+
+        Raises BadInput too when the template does not write ``<start_of_image>`` once for each image.
+        """
+        if not messages:
+            raise BadInput("the conversation has no message; give at least one")
+        names = _Names.of(tuple(tokenizer.special))
+        mark = _unused_character([self.template, *(text for message in messages for text in _texts(message))])
+        rendered = self.render([_mapped(message, names, mark) for message in messages], add_generation_prompt)
+        images = [part for message in messages for part in message["content"] if isinstance(part, Image)]
+        if images and tokens_per_image is None:
+            raise for_text_only(len(images))
+        if images and rendered.count(START_OF_IMAGE) != len(images):
+            raise BadInput(
+                f"the chat template writes {START_OF_IMAGE} {rendered.count(START_OF_IMAGE)} times for "
+                f"{counted(len(images), 'image')}; leave the images out, or give them without --chat"
+            )
+        ids: list[int] = []
+        parts: list[Part] = []
+        remaining = iter(images)
+        for index, piece in enumerate(names.pattern.split(rendered)):
+            if index % 2 == 0:
+                parts.append(piece.replace(mark, ""))
+            elif images and piece == START_OF_IMAGE:
+                parts.append(next(remaining))
+            else:
+                ids += [*encode_parts(tokenizer, parts, tokens_per_image), tokenizer.special[piece]]
+                parts = []
+        ids += encode_parts(tokenizer, parts, tokens_per_image)
+        if not ids:
+            raise BadInput("the chat template renders this conversation as nothing; give another one")
+        return ids
+
+
+def open_format(checkpoint: Path, multimodal: bool) -> ChatFormat:
+    """The format of the conversations that the checkpoint in the directory ``checkpoint`` was tuned on.
+
+    It is Gemma's own without a chat template and with one that renders the same. Raises BadInput when a file that may
+    hold the template cannot be read or holds none that can be used.
+    """
+    template = _find_template(checkpoint, multimodal)
+    return GEMMA if template is None else format_of(template, _variables(checkpoint), multimodal)
+
+
+def format_of(template: str, variables: Mapping[str, str], multimodal: bool) -> ChatFormat:
+    """The format of ``template``: Gemma's own if it renders the same on every one of ``_probes``."""
+    own = TemplateFormat(template, variables)
+    probes = _probes(multimodal)
+    return GEMMA if all(_answer(own.render, *probe) == _answer(render_chat, *probe) for probe in probes) else own
+
+
+def _find_template(checkpoint: Path, multimodal: bool) -> str | None:
+    """The text of the checkpoint's chat template; None if it has none.
+
+    transformers asks the processor of a multimodal model, which prefers chat_template.json, and the tokenizer of a
+    text-only one, which does not know that file. Here it is better than nothing.
+    """
+    in_tokenizer = _only(read_object(checkpoint / TOKENIZER_CONFIG).get("chat_template"), checkpoint / TOKENIZER_CONFIG)
+    in_processor = _only(
+        read_object(checkpoint / PROCESSOR_TEMPLATE).get("chat_template"), checkpoint / PROCESSOR_TEMPLATE
+    )
+    in_file = _read_text(checkpoint / TEMPLATE_FILE)
+    order = (in_processor, in_file, in_tokenizer) if multimodal else (in_file, in_tokenizer, in_processor)
+    return next((template for template in order if template is not None), None)
+
+
+def _only(given: Any, path: Path) -> str | None:
+    """The template under ``chat_template``: a text, or the one named "default" of several."""
+    match given:
+        case None:
+            return None
+        case str():
+            return given
+        case list():
+            named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
+        case dict():
+            named = given
+        case _:
+            named = {}
+    template = named.get("default")
+    if not isinstance(template, str):
+        raise BadInput(f'{path}: chat_template is {str(given)[:60]!r}, expected a text or a list with a "default"')
+    return template
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text ({error}); get the checkpoint's own file") from None
+
+
+def _variables(checkpoint: Path) -> dict[str, str]:
+    """The names of special tokens that transformers gives to a template.
+
+    transformers reads special_tokens_map.json only if tokenizer_config.json does not list the added tokens.
+    """
+    config = read_object(checkpoint / TOKENIZER_CONFIG)
+    given = dict(config)
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(config.get(key), dict):
+            given |= config[key]
+    if "added_tokens_decoder" not in config:
+        given |= read_object(checkpoint / SPECIAL_TOKENS)
+    tokens: dict[str, Any] = NAMED_TOKENS | {
+        key: value.get("content") if isinstance(value, dict) else value
+        for key, value in given.items()
+        if key in STANDARD_NAMES or key.endswith("_token")
+    }
+    return {key: value for key, value in tokens.items() if isinstance(value, str)}
+
+
+def _probes(multimodal: bool) -> list[tuple[list[Message], bool]]:
+    """Conversations, and whether an answer is asked for. Gemma's template accepts most and refuses the last ones."""
+
+    def turns(*contents: Any, system: Any = None) -> list[Message]:
+        roles = ("user", "assistant")
+        given: list[Message] = [{"role": roles[index % 2], "content": text} for index, text in enumerate(contents)]
+        return given if system is None else [{"role": "system", "content": system}, *given]
+
+    conversations: list[list[Message]] = [
+        turns("Hello"),
+        turns("Hello", "Hi, you?", "Fine"),
+        turns(" one\n", "\n two ", "three", " four\n\n"),
+        turns("", ""),
+        turns("Hello", "Hi", system="Be brief."),
+        turns(" Hello", "Hi", "Fine", system=" Be brief.\n"),
+        turns([" a ", "b\n"], ["c"], system=["Be brief."]),
+        turns("<h1>&amp; 'quotes' \"more\" {{ braces }}</h1>", "é 漢 🙂"),
+        [{"role": "user", "content": "Hello"}, {"role": "user", "content": "Hello?"}],
+        [{"role": "assistant", "content": "Hello"}],
+        [*turns("Hello", system="Be brief."), {"role": "user", "content": "Hello?"}],
+    ]
+    if multimodal:
+        conversations += [turns([Image(), " What? "]), turns(["a", Image(), "b", Image()], "c", [Image()])]
+    return [(messages, prompt) for messages in conversations for prompt in (True, False)]
+
+
+def _answer(render: Any, messages: list[Message], prompt: bool) -> str | None:
+    """The rendered text; None if the conversation is refused."""
+    try:
+        text: str = render(messages, prompt)
+    except BadInput:
+        return None
+    return text
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """The message as transformers gives it to a template."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {"role": message["role"], "content": content}
+    parts = [{"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part} for part in content]
+    return {"role": message["role"], "content": parts}
+
+
+class _Names:
+    """The names of special tokens: ``pattern`` finds the longest ones in text."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        self.pattern = re.compile(f"({longest_first})")
+        self._anywhere = re.compile(f"(?={longest_first})")
+        self._beginnings = {name[:end] for name in names for end in range(1, len(name))}
+        self._longest = max(map(len, names))
+
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def of(names: tuple[str, ...]) -> "_Names":
+        return _Names(names)
+
+    def marked(self, text: str, mark: str) -> str:
+        """``text`` with ``mark`` after the first character of each name, so that no name is left.
+
+        A beginning of a name at the end of the text is marked too, because a template may put another text after it.
+        """
+        end = len(text.rstrip())
+        places = {match.start() for match in self._anywhere.finditer(text)}
+        places |= {at for at in range(max(0, end - self._longest), end) if text[at:end] in self._beginnings}
+        return "".join(char + mark if index in places else char for index, char in enumerate(text))
+
+
+def _mapped(message: Message, names: _Names, mark: str) -> Message:
+    content = message["content"]
+    return {
+        "role": names.marked(message["role"], mark),
+        "content": names.marked(content, mark)
+        if isinstance(content, str)
+        else [part if isinstance(part, Image) else names.marked(part, mark) for part in content],
+    }
+
+
+def _texts(message: Message) -> Iterator[str]:
+    yield message["role"]
+    content = message["content"]
+    yield from [content] if isinstance(content, str) else (part for part in content if isinstance(part, str))
+
+
+def _unused_character(texts: Sequence[str]) -> str:
+    used = set().union(*texts)
+    return next(char for char in map(chr, PRIVATE_USE) if char not in used)
