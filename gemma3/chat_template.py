@@ -17,7 +17,7 @@ from gemma3.json_file import read_object
 from gemma3.template_renderer import TemplateRenderer
 from gemma3.tokenizer import START_OF_IMAGE, Tokenizer
 
-TEMPLATE_FILE, PROCESSOR_TEMPLATE = "chat_template.jinja", "chat_template.json"
+TEMPLATE_FILE, PROCESSOR_FILES = "chat_template.jinja", ("processor_config.json", "chat_template.json")
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 
 # The named tokens of transformers' GemmaTokenizer.
@@ -112,20 +112,18 @@ def format_of(template: str, variables: Mapping[str, str], multimodal: bool) -> 
 def _find_template(checkpoint: Path, multimodal: bool) -> str | None:
     """The text of the checkpoint's chat template; None if it has none.
 
-    transformers asks the processor of a multimodal model, which prefers chat_template.json, and the tokenizer of a
-    text-only one, which does not know that file. Here it is better than nothing.
+    transformers asks the processor of a multimodal model, which prefers its own JSON files, and the tokenizer of a
+    text-only one, which does not know them. Here they are better than nothing.
     """
-    in_tokenizer = _only(read_object(checkpoint / TOKENIZER_CONFIG).get("chat_template"), checkpoint / TOKENIZER_CONFIG)
-    in_processor = _only(
-        read_object(checkpoint / PROCESSOR_TEMPLATE).get("chat_template"), checkpoint / PROCESSOR_TEMPLATE
-    )
-    in_file = _read_text(checkpoint / TEMPLATE_FILE)
-    order = (in_processor, in_file, in_tokenizer) if multimodal else (in_file, in_tokenizer, in_processor)
-    return next((template for template in order if template is not None), None)
+    others = (TEMPLATE_FILE, TOKENIZER_CONFIG)
+    order = (*PROCESSOR_FILES, *others) if multimodal else (*others, *PROCESSOR_FILES)
+    found = ((_read_text if name == TEMPLATE_FILE else _only)(checkpoint / name) for name in order)
+    return next((template for template in found if template is not None), None)
 
 
-def _only(given: Any, path: Path) -> str | None:
-    """The template under ``chat_template``: a text, or the one named "default" of several."""
+def _only(path: Path) -> str | None:
+    """The template under ``chat_template`` in a JSON file: a text, or the one named "default" of several."""
+    given = read_object(path).get("chat_template")
     match given:
         case None:
             return None
@@ -161,11 +159,13 @@ def _variables(checkpoint: Path) -> dict[str, str]:
     """
     config = read_object(checkpoint / TOKENIZER_CONFIG)
     given = dict(config)
+    if "added_tokens_decoder" not in config:
+        given |= {
+            key: value for key, value in read_object(checkpoint / SPECIAL_TOKENS).items() if key in STANDARD_NAMES
+        }
     for key in ("extra_special_tokens", "model_specific_special_tokens"):
         if isinstance(config.get(key), dict):
             given |= config[key]
-    if "added_tokens_decoder" not in config:
-        given |= read_object(checkpoint / SPECIAL_TOKENS)
     tokens: dict[str, Any] = NAMED_TOKENS | {
         key: value.get("content") if isinstance(value, dict) else value
         for key, value in given.items()
