@@ -160,9 +160,8 @@ def _variables(checkpoint: Path) -> dict[str, str]:
     config = read_object(checkpoint / TOKENIZER_CONFIG)
     given = dict(config)
     if "added_tokens_decoder" not in config:
-        given |= {
-            key: value for key, value in read_object(checkpoint / SPECIAL_TOKENS).items() if key in STANDARD_NAMES
-        }
+        named = read_object(checkpoint / SPECIAL_TOKENS)
+        given |= {key: named[key] for key in named if key in STANDARD_NAMES or given.get(key) is None}
     for key in ("extra_special_tokens", "model_specific_special_tokens"):
         if isinstance(config.get(key), dict):
             given |= config[key]
