@@ -81,7 +81,7 @@ def _usable(
 ) -> Iterator[Document]:
     for path in paths:
         for document in documents(path, tokenizer, config.vision, pan_and_scan=pan_and_scan, chat=chat):
-            highest, size = max(document.ids), len(document.ids)
+            highest, size = max(document.ids), len(document.ids) + (document.ids[0] != tokenizer.bos_id)
             if highest >= config.vocab_size:
                 raise BadInput(
                     f"{path}: token {highest} is outside the model's vocabulary of {config.vocab_size}; "
