@@ -77,7 +77,8 @@ Part = str | Image
 class Message(TypedDict):
     """One message of a conversation: a role, and text or a sequence of texts and images.
 
-    ``role`` is "system" (first message only, one text), "user" or "assistant".
+    ``role`` is "system" (first message only, one text), "user" or "assistant". A chat template may know other roles,
+    and may read other keys.
     """
 
     role: str

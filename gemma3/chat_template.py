@@ -5,9 +5,11 @@ conversations. If it differs, it is rendered in a sandbox (gemma3/template_rende
 token ids as transformers' ``apply_chat_template``, except that content never becomes a special token.
 """
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +31,9 @@ NAMED_TOKENS = {
     "mask_token": "<mask>",
 }
 STANDARD_NAMES = {*NAMED_TOKENS, "sep_token", "cls_token"}
+
+# The names of a model's reasoning in messages; the first is the usual one.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
@@ -58,15 +63,20 @@ class TemplateFormat:
         *,
         tokens_per_image: int | None = None,
     ) -> list[int]:
-        """As ``ChatFormat`` says. There is a BOS only where the template writes one.
+        """As ``ChatFormat`` says. A text-only model gets a BOS only where the template writes one.
 
-        Raises BadInput too when the template does not write ``<start_of_image>`` once for each image.
+        A multimodal model gets one in any case, as from transformers' processor. Raises BadInput too when the template
+        does not write ``<start_of_image>`` once for each image.
         """
         if not messages:
             raise BadInput("the conversation has no message; give at least one")
-        names = _Names.of(tuple(tokenizer.special))
-        mark = _unused_character([self.template, *(text for message in messages for text in _texts(message))])
-        rendered = self.render([_mapped(message, names, mark) for message in messages], add_generation_prompt)
+        names, given = _Names.of(tuple(tokenizer.special)), [_for_template(message) for message in messages]
+        try:
+            mark = _unused_character(self.template + json.dumps(given, ensure_ascii=False))
+            marked = [_marked(message, names, mark) for message in given]
+        except RecursionError:
+            raise BadInput("a message holds too many lists in lists; give one that holds text") from None
+        rendered = self._renderer.render(marked, add_generation_prompt)
         images = [part for message in messages for part in message["content"] if isinstance(part, Image)]
         if images and tokens_per_image is None:
             raise for_text_only(len(images))
@@ -75,7 +85,9 @@ class TemplateFormat:
                 f"the chat template writes {START_OF_IMAGE} {rendered.count(START_OF_IMAGE)} times for "
                 f"{counted(len(images), 'image')}; leave the images out, or give them without --chat"
             )
-        ids: list[int] = []
+        bos = self.variables.get("bos_token")
+        adds_bos = tokens_per_image is not None and bos is not None and not rendered.startswith(bos)
+        ids = [tokenizer.bos_id] if adds_bos else []
         parts: list[Part] = []
         remaining = iter(images)
         for index, piece in enumerate(names.pattern.split(rendered)):
@@ -209,12 +221,20 @@ def _answer(render: Any, messages: list[Message], prompt: bool) -> str | None:
 
 
 def _for_template(message: Message) -> dict[str, Any]:
-    """The message as transformers gives it to a template."""
+    """The message as transformers gives it to a template, with all keys that it came with.
+
+    A key whose value is None is left out, and the model's reasoning is there under each name that templates use.
+    """
+    given: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[key] for key in REASONING if key in given), None)
+    if reasoning is not None:
+        given = {"thinking": reasoning, **given, "reasoning_content": reasoning}
     content = message["content"]
-    if isinstance(content, str):
-        return {"role": message["role"], "content": content}
-    parts = [{"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part} for part in content]
-    return {"role": message["role"], "content": parts}
+    if not isinstance(content, str):
+        given["content"] = [
+            {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part} for part in content
+        ]
+    return given
 
 
 class _Names:
@@ -240,25 +260,22 @@ class _Names:
         end = len(text.rstrip())
         places = {match.start() for match in self._anywhere.finditer(text)}
         places |= {at for at in range(max(0, end - self._longest), end) if text[at:end] in self._beginnings}
-        return "".join(char + mark if index in places else char for index, char in enumerate(text))
+        cuts = [0, *(place + 1 for place in sorted(places)), len(text)]
+        return mark.join(text[start:end] for start, end in pairwise(cuts))
 
 
-def _mapped(message: Message, names: _Names, mark: str) -> Message:
-    content = message["content"]
-    return {
-        "role": names.marked(message["role"], mark),
-        "content": names.marked(content, mark)
-        if isinstance(content, str)
-        else [part if isinstance(part, Image) else names.marked(part, mark) for part in content],
-    }
+def _marked(value: Any, names: _Names, mark: str) -> Any:
+    """``value`` with every text in it marked."""
+    match value:
+        case str():
+            return names.marked(value, mark)
+        case list():
+            return [_marked(one, names, mark) for one in value]
+        case dict():
+            return {key: _marked(one, names, mark) for key, one in value.items()}
+    return value
 
 
-def _texts(message: Message) -> Iterator[str]:
-    yield message["role"]
-    content = message["content"]
-    yield from [content] if isinstance(content, str) else (part for part in content if isinstance(part, str))
-
-
-def _unused_character(texts: Sequence[str]) -> str:
-    used = set().union(*texts)
+def _unused_character(text: str) -> str:
+    used = set(text)
     return next(char for char in map(chr, PRIVATE_USE) if char not in used)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,9 +123,10 @@ def documents(
 
     ``chat`` is the form of conversations. A line of a ``.jsonl`` file is ``{"messages": [{"role", "content"}, …]}``.
     Content is text, or a list of ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``, where the image
-    is a path relative to the file's folder. ``pan_and_scan`` adds crops of images that are far from square. Raises
-    BadInput for a file that is missing, empty or not text, for a line that is not a conversation or that ``chat``
-    refuses, for images that cannot be used, and for images without ``vision``.
+    is a path relative to the file's folder. Other keys of a message are for a chat template that reads them.
+    ``pan_and_scan`` adds crops of images that are far from square. Raises BadInput for a file that is missing, empty or
+    not text, for a line that is not a conversation or that ``chat`` refuses, for images that cannot be used, and for
+    images without ``vision``.
     """
     text = _read(path)
     if path.suffix != CHAT_SUFFIX:
@@ -186,10 +187,10 @@ def _conversation(
 
     def message(given: Any) -> Message:
         match given:
-            case {"role": str(role), "content": str(text)}:
-                return {"role": role, "content": text}
-            case {"role": str(role), "content": list(parts)}:
-                return {"role": role, "content": [part(one) for one in parts]}
+            case {"role": str(), "content": str()}:
+                return cast(Message, given)
+            case {"role": str(), "content": list(parts)}:
+                return cast(Message, given | {"content": [part(one) for one in parts]})
         raise BadInput(f"a message is {json.dumps(given)[:60]}, expected text under 'role' and 'content'")
 
     return [message(one) for one in messages], images

@@ -242,6 +242,29 @@ def test_the_variables_are_transformers(tuned: Path, tmp_path: Path, changes: di
     assert opened(checkpoint).variables == AutoTokenizer.from_pretrained(checkpoint).special_tokens_map
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning", "name", "tool_calls"])
+def test_other_keys_of_a_message_are_given_to_the_template(tuned: Path, tmp_path: Path, key: str) -> None:
+    template = "{% for m in messages %}{{ m | tojson }}{{ m.reasoning_content }}{% endfor %}"
+    checkpoint = with_template(tuned, template, "chat_template.jinja", tmp_path / "c")
+    value = [{"function": {"name": "f", "arguments": {"x": "é"}}}] if key == "tool_calls" else "why"
+    message: Any = {"role": "assistant", "content": "a", key: value, "weight": 1, "nothing": None}
+    oracle: Any = AutoTokenizer.from_pretrained(checkpoint)
+    expected = oracle.apply_chat_template([message], return_dict=False)
+    assert opened(checkpoint).encode(Tokenizer(checkpoint), [message], False) == expected
+    message[key] = ["<bos>"]
+    ids = opened(checkpoint).encode(Tokenizer(checkpoint), [message], False)
+    assert Tokenizer(checkpoint).bos_id not in ids
+
+
+def test_a_message_of_lists_in_lists_is_bad_input() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    message: Any = {"role": "user", "content": "a", "more": nested}
+    with pytest.raises(BadInput, match="lists in lists"):
+        FORMAT.encode(TOKENIZER, [message])
+
+
 SPELLED = ["<|im_start|>", "<|im_end|>", "<bos>", "<end_of_turn>", "<start_of_image>", "<|im_", "end|>", "<", "x", "\n"]
 
 
@@ -270,7 +293,7 @@ JOINING = TemplateFormat("{% for p in messages[0].content %}{{ p.text | trim }}{
 # Images
 
 SEEING = """\
-{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}: {% if m.content is string %}{{ m.content }}
+{% for m in messages %}<start_of_turn>{{ m.role }}: {% if m.content is string %}{{ m.content }}
 {%- else %}{% for p in m.content %}{{ '<start_of_image>' if p.type == 'image' else p.text }}{% endfor %}{% endif -%}
 </turn>{% endfor %}"""
 
@@ -279,12 +302,14 @@ SEEING = """\
     "content", [[Image(), "what?"], ["a\n", Image(), "b", Image(2), "\n"], ["no image"], [Image()]]
 )
 @pytest.mark.parametrize("newline", ["", "\n\n"])
-def test_an_image_is_expanded_as_by_transformers_processor(content: list[Any], newline: str) -> None:
-    template = SEEING.replace("</turn>", newline + "<end_of_turn>")
+@pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])
+def test_an_image_is_expanded_as_by_transformers_processor(content: list[Any], newline: str, bos: str) -> None:
+    template = bos + SEEING.replace("</turn>", newline + "<end_of_turn>")
     text = ORACLE.apply_chat_template(
         [{"role": "user", "content": as_shown(content)}], chat_template=template, tokenize=False
     )
-    expected = by_processor(text, images_in(content), add_special_tokens=False)
+    # The condition of Gemma3Processor.apply_chat_template
+    expected = by_processor(text, images_in(content), add_special_tokens=not text.startswith("<bos>"))
     messages: list[Message] = [{"role": "user", "content": content}]
     assert TemplateFormat(template, VARIABLES).encode(TOKENIZER, messages, tokens_per_image=T) == expected
 
