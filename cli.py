@@ -43,6 +43,7 @@ if QUIET:
 
 if TYPE_CHECKING:
     from quant.recipe import Recipe
+    from runtime_py.generate import Sampler
 
 app = typer.Typer(
     help="Gemma 3 on phones: quantize, export to ExecuTorch and ONNX, prove the files against the eager model.",
@@ -103,10 +104,17 @@ AllFormats = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Number of threads [the runtime's choice].")]
 MaxNew = Annotated[int | None, typer.Option("-n", "--max-new-tokens", help="Stop after this many new tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")]
+SamplingOption = Annotated[
+    Literal["greedy", "checkpoint"],
+    typer.Option("--sampling", help="checkpoint: sample as its generation_config.json proposes."),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="0 is greedy [that of --sampling, as for the next two].")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from the k most likely tokens; 0 is off.")]
 TopP = Annotated[
-    float, typer.Option("--top-p", help="Sample from the most likely tokens that reach this probability together.")
+    float | None,
+    typer.Option("--top-p", help="Sample from the most likely tokens that reach this probability together; 1 is off."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
 Images = Annotated[
@@ -394,9 +402,10 @@ def generate(
     image: Images = None,
     pan_and_scan: PanAndScan = False,
     max_new_tokens: MaxNew = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
+    sampling: SamplingOption = "greedy",
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
@@ -405,11 +414,10 @@ def generate(
     Images replace the markers <image> in the text, or come first if it has none.
     """
     from runtime_py import text
-    from runtime_py.generate import Sampler
 
     if not prompt:
         raise BadInput("the prompt is empty; give at least one character")
-    sampler = Sampler(temperature, top_k, top_p, seed)
+    sampler = sampler_of(bundle, sampling, temperature, top_k, top_p, seed)
     opened = text.open_bundle(bundle, format, threads)
     stream = text.generate(
         opened,
@@ -434,9 +442,10 @@ def chat(
     image: Images = None,
     pan_and_scan: PanAndScan = False,
     max_new_tokens: MaxNew = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
+    sampling: SamplingOption = "greedy",
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
@@ -446,14 +455,18 @@ def chat(
     """
     from runtime_py import text
     from runtime_py.conversation import Conversation
-    from runtime_py.generate import Sampler
     from runtime_py.pictures import read_pictures
 
-    sampler = Sampler(temperature, top_k, top_p, seed)
+    sampler = sampler_of(bundle, sampling, temperature, top_k, top_p, seed)
     opened = text.open_bundle(bundle, format, threads)
     session = opened.session
     conversation = Conversation(
-        session, opened.tokenizer, sampler, stop_ids=opened.eos_ids, max_new_tokens=max_new_tokens
+        session,
+        opened.tokenizer,
+        sampler,
+        chat=opened.chat,
+        stop_ids=opened.eos_ids,
+        max_new_tokens=max_new_tokens,
     )
     pictures = read_pictures(image or [], session.vision, pan_and_scan)
     for line in lines("> "):
@@ -609,6 +622,23 @@ def recipe_of(scheme: str | None, embedding: str | None, file: Path | None) -> "
             raise BadInput(f"{file}: a recipe says everything; leave out --scheme and --embedding")
         return read_recipe(file)
     return preset(scheme or DEFAULT_SCHEME, embedding) if scheme or embedding else None
+
+
+def sampler_of(
+    bundle: Path, sampling: str, temperature: float | None, top_k: int | None, top_p: float | None, seed: int
+) -> "Sampler":
+    """The sampler that the options ask for. An option of its own wins over ``sampling``. Raises BadInput."""
+    from export.manifest import read_manifest
+    from gemma3.generation_config import Sampling
+    from runtime_py.generate import Sampler
+
+    proposed = read_manifest(bundle).sampling if sampling == "checkpoint" else Sampling()
+    return Sampler(
+        proposed.temperature if temperature is None else temperature,
+        proposed.top_k if top_k is None else top_k,
+        proposed.top_p if top_p is None else top_p,
+        seed,
+    )
 
 
 @contextmanager

@@ -30,9 +30,9 @@ from export.stand_ins import for_target
 from export.target import FLOAT, StandIn, Target
 from export.tokenizer import write_tokenizer
 from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheLayout, cache_layout
-from gemma3.chat import CHAT_TEMPLATE
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, DoesNotFit
+from gemma3.generation_config import GENERATION_CONFIG, stop_ids
 from gemma3.host.atomic import staging
 from gemma3.host.memory import peak_rss
 from gemma3.names import EMBEDDING, head_of
@@ -90,6 +90,8 @@ def draft_bundle(
     check_activations(targets, checkpoint.recipe)
     with staging(out) as directory:
         tokenizer = tokenizer_info(checkpoint)
+        for line in companion_notes(checkpoint):
+            log.info("%s", line)
         write_tokenizer(checkpoint.tokenizer, checkpoint.path, directory)
         weights: dict[str, QuantizedWeights] = {}
         stand_ins: dict[str, dict[str, StandIn]] = {}
@@ -117,6 +119,7 @@ def draft_bundle(
             artifacts=artifacts,
             files=describe_files(directory),
             validation=(),
+            sampling=checkpoint.generation.sampling,
         )
         (directory / PROOF).mkdir()
         write_manifest(directory, manifest)
@@ -273,16 +276,27 @@ def tokenizer_info(source: Source) -> TokenizerInfo:
     markers = [START_OF_TURN, END_OF_TURN]
     if config.vision is not None:
         markers += [START_OF_IMAGE, IMAGE_SOFT_TOKEN, END_OF_IMAGE]
-    # Chat models end a turn with <end_of_turn>, which some configurations leave out of eos_token_id.
-    stops = dict.fromkeys((*config.eos_token_ids, tokenizer.end_of_turn_id))
     return TokenizerInfo(
         sha256=tokenizer.sha256,
         bos_id=config.bos_token_id,
-        eos_ids=tuple(stops),
+        eos_ids=stop_ids(config, source.generation, tokenizer),
         pad_id=config.pad_token_id,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=source.chat.template,
         special_ids={marker: tokenizer.special_id(marker) for marker in markers},
+        chat_format=source.chat.name,
+        template_variables=dict(source.chat.variables),
     )
+
+
+def companion_notes(source: Source) -> Iterator[str]:
+    """What a user should know of the files beside the weights, line by line."""
+    if source.chat.name == "template":
+        yield "the checkpoint's own chat template differs from Gemma's and is used"
+    for setting in source.generation.ignored:
+        yield f"{GENERATION_CONFIG}: {setting} is not applied by gemma-edge"
+    for token in source.config.eos_token_ids + source.generation.eos_token_ids:
+        if token >= source.config.vocab_size:
+            yield f"stop id {token} is left out: the vocabulary has {source.config.vocab_size} tokens"
 
 
 def weights_behind(manifest: Manifest, source: Source, targets: Mapping[str, Target]) -> dict[str, QuantizedWeights]:

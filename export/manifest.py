@@ -6,22 +6,26 @@ docs/manifest.schema.json describes the file. docs/bundle.md shows an example an
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from export.checks import Check
 from export.target import Method, StandIn
 from gemma3 import typed_json
 from gemma3.cache import CacheLayout
+from gemma3.chat import GEMMA, ChatFormat
+from gemma3.chat_template import TemplateFormat
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, UserError, VerificationFailed
+from gemma3.generation_config import Sampling
 from gemma3.host.files import parse_json, read_text
 from quant.recipe import Verdict
 
 # MAJOR.MINOR. A new MINOR only adds keys: a reader ignores keys that it does not know in a file of a newer MINOR.
-# 4.0: the references of an artifact by name, the weights whose inputs stay in floating point.
+# 4.0: the references of an artifact by name, the weights whose inputs stay in floating point, the form and variables of
+# the chat template, sampling.
 MAJOR, MINOR = 4, 0
 SCHEMA_VERSION = f"{MAJOR}.{MINOR}"
 MANIFEST = "manifest.json"
@@ -75,7 +79,8 @@ class TokenizerInfo:
     """The tokenizer: the sha256 of ``tokenizer.model``, special ids, and the chat template as Jinja text.
 
     Generation stops at any of ``eos_ids``. ``special_ids`` has the markers of turns and, for a multimodal model, of
-    images, by their text.
+    images, by their text. ``chat_format`` "gemma" says that prompts have Gemma's form, which takes no Jinja to make;
+    otherwise the template is the checkpoint's own, rendered with ``template_variables``.
     """
 
     sha256: str
@@ -84,6 +89,8 @@ class TokenizerInfo:
     pad_id: int
     chat_template: str
     special_ids: dict[str, int]
+    chat_format: Literal["gemma", "template"] = "gemma"
+    template_variables: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ class Manifest:
     ``rules`` are the recipe's, pattern to scheme; the first match wins. ``method`` says how the integers were chosen:
     "rtn", "gptq", "hqq", "qat". ``weights`` has the verdict on each weight. ``chunk`` is the most tokens that one
     call takes: of text, or the soft tokens of one image. ``files`` lists every file but the manifest by its path from
-    the bundle. ``validation`` is what the proof measured.
+    the bundle. ``validation`` is what the proof measured. ``sampling`` is what the checkpoint proposes; generation is
+    greedy unless a user asks for it.
     """
 
     schema_version: str
@@ -110,6 +118,7 @@ class Manifest:
     artifacts: dict[str, Artifact]
     files: dict[str, FileEntry]
     validation: tuple[Check, ...]
+    sampling: Sampling = field(default_factory=Sampling)
 
     def to_json(self) -> str:
         return typed_json.encode(self)
@@ -208,6 +217,14 @@ def _is_inside(bundle: Path, name: str) -> bool:
     if folder not in ("", PROOF) or base in ("", ".", "..") or "\\" in base:
         return False
     return not (folder and (bundle / folder).is_symlink())
+
+
+def chat_format(manifest: Manifest) -> ChatFormat:
+    """The form of a bundle's conversations. Raises BadInput when its chat template is too long."""
+    tokenizer = manifest.tokenizer
+    if tokenizer.chat_format == "gemma":
+        return GEMMA
+    return TemplateFormat(tokenizer.chat_template, tokenizer.template_variables)
 
 
 def sha256_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
     tokenizer.model          has every token; ExecuTorch's runners and this project read it, and nothing else
     tokenizer.json, tokenizer_config.json     the same, for onnxruntime-genai and transformers
+    chat_template.jinja       copied, if the checkpoint has it, for stock runners
 
 tokenizer.json is written anew from the model, and not copied: stock runners read runs of spaces in the released one in
 another way than the model was trained with.
@@ -9,6 +10,7 @@ another way than the model was trained with.
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 from gemma3.added_tokens import CONFIG
@@ -19,6 +21,8 @@ from gemma3.tokenizer_json import JSON, read_json
 from gemma3.write_tokenizer_json import as_tokenizer_json
 
 log = logging.getLogger(__name__)
+
+CHAT_TEMPLATE = "chat_template.jinja"
 
 # For a checkpoint without a tokenizer_config.json.
 DEFAULT_CONFIG = {
@@ -48,3 +52,5 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, directory: Path) -> 
     # It would list the added tokens once more, those included that the model has no rows for.
     config = {key: value for key, value in config.items() if key != "added_tokens_decoder"}
     (directory / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    if (checkpoint / CHAT_TEMPLATE).is_file():
+        shutil.copyfile(checkpoint / CHAT_TEMPLATE, directory / CHAT_TEMPLATE)

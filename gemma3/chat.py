@@ -11,9 +11,10 @@ The text between two images and these newlines are encoded as one string, becaus
 those of the user's text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from types import MappingProxyType
+from typing import Literal, Protocol, TypedDict
 
 from gemma3.errors import BadInput, counted
 from gemma3.tokenizer import (
@@ -76,11 +77,42 @@ Part = str | Image
 class Message(TypedDict):
     """One message of a conversation: a role, and text or a sequence of texts and images.
 
-    ``role`` is "system" (first message only, one text), "user" or "assistant".
+    ``role`` is "system" (first message only, one text), "user" or "assistant". A chat template may know other roles,
+    and may read other keys.
     """
 
     role: str
     content: str | Sequence[Part]
+
+
+class ChatFormat(Protocol):
+    """How conversations become token ids: in Gemma's own form, or as another chat template says.
+
+    ``template`` is Jinja text, and ``variables`` are what it takes besides the conversation.
+    """
+
+    @property
+    def name(self) -> Literal["gemma", "template"]: ...
+
+    @property
+    def template(self) -> str: ...
+
+    @property
+    def variables(self) -> Mapping[str, str]: ...
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tokens_per_image: int | None = None,
+    ) -> list[int]:
+        """The token ids of a conversation. Markers are special tokens; all content is plain text.
+
+        Each image, and each of its crops, has ``tokens_per_image`` soft tokens; None means a text-only model. Raises
+        BadInput for a conversation that the format refuses, and for an image in a text-only model's prompt.
+        """
 
 
 def render_chat(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -115,10 +147,32 @@ def encode_chat(
     newline = tokenizer.encode("\n", bos=False)
     ids = [tokenizer.bos_id]
     for turn in _turns(messages):
-        ids += [start, *_encode(tokenizer, turn, tokens_per_image), end, *newline]
+        ids += [start, *encode_parts(tokenizer, turn, tokens_per_image), end, *newline]
     if add_generation_prompt:
         ids += [start, *tokenizer.encode("model\n", bos=False)]
     return ids
+
+
+class GemmaFormat:
+    """The form of the released instruction-tuned checkpoints."""
+
+    name: Literal["gemma"] = "gemma"
+    template = CHAT_TEMPLATE
+    variables: Mapping[str, str] = MappingProxyType({})
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tokens_per_image: int | None = None,
+    ) -> list[int]:
+        """``encode_chat``."""
+        return encode_chat(tokenizer, messages, add_generation_prompt, tokens_per_image=tokens_per_image)
+
+
+GEMMA: ChatFormat = GemmaFormat()
 
 
 def encode_prompt(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int | None = None) -> list[int]:
@@ -126,7 +180,7 @@ def encode_prompt(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image:
 
     Raises BadInput for an image in a text-only model's prompt, and when the tokenizer lacks one of the image markers.
     """
-    return [tokenizer.bos_id, *_encode(tokenizer, parts, tokens_per_image)]
+    return [tokenizer.bos_id, *encode_parts(tokenizer, parts, tokens_per_image)]
 
 
 def place_images(text: str, images: Sequence[Image]) -> list[Part]:
@@ -179,12 +233,13 @@ def _system_text(content: str | Sequence[Part]) -> str:
     return content[0]
 
 
-def _encode(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int | None) -> list[int]:
+def encode_parts(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int | None) -> list[int]:
+    """The token ids of texts and images between two markers. Raises BadInput as ``encode_prompt`` does."""
     images = sum(isinstance(part, Image) for part in parts)
     if not images:
         return tokenizer.encode("".join(map(str, parts)), bos=False)
     if tokens_per_image is None:
-        raise BadInput(f"{counted(images, 'image')} for a text-only model; leave images out, or use a multimodal one")
+        raise for_text_only(images)
     start, end = tokenizer.special_id(START_OF_IMAGE), tokenizer.special_id(END_OF_IMAGE)
     image = [start, *[tokenizer.special_id(IMAGE_SOFT_TOKEN)] * tokens_per_image, end]
     ids: list[int] = []
@@ -197,6 +252,11 @@ def _encode(tokenizer: Tokenizer, parts: Sequence[Part], tokens_per_image: int |
             else:
                 text += text_or_image
     return ids + tokenizer.encode(text, bos=False)
+
+
+def for_text_only(images: int) -> BadInput:
+    """The error for ``images`` images in a text-only model's prompt."""
+    return BadInput(f"{counted(images, 'image')} for a text-only model; leave images out, or use a multimodal one")
 
 
 def _with_crops(crops: int) -> list[str | None]:

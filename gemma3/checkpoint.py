@@ -14,8 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma3 import names
+from gemma3.chat import ChatFormat
+from gemma3.chat_template import open_format
 from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
+from gemma3.generation_config import GenerationConfig, read_generation_config
 from gemma3.host.files import check_plain, read_json, reason
 from gemma3.model import Gemma3
 from gemma3.tokenizer import (
@@ -82,6 +85,16 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. Raises BadInput as ``read_tokenizer`` does."""
         return read_tokenizer(self.path, self.config)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """The form of the conversations it was tuned on. Raises BadInput as ``open_format`` does."""
+        return open_format(self.path, self.config.vision is not None)
+
+    @cached_property
+    def generation(self) -> GenerationConfig:
+        """Its ``generation_config.json``. Raises BadInput as ``read_generation_config`` does."""
+        return read_generation_config(self.path)
 
     @property
     def names(self) -> list[str]:

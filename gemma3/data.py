@@ -8,12 +8,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma3.chat import Image, Message, Part, encode_chat
+from gemma3.chat import GEMMA, ChatFormat, Image, Message, Part
 from gemma3.config import ModelConfig, VisionConfig
 from gemma3.errors import BadInput
 from gemma3.images import Pixels, prepare
@@ -23,7 +23,10 @@ from gemma3.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids that begin with BOS, and the images (uint8 [S, S, 3]) of the image tokens among them, in order."""
+    """Token ids, and the images (uint8 [S, S, 3]) of the image tokens among them, in order.
+
+    The ids begin with BOS, unless a chat template writes none.
+    """
 
     ids: list[int]
     images: list[Pixels]
@@ -41,7 +44,13 @@ class Rows:
 
 
 def pack(
-    paths: Sequence[Path], tokenizer: Tokenizer, length: int, config: ModelConfig, *, pan_and_scan: bool = False
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    length: int,
+    config: ModelConfig,
+    *,
+    pan_and_scan: bool = False,
+    chat: ChatFormat = GEMMA,
 ) -> Rows:
     """The files, in order, as rows of ``length`` tokens. Text that does not fill the last row is left out.
 
@@ -51,7 +60,7 @@ def pack(
     """
     if length < 2:
         raise BadInput(f"rows of {length} tokens; give at least 2")
-    rows = list(_rows(_usable(paths, tokenizer, length, config, pan_and_scan), length, tokenizer.bos_id))
+    rows = list(_rows(_usable(paths, tokenizer, length, config, pan_and_scan, chat), length, tokenizer.bos_id))
     last, images = rows[-1]
     if len(last) < length and not images:
         rows.pop()
@@ -62,11 +71,16 @@ def pack(
 
 
 def _usable(
-    paths: Sequence[Path], tokenizer: Tokenizer, length: int, config: ModelConfig, pan_and_scan: bool
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    length: int,
+    config: ModelConfig,
+    pan_and_scan: bool,
+    chat: ChatFormat,
 ) -> Iterator[Document]:
     for path in paths:
-        for document in documents(path, tokenizer, config.vision, pan_and_scan=pan_and_scan):
-            highest, size = max(document.ids), len(document.ids)
+        for document in documents(path, tokenizer, config.vision, pan_and_scan=pan_and_scan, chat=chat):
+            highest, size = max(document.ids), len(document.ids) + (document.ids[0] != tokenizer.bos_id)
             if highest >= config.vocab_size:
                 raise BadInput(
                     f"{path}: token {highest} is outside the model's vocabulary of {config.vocab_size}; "
@@ -97,14 +111,20 @@ def _rows(documents: Iterable[Document], length: int, bos_id: int) -> Iterator[t
 
 
 def documents(
-    path: Path, tokenizer: Tokenizer, vision: VisionConfig | None = None, *, pan_and_scan: bool = False
+    path: Path,
+    tokenizer: Tokenizer,
+    vision: VisionConfig | None = None,
+    *,
+    pan_and_scan: bool = False,
+    chat: ChatFormat = GEMMA,
 ) -> Iterator[Document]:
     """The documents of a file: its rows, or a file of plain text as a whole (see ``gemma3.rows``).
 
-    The content of a message is text, or a list of ``{"type": "text", "text": …}`` and
-    ``{"type": "image", "image": …}``, where the image is a path relative to the file's folder. ``pan_and_scan`` adds
-    crops of images that are far from square. Raises BadInput as ``read_data`` and ``content_of`` do, for a row whose
-    messages or images cannot be used, and for images without ``vision``.
+    ``chat`` is the form of conversations. The content of a message is text, or a list of
+    ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}``, where the image is a path relative to the
+    file's folder. Other keys of a message are for a chat template that reads them. ``pan_and_scan`` adds crops of
+    images that are far from square. Raises BadInput as ``read_data`` and ``content_of`` do, for a row whose messages or
+    images cannot be used or that ``chat`` refuses, and for images without ``vision``.
     """
     data = read_data(path)
     if isinstance(data, str):
@@ -118,7 +138,7 @@ def documents(
                 continue
             messages, images = _conversation(content, path.parent, vision, pan_and_scan)
             tokens_per_image = None if vision is None else vision.tokens_per_image
-            ids = encode_chat(tokenizer, messages, add_generation_prompt=False, tokens_per_image=tokens_per_image)
+            ids = chat.encode(tokenizer, messages, add_generation_prompt=False, tokens_per_image=tokens_per_image)
         except BadInput as error:
             raise BadInput(f"{path}: {row.place}: {error}") from None
         yield Document(ids, images)
@@ -141,10 +161,10 @@ def _conversation(
 
     def message(given: Any) -> Message:
         match given:
-            case {"role": str(role), "content": str(text)}:
-                return {"role": role, "content": text}
-            case {"role": str(role), "content": list(parts)}:
-                return {"role": role, "content": [part(one) for one in parts]}
+            case {"role": str(), "content": str()}:
+                return cast(Message, given)
+            case {"role": str(), "content": list(parts)}:
+                return cast(Message, given | {"content": [part(one) for one in parts]})
         raise BadInput(f"a message is {json.dumps(given)[:60]}, expected text under 'role' and 'content'")
 
     return [message(one) for one in messages], images

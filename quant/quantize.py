@@ -68,7 +68,7 @@ def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) 
     """
     config = checkpoint.config
     length = min(ROW_TOKENS, config.max_position_embeddings)
-    packed = pack(data, checkpoint.tokenizer, length, config)
+    packed = pack(data, checkpoint.tokenizer, length, config, chat=checkpoint.chat)
     if any(packed.images):
         raise BadInput(f"{', '.join(map(str, data))}: has images, but gptq uses text only; give files without images")
     rows = torch.from_numpy(packed.tokens[: max(1, tokens // length)]).long()

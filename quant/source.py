@@ -1,16 +1,23 @@
 """A source is a checkpoint that a command has opened: a full-precision or a quantized one."""
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from gemma3.chat import ChatFormat
+from gemma3.chat_template import open_format
 from gemma3.checkpoint import CONFIG, Checkpoint, check_shapes, open_checkpoint, read_tokenizer
 from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
+from gemma3.generation_config import GenerationConfig, read_generation_config
+from gemma3.processor_config import pan_and_scan_by_default
 from gemma3.tokenizer import Tokenizer
 from quant.recipe import Recipe
 from quant.stored import is_quantized, load_quantized
 from quant.weights import QuantizedWeights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,16 @@ class QuantizedCheckpoint:
         """The checkpoint's tokenizer, read when it is first used. Raises BadInput as ``read_tokenizer`` does."""
         return read_tokenizer(self.path, self.config)
 
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """The form of the conversations it was tuned on. Raises BadInput as ``open_format`` does."""
+        return open_format(self.path, self.config.vision is not None)
+
+    @cached_property
+    def generation(self) -> GenerationConfig:
+        """Its ``generation_config.json``. Raises BadInput as ``read_generation_config`` does."""
+        return read_generation_config(self.path)
+
 
 Source = Checkpoint | QuantizedCheckpoint
 
@@ -38,9 +55,17 @@ Source = Checkpoint | QuantizedCheckpoint
 def open_source(path: Path) -> Source:
     """Open the checkpoint in the directory ``path``, quantized or not.
 
-    Raises BadInput as ``open_checkpoint`` or ``load_quantized`` does, and when the weights of a quantized one do not
-    belong to its config.json.
+    Raises BadInput as ``open_checkpoint`` or ``load_quantized`` does, when the weights of a quantized one do not belong
+    to its config.json, and when its images are made in another way than gemma3/images.py makes them.
     """
+    source = _open(path)
+    vision = source.config.vision
+    if vision is not None and pan_and_scan_by_default(path, vision):
+        log.info("%s: asks for Pan & Scan of its images; add --pan-and-scan wherever images are given", path)
+    return source
+
+
+def _open(path: Path) -> Source:
     if not is_quantized(path):
         return open_checkpoint(path)
     config = read_config(path / CONFIG)

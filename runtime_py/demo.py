@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from export.checks import require_passed
-from export.manifest import TOKENIZER, Manifest, read_manifest
+from export.manifest import TOKENIZER, Manifest, chat_format, read_manifest
 from gemma3.checkpoint import DEMOS
 from gemma3.tokenizer import Tokenizer
 from quant.recipe import DEFAULT_SCHEME, preset
@@ -140,11 +140,12 @@ def answers(
     sessions: Mapping[str, Session], tokenizer: Tokenizer, asked: Sequence[Question], manifest: Manifest
 ) -> Iterator[str]:
     """Each question, then the answer of each file, line by line."""
+    stop_ids, chat = manifest.tokenizer.eos_ids, chat_format(manifest)
     for question in asked:
         yield " ".join((">", *(path.name for path in question.images), question.prompt))
         for name, session in sessions.items():
             if name != ORIGINAL:
-                yield f"{name}: {answer(session, tokenizer, question, manifest.tokenizer.eos_ids)}"
+                yield f"{name}: {answer(session, tokenizer, question, stop_ids, chat=chat)}"
 
 
 def scores(
@@ -155,9 +156,10 @@ def scores(
     pan_and_scan: bool = False,
 ) -> dict[str, Score]:
     """How many questions each session answers right, by the sessions' names."""
+    stop_ids, chat = manifest.tokenizer.eos_ids, chat_format(manifest)
     right = {}
     for name, session in sessions.items():
         log.info("%s: asking %d questions%s", name, len(asked), " with Pan & Scan" if pan_and_scan else "")
-        eos_ids = manifest.tokenizer.eos_ids
-        right[name] = total(exact_match(session, tokenizer, asked, eos_ids, pan_and_scan=pan_and_scan))
+        scored = exact_match(session, tokenizer, asked, stop_ids, pan_and_scan=pan_and_scan, chat=chat)
+        right[name] = total(scored)
     return right

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from gemma3.errors import BadInput
 from runtime_py.sessions.protocol import Image, Logits, Session
 
-COLDEST = 1e-30  # a lower temperature would overflow; this one is greedy already
-
 StopReason = Literal["stop token", "length", "context"]
 
 
@@ -47,8 +45,9 @@ class Sampler:
             chosen = np.zeros(logits.shape, np.float64)
             chosen[np.argmax(logits)] = 1.0
             return chosen
-        scaled = logits.astype(np.float64) / max(self.temperature, COLDEST)
-        probabilities = np.exp(scaled - scaled.max())
+        below = logits.astype(np.float64) - logits.max()
+        with np.errstate(over="ignore"):  # a tiny temperature takes everything below the maximum to minus infinity
+            probabilities = np.exp(below / self.temperature)
         # A stable order: of equal logits, the ones with the highest ids are cut first.
         order = np.argsort(-logits.astype(np.float64), kind="stable")
         if self.top_k:

@@ -41,6 +41,12 @@ def placed(text: str, pictures: Sequence[Picture], vision: VisionConfig | None) 
     return place_images(text, [Image(crops=len(picture.pixels) - 1) for picture in pictures])
 
 
+def content_of(text: str, pictures: Sequence[Picture], vision: VisionConfig | None) -> str | list[Part]:
+    """The content of a user's message: the text alone, or with pictures the parts. Raises BadInput as ``placed``."""
+    parts = placed(text, pictures, vision)
+    return parts if pictures else text
+
+
 def all_pixels(pictures: Iterable[Picture]) -> list[Pixels]:
     """The pixels of all images and their crops, in the order of the prompt."""
     return [pixels for picture in pictures for pixels in picture.pixels]

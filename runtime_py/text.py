@@ -4,24 +4,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.manifest import TOKENIZER, read_manifest
-from gemma3.chat import encode_chat, encode_prompt
+from export.manifest import TOKENIZER, chat_format, read_manifest
+from gemma3.chat import ChatFormat, encode_prompt
 from gemma3.errors import BadInput
 from gemma3.tokenizer import Tokenizer
 from runtime_py.backends import open_session
 from runtime_py.conversation import stream_text
 from runtime_py.generate import Generation, Sampler, StopReason
 from runtime_py.generate import generate as generate_ids
-from runtime_py.pictures import all_pixels, placed, read_pictures
+from runtime_py.pictures import all_pixels, content_of, placed, read_pictures
 from runtime_py.sessions.protocol import Session
 
 
 @dataclass(frozen=True)
 class OpenBundle:
-    """A session over one graph of a bundle, its tokenizer, and the ids that end a generation."""
+    """A session over one graph of a bundle, its tokenizer, its chat format, and the ids that end a generation."""
 
     session: Session
     tokenizer: Tokenizer
+    chat: ChatFormat
     eos_ids: tuple[int, ...]
 
 
@@ -29,7 +30,7 @@ def open_bundle(bundle: Path, format: str | None = None, threads: int | None = N
     """Open one graph of ``bundle``, and its tokenizer. Raises as ``runtime_py.backends.open_session`` does."""
     manifest = read_manifest(bundle)
     session = open_session(bundle, format, threads)
-    return OpenBundle(session, Tokenizer(bundle / TOKENIZER), manifest.tokenizer.eos_ids)
+    return OpenBundle(session, Tokenizer(bundle / TOKENIZER), chat_format(manifest), manifest.tokenizer.eos_ids)
 
 
 class TextStream:
@@ -66,11 +67,12 @@ def generate(
         raise BadInput("the prompt is empty; give at least one character")
     session, tokenizer, vision = bundle.session, bundle.tokenizer, bundle.session.vision
     pictures = read_pictures(images, vision, pan_and_scan)
-    parts, size = placed(prompt, pictures, vision), None if vision is None else vision.tokens_per_image
+    size = None if vision is None else vision.tokens_per_image
     if chat:
-        ids = encode_chat(tokenizer, [{"role": "user", "content": parts}], tokens_per_image=size)
+        content = content_of(prompt, pictures, vision)
+        ids = bundle.chat.encode(tokenizer, [{"role": "user", "content": content}], tokens_per_image=size)
     else:
-        ids = encode_prompt(tokenizer, parts, size)
+        ids = encode_prompt(tokenizer, placed(prompt, pictures, vision), size)
     generation = generate_ids(
         session,
         ids,

@@ -26,12 +26,9 @@ def export(
     path: Path,
     kept: Collection[str],
 ) -> ExportReport:
-    """The target's exporter (see ``export.target.Export``): ``export_onnx``, and genai_config.json beside the graph.
-
-    ``eos_ids`` are not used.
-    """
+    """The target's exporter (see ``export.target.Export``): ``export_onnx``, and genai_config.json beside the graph."""
     report = export_onnx(config, weights, layout, path, kept)
-    genai = json.dumps(genai_config(config, layout, path.name), indent=1)
+    genai = json.dumps(genai_config(config, layout, eos_ids, path.name), indent=1)
     path.with_name(GENAI_CONFIG).write_text(genai + "\n", encoding="utf-8")
     return report
 
@@ -76,7 +73,9 @@ def export_onnx(
     return ExportReport(tuple(methods), files, dict(OPSETS), details)
 
 
-def genai_config(config: ModelConfig, layout: CacheLayout, filename: str = "model.onnx") -> dict[str, Any]:
+def genai_config(
+    config: ModelConfig, layout: CacheLayout, eos_ids: Sequence[int], filename: str = "model.onnx"
+) -> dict[str, Any]:
     """The content of genai_config.json, which onnxruntime-genai reads together with the tokenizer's JSON files.
 
     A user must not change its max_length from the context, because the graph fixes the shapes of the caches.
@@ -116,7 +115,7 @@ def genai_config(config: ModelConfig, layout: CacheLayout, filename: str = "mode
         "model": {
             "type": "gemma3_text",
             "bos_token_id": config.bos_token_id,
-            "eos_token_id": list(config.eos_token_ids),
+            "eos_token_id": list(eos_ids),
             "pad_token_id": config.pad_token_id,
             "vocab_size": config.vocab_size,
             "context_length": layout.context,

@@ -97,7 +97,7 @@ def distill(
         start = in_recipe(init, recipe).weights
     teaching = teacher or checkpoint
     length = min(length, config.max_position_embeddings)
-    rows = pack(files, tokenizer, length, config, pan_and_scan=pan_and_scan)
+    rows = pack(files, tokenizer, length, config, pan_and_scan=pan_and_scan, chat=checkpoint.chat)
     images, ignored, vision = None, [tokenizer.pad_id], config.vision
     if vision is not None and any(rows.images):
         if teaching.config.vision != vision:

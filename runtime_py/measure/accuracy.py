@@ -8,6 +8,7 @@ from typing import Any
 
 from export.checks import Check
 from export.manifest import sha256_of
+from gemma3.chat import GEMMA, ChatFormat
 from gemma3.config import VisionConfig
 from gemma3.data import Document, documents
 from gemma3.errors import BadInput, DoesNotFit, counted
@@ -39,6 +40,7 @@ def read_text(
     vision: VisionConfig | None = None,
     *,
     pan_and_scan: bool = False,
+    chat: ChatFormat = GEMMA,
 ) -> Text:
     """The text of a file, plain or conversations (.jsonl), in stretches of at most ``context`` predicted tokens.
 
@@ -49,8 +51,9 @@ def read_text(
     if limit is not None and limit < 2:
         raise BadInput(f"the number of tokens is {limit}; use 2 or more")
     image_token = None if vision is None else vision.image_token_id
+    read = documents(path, tokenizer, vision, pan_and_scan=pan_and_scan, chat=chat)
     stretches, tokens = [], 0
-    for stretch in _stretches(path, documents(path, tokenizer, vision, pan_and_scan=pan_and_scan), context):
+    for stretch in _stretches(path, read, tokenizer.bos_id, context):
         if limit is not None and not stretch.images:
             stretch = Document(stretch.ids[: limit - tokens + 1], [])
         stretches.append(stretch)
@@ -60,10 +63,12 @@ def read_text(
     return Text(sha256_of(path), context, tuple(stretches), tokens)
 
 
-def _stretches(path: Path, documents: Iterable[Document], context: int) -> Iterator[Document]:
+def _stretches(path: Path, documents: Iterable[Document], bos_id: int, context: int) -> Iterator[Document]:
     for document in documents:
         if not document.images:
-            yield from cut(document.ids[1:], document.ids[0], context)
+            # A chat template may write no BOS. Every stretch has one, as every row of gemma3.data.pack has.
+            words = document.ids[1:] if document.ids[0] == bos_id else document.ids
+            yield from cut(words, bos_id, context)
         elif len(document.ids) - 1 > context:
             raise DoesNotFit(
                 f"{path}: a conversation with {counted(len(document.images), 'image')} has {len(document.ids)} tokens, "

@@ -11,6 +11,7 @@ from export.integers import check_integers
 from export.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT
 from gemma3.errors import BadInput, DoesNotFit
+from gemma3.generation_config import stop_ids
 from gemma3.host.progress import Progress
 from gemma3.tokenizer import Tokenizer
 from quant.source import Source, open_source
@@ -69,14 +70,16 @@ def accuracy(
     asked = read_questions(questions) if questions else []
     opened, others = open_model(model), [open_model(path) for path in baselines]
     context = common_context([Model(reference, original), opened, *others], context)
-    tokenizer, vision = original.tokenizer, original.config.vision
-    text = read_text(data, tokenizer, context, tokens, vision, pan_and_scan=pan_and_scan)
+    tokenizer, chat, vision = original.tokenizer, original.chat, original.config.vision
+    text = read_text(data, tokenizer, context, tokens, vision, pan_and_scan=pan_and_scan, chat=chat)
     candidates = candidates_of(opened, context, tokenizer, format, threads, checkpoint)
     compared: dict[str, Candidate] = {}
     for other in others:
         compared |= candidates_of(other, context, tokenizer, format, threads)
-    stop_ids = (*original.config.eos_token_ids, tokenizer.end_of_turn_id)
-    ask = partial(exact_match, tokenizer=tokenizer, questions=asked, stop_ids=stop_ids, pan_and_scan=pan_and_scan)
+    stops = stop_ids(original.config, original.generation, tokenizer)
+    ask = partial(
+        exact_match, tokenizer=tokenizer, questions=asked, stop_ids=stops, pan_and_scan=pan_and_scan, chat=chat
+    )
     session = open_eager(original, context, min(DEFAULT_CHUNK, context))
     return measure_accuracy(candidates, compared, session, text, ask if asked else None, _bars(text.tokens))
 

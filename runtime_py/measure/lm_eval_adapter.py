@@ -3,7 +3,7 @@
     from lm_eval import simple_evaluate
     from runtime_py.measure.lm_eval_adapter import SessionLM
 
-    simple_evaluate(model=SessionLM(session, tokenizer, stop_ids), tasks=["arc_easy"])
+    simple_evaluate(model=SessionLM(session, tokenizer, stop_ids, chat), tasks=["arc_easy"])
 
 ``session`` is any session of this project: eager, .pte or .onnx. Every sequence begins with BOS, without which Gemma's
 predictions are worthless, even a sequence that was cut on the left to fit the context.
@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
 
-from gemma3.chat import Message, render_chat
+from gemma3.chat import GEMMA, ChatFormat, Message, render_chat
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
 from runtime_py.conversation import stream_text
@@ -33,14 +33,18 @@ MAX_NEW_TOKENS = 256  # the harness's own default
 class SessionLM(TemplateLM):
     """A session as a model of the harness. Requests run one by one.
 
-    A generation ends at one of ``stop_ids`` or at a stop string that the task names.
+    A generation ends at one of ``stop_ids`` or at a stop string that the task names. ``chat`` is the model's form of
+    conversations.
     """
 
-    def __init__(self, session: Session, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
+    def __init__(
+        self, session: Session, tokenizer: Tokenizer, stop_ids: Collection[int], chat: ChatFormat = GEMMA
+    ) -> None:
         super().__init__()
         self._session = session
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
+        self._chat = chat
 
     @property
     def eot_token_id(self) -> int:
@@ -56,7 +60,14 @@ class SessionLM(TemplateLM):
         return self._tokenizer.sha256
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """A conversation as text. Without the generation prompt, the last message stays open and can be continued."""
+        """A conversation as text. Without the generation prompt, the last message stays open and can be continued.
+
+        Raises BadInput for another form than Gemma's: its text could not be told from ordinary text in ``tok_encode``.
+        """
+        if self._chat.name != "gemma":
+            raise BadInput(
+                "the checkpoint has a chat template of its own, and the harness can ask in Gemma's form only"
+            )
         text = render_chat(chat_history, add_generation_prompt)
         return text if add_generation_prompt else text.removesuffix(f"{END_OF_TURN}\n")
 

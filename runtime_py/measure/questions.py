@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma3.chat import GEMMA, ChatFormat
 from gemma3.errors import BadInput
 from gemma3.images import read_image
 from gemma3.rows import read_data
@@ -83,13 +84,16 @@ def answer(
     question: Question,
     stop_ids: Collection[int],
     pan_and_scan: bool = False,
+    chat: ChatFormat = GEMMA,
 ) -> str:
     """The greedy answer to ``question``, asked as the first turn of a chat, without surrounding whitespace.
 
     Raises what ``read_pictures`` and ``Conversation.say`` raise.
     """
     pictures = read_pictures(question.images, session.vision, pan_and_scan)
-    conversation = Conversation(session, tokenizer, Sampler(), stop_ids=stop_ids, max_new_tokens=MAX_NEW_TOKENS)
+    conversation = Conversation(
+        session, tokenizer, Sampler(), chat=chat, stop_ids=stop_ids, max_new_tokens=MAX_NEW_TOKENS
+    )
     return "".join(conversation.say(question.prompt, pictures)).strip()
 
 
@@ -101,6 +105,7 @@ def exact_match(
     progress: Callable[[int], None] = lambda asked: None,
     *,
     pan_and_scan: bool = False,
+    chat: ChatFormat = GEMMA,
 ) -> dict[str, Score]:
     """The scores by category. An answer is right if it equals the expected one exactly.
 
@@ -108,7 +113,7 @@ def exact_match(
     """
     right: dict[str, list[bool]] = {}
     for asked, question in enumerate(questions, 1):
-        correct = answer(session, tokenizer, question, stop_ids, pan_and_scan) == question.answer
+        correct = answer(session, tokenizer, question, stop_ids, pan_and_scan, chat) == question.answer
         right.setdefault(question.category, []).append(correct)
         progress(asked)
     return {category: Score(sum(ones), len(ones)) for category, ones in right.items()}

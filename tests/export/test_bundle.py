@@ -7,11 +7,13 @@ import onnxruntime_genai
 import pytest
 
 from export import bundle as module
-from export.bundle import Draft, draft_bundle
+from export.bundle import Draft, check_exportable, draft_bundle
 from export.checks import Check
-from export.manifest import MANIFEST, read_manifest
+from export.manifest import MANIFEST, chat_format, read_manifest
 from export.onnx.target import ONNX
+from gemma3.chat import CHAT_TEMPLATE, GEMMA, Message
 from gemma3.errors import BadInput, DoesNotFit, VerificationFailed
+from gemma3.generation_config import Sampling
 from gemma3.tokenizer import Tokenizer
 from gemma3.tokenizer_files import parse_model
 from gemma3.write_tokenizer_json import as_tokenizer_json
@@ -201,3 +203,48 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         export(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_stop_ids_are_united_for_every_reader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    proposed = {"eos_token_id": [1, 300, 9999], "do_sample": True, "top_k": 64, "repetition_penalty": 1.1}
+    (checkpoint / "generation_config.json").write_text(json.dumps(proposed))
+    with caplog.at_level("INFO"):
+        export(checkpoint, tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert manifest.tokenizer.eos_ids == tuple(genai["model"]["eos_token_id"]) == (1, 106, 300)
+    assert manifest.sampling == Sampling(1.0, 64, 1.0)
+    assert "stop id 9999 is left out: the vocabulary has 640 tokens" in caplog.text
+    assert "repetition_penalty 1.1 is not applied" in caplog.text
+
+
+def test_a_chat_template_of_its_own_is_in_the_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (checkpoint / "chat_template.jinja").write_text(template)
+    with caplog.at_level("INFO"):
+        export(checkpoint, tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.tokenizer.chat_format, manifest.tokenizer.chat_template) == ("template", template)
+    assert manifest.tokenizer.template_variables["bos_token"] == "<bos>"
+    assert "chat_template.jinja" in manifest.files  # for stock runners
+    assert "own chat template differs from Gemma's and is used" in caplog.text
+    source, opened = open_source(checkpoint), chat_format(manifest)
+    messages: list[Message] = [{"role": "user", "content": "a"}]
+    assert opened.encode(source.tokenizer, messages) == source.chat.encode(source.tokenizer, messages)
+
+
+def test_gemmas_own_form_is_said_in_the_manifest(checkpoint: Path, tmp_path: Path) -> None:
+    export(checkpoint, tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.tokenizer.chat_format, manifest.tokenizer.chat_template) == ("gemma", CHAT_TEMPLATE)
+    assert chat_format(manifest) is GEMMA
+    assert manifest.sampling == Sampling()
+
+
+def test_a_bad_companion_is_noticed_before_exporting(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(BadInput, match=r"generation_config\.json: eos_token_id is x"):
+        check_exportable(open_source(checkpoint), [ONNX], preset("int4-block32"), CONTEXT, CHUNK)

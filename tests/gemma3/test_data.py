@@ -9,6 +9,7 @@ import pytest
 
 import gemma3
 from gemma3.chat import Message, encode_chat
+from gemma3.chat_template import TemplateFormat
 from gemma3.config import read_config
 from gemma3.data import documents, pack
 from gemma3.errors import BadInput
@@ -208,3 +209,33 @@ def test_images_to_a_text_only_model(tokenizer: Tokenizer, tmp_path: Path) -> No
     path = written(tmp_path / "a.jsonl", asking(picture(tmp_path / "a.png", "red"), "what?"))
     with pytest.raises(BadInput, match=r"line 1: 1 image for a text-only model"):
         pack([path], tokenizer, 90, CONFIG)
+
+
+def test_conversations_have_the_form_of_the_chat_template(seeing: Path, tmp_path: Path) -> None:
+    """It writes no BOS: a conversation's ids are the template's, and a row of them begins with BOS all the same."""
+    tokenizer, config = Tokenizer(seeing), read_config(seeing / "config.json")
+    content = "{% for p in m.content %}{{ p.text if p.type == 'text' else '<start_of_image>' }}{% endfor %}"
+    content = "{% if m.content is string %}{{ m.content }}{% else %}" + content + "{% endif %}"
+    template = "{% for m in messages %}<start_of_turn>" + content + "<end_of_turn>{% endfor %}"
+    form = TemplateFormat(template, {})
+    lines = [
+        asking(picture(tmp_path / "a.png", "red"), "what?"),
+        json.dumps({"messages": [{"role": "x", "content": "a"}]}),
+    ]
+    path = written(tmp_path / "a.jsonl", "\n".join(lines))
+    first, second = documents(path, tokenizer, config.vision, chat=form)
+    start, end = tokenizer.special["<start_of_turn>"], tokenizer.end_of_turn_id
+    assert first.ids[0] == start
+    assert first.ids.count(end) == 2
+    assert second.ids == [start, *tokenizer.encode("a", bos=False), end]
+    rows = pack([path], tokenizer, len(first.ids) + 1, config, chat=form)
+    assert rows.tokens[0].tolist() == [tokenizer.bos_id, *first.ids]
+    with pytest.raises(BadInput, match="with images has"):
+        pack([path], tokenizer, len(first.ids), config, chat=form)
+
+
+def test_a_conversation_that_the_template_refuses(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    form = TemplateFormat("{{ raise_exception('no ' + messages[0].role) }}", {})
+    with pytest.raises(BadInput, match=r"a\.jsonl: line 1: .*no user"):
+        pack([path], tokenizer, 90, CONFIG, chat=form)

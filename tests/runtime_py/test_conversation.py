@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma3.chat import Image, encode_chat
+from gemma3.chat import GEMMA, ChatFormat, Image, Message, encode_chat
+from gemma3.chat_template import TemplateFormat
 from gemma3.config import parse_config
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.tokenizer import Tokenizer
@@ -31,8 +32,11 @@ def reciting(tokenizer: Tokenizer, answers: list[str], context: int = 256) -> Fu
     return FunctionSession(next_id, VOCABULARY, context)
 
 
-def conversation(session: FunctionSession, tokenizer: Tokenizer, limit: int | None = None) -> Conversation:
-    return Conversation(session, tokenizer, Sampler(), stop_ids={1, tokenizer.end_of_turn_id}, max_new_tokens=limit)
+def conversation(
+    session: FunctionSession, tokenizer: Tokenizer, limit: int | None = None, chat: ChatFormat = GEMMA
+) -> Conversation:
+    stop_ids = {1, tokenizer.end_of_turn_id}
+    return Conversation(session, tokenizer, Sampler(), chat=chat, stop_ids=stop_ids, max_new_tokens=limit)
 
 
 def test_the_cache_holds_the_conversation_as_the_template_says(tokenizer: Tokenizer) -> None:
@@ -133,3 +137,95 @@ def test_images_are_part_of_their_turn(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=word):
             list(chat.say("<image> <image>", pictures))
     assert session.position == before
+
+
+# Chat templates of other forms
+
+LOOP = (
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ CONTENT }}<end_of_turn>\n{% endfor %}{{ '<start_of_turn>model\n' }}"
+)
+PLAIN = "{{ bos_token }}" + LOOP.replace("CONTENT", "m.content")
+TRIMMING = LOOP.replace("CONTENT", "m.content | trim")
+# Shows no more than the last two messages, without the model's thoughts.
+FORGETFUL = LOOP.replace("in messages", "in messages[-2:]").replace("CONTENT", "m.content.split('|')[-1]")
+REFUSING = PLAIN + "{% if messages[-1].content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
+
+
+def form(template: str) -> TemplateFormat:
+    return TemplateFormat(template, {"bos_token": "<bos>"})
+
+
+def turns(*contents: str) -> list[Message]:
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
+
+
+@pytest.mark.parametrize("template", [PLAIN, TRIMMING])
+def test_a_template_that_keeps_earlier_turns_is_fed_what_is_new(tokenizer: Tokenizer, template: str) -> None:
+    session = reciting(tokenizer, ["fine, you?", " good ", "ok"])
+    chat = conversation(session, tokenizer, chat=form(template))
+    assert "".join(chat.say("hello")) == "fine, you?"
+    before = list(session.fed)
+    assert "".join(chat.say("well too")) == " good "
+    assert session.fed[: len(before)] == before
+    whole = form(template).encode(tokenizer, turns("hello", "fine, you?", "well too"))
+    assert session.fed[: len(whole)] == whole
+    before = list(session.fed)  # the model's own words stay, though the template trims them
+    assert "".join(chat.say("bye")) == "ok"
+    assert session.fed[: len(before)] == before
+
+
+def test_a_template_that_rewrites_earlier_turns_is_fed_anew(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["hm|fine", "x"])
+    chat = conversation(session, tokenizer, chat=form(FORGETFUL))
+    assert "".join(chat.say("hello")) == "hm|fine"
+    expected = form(FORGETFUL).encode(tokenizer, turns("hello", "hm|fine", "well"))
+    assert chat.turn_ids("well") == expected
+    list(chat.say("well"))
+    assert session.fed[: len(expected)] == expected
+    assert form(FORGETFUL).encode(tokenizer, turns("hello", "fine", "well")) == expected  # without the thoughts
+
+
+def test_a_conversation_that_the_template_refuses_is_unchanged(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["fine", "good"])
+    chat = conversation(session, tokenizer, chat=form(REFUSING))
+    list(chat.say("hello"))
+    fed, turn = list(session.fed), chat.turn_ids("x")
+    with pytest.raises(BadInput, match="not that"):
+        list(chat.say("no"))
+    assert session.fed == fed
+    assert chat.turn_ids("x") == turn
+
+
+def test_a_rewritten_conversation_without_room_is_unchanged(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["hm|a", "b"], context=48)
+    chat = conversation(session, tokenizer, chat=form(FORGETFUL))
+    list(chat.say("hi"))
+    fed, turn = list(session.fed), chat.turn_ids("x")
+    with pytest.raises(DoesNotFit, match="context of 48"):
+        list(chat.say("far too long a question for what is left" * 3))
+    assert session.fed == fed
+    assert chat.turn_ids("x") == turn
+
+
+def test_images_of_earlier_turns_are_fed_again_when_the_template_rewrites_them(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(made_up_tokenizer(VOCABULARY, IMAGE_PIECES))
+    tokenizer = Tokenizer(tmp_path)
+    session = reciting(tokenizer, ["a|b", "good"])
+    session.vision = parse_config(SEEING_CONFIG).vision
+    template = PLAIN.replace(
+        "{{ m.content }}",
+        "{% if m.content is string %}{{ m.content.split('|')[-1] }}{% else %}"
+        "{% for p in m.content %}{{ p.text if p.type == 'text' else '<start_of_image>' }}{% endfor %}{% endif %}",
+    )
+    picture = Picture((np.zeros((28, 28, 3), np.uint8),))
+    chat = conversation(session, tokenizer, chat=form(template))
+    list(chat.say("what is it", [picture]))
+    assert "".join(chat.say("and <image>", [picture])) == "good"
+    messages: list[Message] = [
+        {"role": "user", "content": [Image(), "what is it"]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": ["and ", Image(), ""]},
+    ]
+    whole = form(template).encode(tokenizer, messages, tokens_per_image=4)
+    assert session.fed[: len(whole)] == whole

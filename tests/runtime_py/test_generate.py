@@ -36,6 +36,15 @@ def test_the_distribution_is_the_analytic_one(sampler: Sampler, expected: list[f
     assert sampler.distribution(LOGITS) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-310, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    sampler = Sampler(temperature, top_k=3, top_p=0.9)
+    for scale in (1, 1e30):
+        logits = np.array([-np.inf, *(LOGITS * scale)], np.float32)
+        assert sampler.distribution(logits).tolist() == [0, 0, 1, 0, 0]
+        assert sampler.sample(logits) == 2
+
+
 def test_draws_follow_the_distribution() -> None:
     sampler = Sampler(temperature=1.0, seed=3)
     draws = np.bincount([sampler.sample(LOGITS) for _ in range(20_000)], minlength=4) / 20_000

@@ -271,7 +271,8 @@ def test_refuses_weights_that_are_not_the_models(tmp_path: Path) -> None:
 def test_stock_onnxruntime_genai_runs_the_text_model(config: ModelConfig, tmp_path: Path) -> None:
     """After a prompt far longer than the local buffers and in greedy decoding, its logits and tokens are ours."""
     tiny = tiny_onnx(config, tmp_path, context=256)
-    (tmp_path / "genai_config.json").write_text(json.dumps(genai_config(tiny.config, tiny.layout)))
+    genai = genai_config(tiny.config, tiny.layout, tiny.config.eos_token_ids)
+    (tmp_path / "genai_config.json").write_text(json.dumps(genai))
     vocabulary = {f"t{index}": index for index in range(tiny.config.vocab_size)}
     (tmp_path / "tokenizer.json").write_text(
         json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocabulary, "merges": []}})

@@ -9,6 +9,7 @@ import pytest
 from scipy.special import log_softmax
 
 from gemma3.chat import Message, encode_chat
+from gemma3.chat_template import TemplateFormat
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.tokenizer import Tokenizer
 from tests.bundles import VOCABULARY
@@ -215,3 +216,9 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
     )["results"]
     assert results["tiny_choice"]["acc,none"] == 1.0
     assert results["tiny_generate"]["exact_match,none"] == 0.5
+
+
+def test_a_chat_template_of_its_own_is_refused(tokenizer: Tokenizer) -> None:
+    lm = SessionLM(Watched(), tokenizer, (), TemplateFormat("{{ messages[0].content }}", {}))
+    with pytest.raises(BadInput, match="a chat template of its own"):
+        lm.apply_chat_template([{"role": "user", "content": "a"}])
