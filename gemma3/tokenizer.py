@@ -146,6 +146,8 @@ def _load(model: bytes, path: Path) -> Any:
 
 def _special_ids(pieces: Any) -> dict[str, int]:
     """Name → id of every special token: SentencePiece's control pieces, and those that are special in every Gemma 3."""
-    ids = {i for i in range(pieces.get_piece_size()) if pieces.is_control(i)} | {pieces.unk_id()}
-    ids |= {i for name in SPECIAL_PIECES if pieces.id_to_piece(i := pieces.piece_to_id(name)) == name}
-    return {pieces.id_to_piece(i).replace(SPACE, " "): i for i in sorted(ids)}
+    return {
+        pieces.id_to_piece(i).replace(SPACE, " "): i
+        for i in range(pieces.get_piece_size())
+        if pieces.is_control(i) or pieces.is_unknown(i) or pieces.id_to_piece(i) in SPECIAL_PIECES
+    }
