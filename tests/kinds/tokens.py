@@ -1,0 +1,151 @@
+"""The tokenizer's files and the chat template of the kinds, from the demo's tokenizer."""
+
+import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+from transformers import AddedToken, AutoTokenizer
+
+import gemma3
+from tests.gemma3.test_chat import RELEASED_TEMPLATE
+from tests.kinds.kind import Kind
+from tests.kinds.spelling import edit
+from tests.kinds.weights import ROWS
+
+DEMO = Path(gemma3.__file__).parent / "demo"
+TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+# Ordinary words, one of which takes the space after it; special markers.
+WORDS = ("Xylofrobnicate", "[SCRATCH]", "<CHARACTER_1>")
+MARKERS = ("<|im_start|>", "<|im_end|>")
+# Gemma's vocabulary has pieces without a use. Some tools give them a name instead of adding tokens.
+UNUSED = {ROWS - 2: "<unused0>", ROWS - 1: "<unused1>"}
+RENAMED = {ROWS - 2: "<|im_start|>", ROWS - 1: "<CHARACTER_1>"}  # a special one and an ordinary one
+
+CHATML = """\
+{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+# Every added word, with and without spaces around it, runs of spaces and newlines, bytes that are no piece.
+PROBE = "Say [SCRATCH]  and\n\n\nXylofrobnicate<CHARACTER_1>, <unused1> caf\u00e9 \U0001f600 now"
+
+
+def write_tokenizer(kind: Kind, directory: Path) -> None:
+    """The tokenizer's files, the chat template among them, as the tool of ``kind`` writes them."""
+    if kind.fault == "no tokenizer":
+        return
+    shutil.copytree(_base(), directory, dirs_exist_ok=True)
+    if kind.added == "renamed":
+        _rename(directory, proto=kind.tokenizer == "4 slow")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    words = kind.fault == "a table without the added words" or kind.added == "words"
+    if words:
+        tokenizer.add_tokens([WORDS[0], AddedToken(WORDS[1], rstrip=True, normalized=False), WORDS[2]])
+    elif kind.added == "markers":
+        tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in MARKERS])
+    saved = Path(tempfile.mkdtemp(dir=directory))
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(saved)
+    if kind.tokenizer == "5" and kind.fault != "contradicting tokenizers":
+        for name in (TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json"):
+            (directory / name).unlink(missing_ok=True)
+        for path in saved.iterdir():
+            path.rename(directory / path.name)
+    else:
+        _as_version_4(directory, json.loads((saved / TOKENIZER_JSON).read_text()), kind)
+    shutil.rmtree(saved)
+    _write_template(kind, directory)
+
+
+@cache
+def _base() -> Path:
+    """The demo's tokenizer in the files of transformers 4, its last two pieces being unused ones as Gemma's has."""
+    directory = Path(tempfile.mkdtemp(prefix="tokenizer"))
+    model: Any = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((DEMO / TOKENIZER_MODEL).read_bytes())
+    data = json.loads((DEMO / TOKENIZER_JSON).read_text())
+    config = json.loads((DEMO / TOKENIZER_CONFIG).read_text())
+    ids = {token: name for name, token in data["model"]["vocab"].items()}
+    for token, name in UNUSED.items():
+        model.pieces[token].piece, model.pieces[token].type = name, model.SentencePiece.USER_DEFINED
+        del data["model"]["vocab"][ids[token]]
+        assert not any(ids[token] in merge for merge in data["model"]["merges"])
+        data["model"]["vocab"][name] = token
+        data["added_tokens"].append({"id": token, **_described(name, special=False, normalized=False)})
+        config["added_tokens_decoder"][str(token)] = _described(name, special=False, normalized=False)
+    (directory / TOKENIZER_MODEL).write_bytes(model.SerializeToString())
+    (directory / TOKENIZER_JSON).write_text(json.dumps(data))
+    (directory / TOKENIZER_CONFIG).write_text(json.dumps(config))
+    shutil.copyfile(DEMO / "special_tokens_map.json", directory / "special_tokens_map.json")
+    return directory
+
+
+def _described(content: str, special: bool, normalized: bool) -> dict[str, Any]:
+    flags = {"lstrip": False, "rstrip": False, "single_word": False}
+    return {"content": content, **flags, "normalized": normalized, "special": special}
+
+
+def _rename(directory: Path, proto: bool) -> None:
+    """Give the unused pieces names: in tokenizer.json and the list of added tokens, and in tokenizer.model if ``proto``."""
+
+    def rename(data: dict[str, Any]) -> None:
+        vocabulary = data["model"]["vocab"]
+        for token, name in RENAMED.items():
+            vocabulary[name] = vocabulary.pop(UNUSED[token])
+            described = next(one for one in data["added_tokens"] if one["id"] == token)
+            described |= {"content": name, "special": name in MARKERS}
+
+    edit(directory / TOKENIZER_JSON, rename)
+    listed = {str(token): _described(name, name in MARKERS, normalized=False) for token, name in RENAMED.items()}
+    edit(directory / TOKENIZER_CONFIG, lambda config: config["added_tokens_decoder"].update(listed))
+    if proto:
+        _rename_pieces(directory / TOKENIZER_MODEL, RENAMED)
+
+
+def _rename_pieces(path: Path, names: dict[int, str]) -> None:
+    model: Any = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(path.read_bytes())
+    for token, name in names.items():
+        model.pieces[token].piece = name
+    path.write_bytes(model.SerializeToString())
+
+
+def _as_version_4(directory: Path, saved: dict[str, Any], kind: Kind) -> None:
+    """``saved`` is the tokenizer.json with the added tokens, which transformers 4 listed in two more files."""
+    (directory / TOKENIZER_JSON).write_text(json.dumps(saved))
+    added = [token for token in saved["added_tokens"] if token["id"] >= ROWS]
+    if added:
+        by_name = {token["content"]: token["id"] for token in added}
+        (directory / "added_tokens.json").write_text(json.dumps(by_name))
+    listed = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in saved["added_tokens"]}
+    edit(directory / TOKENIZER_CONFIG, lambda config: config["added_tokens_decoder"].update(listed))
+    if kind.tokenizer == "4 slow" and kind.fault != "contradicting tokenizers":
+        (directory / TOKENIZER_JSON).unlink()
+    if kind.fault == "contradicting tokenizers":
+        names = {token: name for name, token in saved["model"]["vocab"].items()}
+        _rename_pieces(directory / TOKENIZER_MODEL, {3000: names[3001], 3001: names[3000]})
+
+
+def _write_template(kind: Kind, directory: Path) -> None:
+    wanted = kind.template
+    edit(directory / TOKENIZER_CONFIG, lambda config: config.pop("chat_template", None))
+    in_config: dict[str, Any] = {
+        "Gemma's in config": RELEASED_TEMPLATE,
+        "ChatML in config": CHATML,
+        "ChatML over Gemma's": RELEASED_TEMPLATE,
+        "named": [{"name": "tool_use", "template": RELEASED_TEMPLATE}, {"name": "default", "template": CHATML}],
+    }
+    in_file = {"Gemma's": RELEASED_TEMPLATE, "ChatML": CHATML, "ChatML over Gemma's": CHATML}
+    if wanted in in_config:
+        edit(directory / TOKENIZER_CONFIG, lambda config: config.update(chat_template=in_config[wanted]))
+    if wanted in in_file:
+        (directory / TEMPLATE_FILE).write_text(in_file[wanted])
+    if wanted == "processor's":
+        (directory / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
