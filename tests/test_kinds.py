@@ -1,4 +1,4 @@
-"""Checkpoints as many tools write them: exported and equal to transformers, or refused with a line that names the cause.
+"""Checkpoints as many tools write them: exported and equal to transformers, or refused in a line that names the cause.
 
 tests/kinds holds the generator. Few kinds are exported: each choice is in one of them. Every pair of choices is opened.
 """
@@ -29,9 +29,15 @@ QUESTION = "What is it?"
 
 EXPORTED = covering(1)
 OPENED = [*singles(), *covering(2)]
-# Each fault in a text-only checkpoint of transformers 5, and in one that is as different from it as can be.
-DIFFERENT = Kind(model="seeing", config="4.50", files="shards", dtype="BF16", tokenizer="4", added="words")
-UNFIT = {"a table without the added words"}  # needs an unchanged table
+# Each fault in a checkpoint of transformers 5, and in one that is as different from it as can be.
+DIFFERENT = Kind(
+    model="seeing", config="4.50", files="shards", dtype="BF16", tokenizer="4", added="words", processor="4"
+)
+NEEDS: dict[str, dict[str, Any]] = {
+    "a table without the added words": {"added": "nothing"},
+    "pictures of another mean": {"model": "seeing", "processor": "5"},
+    "pictures of another size": {"model": "seeing", "processor": "4"},
+}
 
 
 @dataclass
@@ -72,7 +78,9 @@ def assert_continues(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "format"), [(kind, "onnx") for kind in EXPORTED[1:]] + [(EXPORTED[0], "both")], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "format"), [(kind, "onnx") for kind in EXPORTED[1:]] + [(EXPORTED[0], "both")], ids=str
+)
 def test_an_exported_kind_equals_transformers(gemma_edge: Cli, tmp_path: Path, kind: Kind, format: str) -> None:
     checkpoint, bundle = write(kind, tmp_path / "checkpoint"), tmp_path / "bundle"
     result = gemma_edge("export", checkpoint, "-o", bundle, "--format", format, "--scheme", "fp32")
@@ -107,7 +115,7 @@ def test_an_opened_kind_equals_transformers(tmp_path: Path, kind: Kind) -> None:
 @pytest.mark.parametrize("base", [PLAIN, DIFFERENT], ids=["plain", "different"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_refused_by_name(gemma_edge: Cli, tmp_path: Path, fault: str, base: Kind) -> None:
-    kind = replace(base, fault=fault, **({"added": "nothing"} if fault in UNFIT else {}))
+    kind = replace(base, fault=fault, **NEEDS.get(fault, {}))
     checkpoint = write(kind, tmp_path / "checkpoint")
     (target := tmp_path / "target").mkdir()
     result = gemma_edge("export", checkpoint, "-o", target / "bundle", "--format", "onnx", "--scheme", "fp32")

@@ -16,16 +16,23 @@ class Kind:
     model: Literal["text", "seeing", "blind"] = "text"  # blind: a multimodal one without its vision model
     config: Literal["5", "4.57", "4.50", "merged"] = "5"  # merged: the spellings of 4 and 5 in one file
     names: Literal["saved", "in memory", "without model"] = "saved"
-    files: Literal["one", "shards"] = "one"
-    head: Literal["tied", "tied and stored", "untied"] = "tied"
+    files: Literal["one", "one shard", "shards"] = "one"
+    head: Literal["tied", "tied and stored", "untied", "untied inside"] = "tied"  # inside: only text_config says so
     dtype: Literal["F32", "BF16", "F16", "mixed"] = "F32"
-    tokenizer: Literal["5", "4", "4 slow"] = "5"  # tokenizer.json; that and tokenizer.model; tokenizer.model
-    added: Literal["nothing", "words", "markers", "renamed"] = "nothing"
+    tokenizer: Literal["5", "5 truncating", "4", "4 slow"] = "5"  # tokenizer.json; both files; only tokenizer.model
+    added: Literal["nothing", "words", "markers", "roles", "renamed"] = "nothing"
     template: Literal[
-        "Gemma's", "none", "Gemma's in config", "ChatML", "ChatML in config", "ChatML over Gemma's", "named", "processor's"
+        "Gemma's",
+        "none",
+        "Gemma's in config",
+        "ChatML",
+        "ChatML in config",
+        "ChatML over Gemma's",
+        "named",
+        "processor's",
     ] = "Gemma's"
     marks: Literal["none", "unsloth", "remote code", "classifier", "generation keys"] = "none"
-    generation: Literal["saved", "absent", "more stops", "sampling"] = "saved"
+    generation: Literal["saved", "absent", "more stops", "one stop", "sampling"] = "saved"
     window: Literal["short", "over the positions"] = "short"
     rope: Literal["default", "linear"] = "default"
     processor: Literal["none", "4", "5"] = "none"
@@ -37,8 +44,10 @@ class Kind:
         sees = self.model == "seeing"
         return (
             (self.names != "in memory" or self.model != "text")
+            and (self.head != "untied inside" or self.model != "text")
             and (self.names != "without model" or (self.head == "tied" and self.model != "blind"))
             and (self.processor == "none" or sees)
+            and (self.tokenizer != "5 truncating" or not sees)  # a processor would truncate too
             and (self.template != "processor's" or sees)
         )
 
@@ -73,6 +82,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "a table without the added words": ("4096",),
     "pickled weights": ("model.safetensors",),
     "an adapter alone": ("config.json",),
+    "pictures of another mean": ("image_mean",),
+    "pictures of another size": ("56",),
 }
 
 

@@ -73,11 +73,12 @@ class Transformers:
         found = []
         if self.tokenizer.chat_template is not None:
             found.append(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        if self.kind.model == "seeing" and self._template is not None:
-            processor = self._processor
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "text", "text": text}]}] if self._takes_parts else messages,
-                chat_template=self._template,
+        template = self._template
+        if self.kind.model == "seeing" and template is not None:
+            parts = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+            inputs = self._processor.apply_chat_template(
+                parts if "is string" in template else messages,
+                chat_template=template,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
@@ -104,7 +105,9 @@ class Transformers:
         """The text of at most ``count`` new tokens, without the one that ends it."""
         said = self.model.generate(torch.tensor([list(ids)]), max_new_tokens=count, do_sample=False, **self.seen)
         new = said[0, len(ids) :].tolist()
-        return str(self.tokenizer.decode([token for token in new if token not in self.stop_ids], skip_special_tokens=True))
+        return str(
+            self.tokenizer.decode([token for token in new if token not in self.stop_ids], skip_special_tokens=True)
+        )
 
     @property
     def _processor(self) -> Any:
@@ -115,13 +118,11 @@ class Transformers:
         return Gemma3Processor(images, self.tokenizer, image_seq_length=TOKENS_PER_IMAGE)
 
     @property
-    def _template(self) -> Any:
+    def _template(self) -> str | None:
         path = self.directory / "chat_template.json"
-        return json.loads(path.read_text())["chat_template"] if path.exists() else self.tokenizer.get_chat_template()
-
-    @property
-    def _takes_parts(self) -> bool:
-        return "is string" in str(self._template)
+        if path.exists():
+            return str(json.loads(path.read_text())["chat_template"])
+        return None if self.tokenizer.chat_template is None else str(self.tokenizer.get_chat_template())
 
 
 def _as_set(ids: int | list[int] | None) -> set[int]:

@@ -35,6 +35,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "attends to both sides": {"use_bidirectional_attention": True},
     "another architecture": {"model_type": "gemma2"},
 }
+# What TRL's setup_chat_format makes of the model's token ids: those of its two markers.
+ROLES = {"bos_token_id": 4096, "eos_token_id": 4097, "pad_token_id": 4097}
 # The text model's defaults in 4.50, which the released multimodal files leave out.
 LEFT_OUT = {
     "attention_bias": False,
@@ -77,7 +79,14 @@ def _respell(config: dict[str, Any], kind: Kind) -> None:
             full["rope_type"] = "default"
         text["sliding_window_pattern"] = 2  # layer_types decide
         del text["_sliding_window_pattern"]
-    for level in (outer, text) if kind.marks == "generation keys" else (outer,):  # 4.x nested whole configurations
+    if kind.head == "untied inside":
+        outer.pop("tie_word_embeddings", None)
+    if kind.added == "roles":
+        outer |= ROLES
+    levels = [outer]
+    if kind.marks == "generation keys":  # 4.x nested whole configurations
+        levels += [level for level in (outer.get("text_config"), outer.get("vision_config")) if level is not None]
+    for level in levels:
         level |= MARKS[kind.marks]
     if kind.fault == "YaRN":
         yarn = {"rope_type": "yarn", "factor": 4.0}
@@ -119,10 +128,14 @@ def _as_version_4(outer: dict[str, Any], text: dict[str, Any], old: bool) -> Non
 def write_generation(kind: Kind, directory: Path, stop: int) -> None:
     """Rewrite the generation_config.json in ``directory``. ``stop`` is the id that only this file may name."""
     path = directory / "generation_config.json"
+    if kind.added == "roles":
+        edit(path, lambda config: config.update(ROLES))
     if kind.generation == "absent":
         path.unlink()
     elif kind.generation == "more stops":
         edit(path, lambda config: config.update(eos_token_id=[1, 6, stop]))
+    elif kind.generation == "one stop":
+        edit(path, lambda config: config.update(eos_token_id=6))
     elif kind.generation == "sampling":  # as released
         released = {
             "bos_token_id": 2,
@@ -157,6 +170,10 @@ def write_processor(kind: Kind, directory: Path) -> None:
         "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
     }
     processor: dict[str, Any] = {"image_seq_length": TOKENS_PER_IMAGE, "processor_class": "Gemma3Processor"}
+    if kind.fault == "pictures of another mean":
+        image_processor["image_mean"] = [0.48, 0.46, 0.41]
+    elif kind.fault == "pictures of another size":
+        image_processor["size"] = {"height": 2 * IMAGE_SIZE, "width": 2 * IMAGE_SIZE}
     if kind.processor == "4":
         old = image_processor | {"processor_class": "Gemma3Processor"}
         (directory / "preprocessor_config.json").write_text(json.dumps(old, indent=2))

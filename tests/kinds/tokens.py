@@ -16,25 +16,46 @@ from tests.kinds.kind import Kind
 from tests.kinds.spelling import edit
 from tests.kinds.weights import ROWS
 
+# Generated code creates the module's classes when it is imported, so a type checker does not know them.
+protobuf: Any = sentencepiece_model_pb2
+
 DEMO = Path(gemma3.__file__).parent / "demo"
 TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
-# Ordinary words, one of which takes the space after it; special markers.
-WORDS = ("Xylofrobnicate", "[SCRATCH]", "<CHARACTER_1>")
+# Ordinary words: one takes the space after it, one is a piece already, one has a space. Special markers.
+WORDS = ("Xylofrobnicate", AddedToken("[SCRATCH]", rstrip=True, normalized=False), "<CHARACTER_1>", "now", "New York")
 MARKERS = ("<|im_start|>", "<|im_end|>")
 # Gemma's vocabulary has pieces without a use. Some tools give them a name instead of adding tokens.
 UNUSED = {ROWS - 2: "<unused0>", ROWS - 1: "<unused1>"}
 RENAMED = {ROWS - 2: "<|im_start|>", ROWS - 1: "<CHARACTER_1>"}  # a special one and an ordinary one
 
-CHATML = """\
-{% for message in messages %}<|im_start|>{{ message.role }}
+# As it is most often copied; and one that needs what transformers' renderer has beyond Jinja's defaults.
+CHATML = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML_OF_TRAINING = """\
+{{ bos_token }}
+{% for message in messages %}
+    {% if message.role == 'assistant' %}
+<|im_start|>assistant
+        {% generation %}
+{{ message.content }}{{ eos_token }}
+        {% endgeneration %}
+        {% continue %}
+    {% endif %}
+<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+"""
 
 # Every added word, with and without spaces around it, runs of spaces and newlines, bytes that are no piece.
-PROBE = "Say [SCRATCH]  and\n\n\nXylofrobnicate<CHARACTER_1>, <unused1> caf\u00e9 \U0001f600 now"
+PROBE = "Say [SCRATCH]  and\n\n\nXylofrobnicate<CHARACTER_1>, <unused1> New York's nowhere caf\u00e9 \U0001f600 now"
 
 
 def write_tokenizer(kind: Kind, directory: Path) -> None:
@@ -47,19 +68,24 @@ def write_tokenizer(kind: Kind, directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     words = kind.fault == "a table without the added words" or kind.added == "words"
     if words:
-        tokenizer.add_tokens([WORDS[0], AddedToken(WORDS[1], rstrip=True, normalized=False), WORDS[2]])
+        tokenizer.add_tokens(list(WORDS))
     elif kind.added == "markers":
         tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in MARKERS])
+    elif kind.added == "roles":  # TRL's setup_chat_format
+        tokenizer.add_special_tokens(dict(zip(("bos_token", "eos_token"), MARKERS, strict=True)))
+        tokenizer.pad_token = tokenizer.eos_token
     saved = Path(tempfile.mkdtemp(dir=directory))
     tokenizer.chat_template = None
+    if kind.tokenizer == "5 truncating":  # tokenizer.json keeps what the last call set
+        tokenizer([PROBE], truncation=True, max_length=8, padding="max_length")
     tokenizer.save_pretrained(saved)
-    if kind.tokenizer == "5" and kind.fault != "contradicting tokenizers":
+    if kind.tokenizer in ("5", "5 truncating") and kind.fault != "contradicting tokenizers":
         for name in (TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json"):
             (directory / name).unlink(missing_ok=True)
         for path in saved.iterdir():
             path.rename(directory / path.name)
     else:
-        _as_version_4(directory, json.loads((saved / TOKENIZER_JSON).read_text()), kind)
+        _as_version_4(directory, saved, kind)
     shutil.rmtree(saved)
     _write_template(kind, directory)
 
@@ -68,7 +94,7 @@ def write_tokenizer(kind: Kind, directory: Path) -> None:
 def _base() -> Path:
     """The demo's tokenizer in the files of transformers 4, its last two pieces being unused ones as Gemma's has."""
     directory = Path(tempfile.mkdtemp(prefix="tokenizer"))
-    model: Any = sentencepiece_model_pb2.ModelProto()
+    model = protobuf.ModelProto()
     model.ParseFromString((DEMO / TOKENIZER_MODEL).read_bytes())
     data = json.loads((DEMO / TOKENIZER_JSON).read_text())
     config = json.loads((DEMO / TOKENIZER_CONFIG).read_text())
@@ -93,7 +119,7 @@ def _described(content: str, special: bool, normalized: bool) -> dict[str, Any]:
 
 
 def _rename(directory: Path, proto: bool) -> None:
-    """Give the unused pieces names: in tokenizer.json and the list of added tokens, and in tokenizer.model if ``proto``."""
+    """Give the unused pieces names in tokenizer.json and tokenizer_config.json, and if ``proto`` in tokenizer.model."""
 
     def rename(data: dict[str, Any]) -> None:
         vocabulary = data["model"]["vocab"]
@@ -110,26 +136,28 @@ def _rename(directory: Path, proto: bool) -> None:
 
 
 def _rename_pieces(path: Path, names: dict[int, str]) -> None:
-    model: Any = sentencepiece_model_pb2.ModelProto()
+    model = protobuf.ModelProto()
     model.ParseFromString(path.read_bytes())
     for token, name in names.items():
         model.pieces[token].piece = name
     path.write_bytes(model.SerializeToString())
 
 
-def _as_version_4(directory: Path, saved: dict[str, Any], kind: Kind) -> None:
-    """``saved`` is the tokenizer.json with the added tokens, which transformers 4 listed in two more files."""
-    (directory / TOKENIZER_JSON).write_text(json.dumps(saved))
-    added = [token for token in saved["added_tokens"] if token["id"] >= ROWS]
+def _as_version_4(directory: Path, saved: Path, kind: Kind) -> None:
+    """Put the added tokens and the roles of what transformers 5 ``saved`` into the files of transformers 4."""
+    data, saved_config = (json.loads((saved / name).read_text()) for name in (TOKENIZER_JSON, TOKENIZER_CONFIG))
+    (directory / TOKENIZER_JSON).write_text(json.dumps(data))
+    added = {token["content"]: token["id"] for token in data["added_tokens"] if token["id"] >= ROWS}
     if added:
-        by_name = {token["content"]: token["id"] for token in added}
-        (directory / "added_tokens.json").write_text(json.dumps(by_name))
-    listed = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in saved["added_tokens"]}
-    edit(directory / TOKENIZER_CONFIG, lambda config: config["added_tokens_decoder"].update(listed))
+        (directory / "added_tokens.json").write_text(json.dumps(added))
+    listed = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in data["added_tokens"]}
+    roles = {key: saved_config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    edit(directory / TOKENIZER_CONFIG, lambda config: config.update(roles | {"added_tokens_decoder": listed}))
+    edit(directory / "special_tokens_map.json", lambda config: config.update(roles))
     if kind.tokenizer == "4 slow" and kind.fault != "contradicting tokenizers":
         (directory / TOKENIZER_JSON).unlink()
     if kind.fault == "contradicting tokenizers":
-        names = {token: name for name, token in saved["model"]["vocab"].items()}
+        names = {token: name for name, token in data["model"]["vocab"].items()}
         _rename_pieces(directory / TOKENIZER_MODEL, {3000: names[3001], 3001: names[3000]})
 
 
@@ -142,7 +170,7 @@ def _write_template(kind: Kind, directory: Path) -> None:
         "ChatML over Gemma's": RELEASED_TEMPLATE,
         "named": [{"name": "tool_use", "template": RELEASED_TEMPLATE}, {"name": "default", "template": CHATML}],
     }
-    in_file = {"Gemma's": RELEASED_TEMPLATE, "ChatML": CHATML, "ChatML over Gemma's": CHATML}
+    in_file = {"Gemma's": RELEASED_TEMPLATE, "ChatML": CHATML_OF_TRAINING, "ChatML over Gemma's": CHATML}
     if wanted in in_config:
         edit(directory / TOKENIZER_CONFIG, lambda config: config.update(chat_template=in_config[wanted]))
     if wanted in in_file:

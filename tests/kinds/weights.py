@@ -16,7 +16,8 @@ PADDED_ROWS = 4160  # a table resized for added tokens, to a multiple of 64
 POSITIONS, WINDOW = 128, 16
 THETA, LOCAL_THETA, FACTOR = 50_000.0, 2_000.0, 4.0  # none is a default, so that a lost one is seen
 IMAGE_SIZE, TOKENS_PER_IMAGE = 28, 4
-IMAGE_TOKENS = {"boi_token_index": 7, "eoi_token_index": 8, "image_token_index": 9}  # the demo's
+IMAGE_TOKENS: dict[str, Any] = {"boi_token_index": 7, "eoi_token_index": 8, "image_token_index": 9}  # the demo's
+INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "mixed": torch.bfloat16}
 
 
@@ -29,7 +30,7 @@ def build(kind: Kind) -> Any:
     if kind.rope == "linear":
         full |= {"rope_type": "linear", "factor": FACTOR}
     text: dict[str, Any] = {
-        "vocab_size": PADDED_ROWS if kind.added in ("words", "markers") else ROWS,
+        "vocab_size": ROWS if kind.added in ("nothing", "renamed") else PADDED_ROWS,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
@@ -44,7 +45,7 @@ def build(kind: Kind) -> Any:
             "full_attention": full,
             "sliding_attention": {"rope_type": "default", "rope_theta": LOCAL_THETA},
         },
-        "tie_word_embeddings": kind.head != "untied",
+        "tie_word_embeddings": not kind.head.startswith("untied"),
         "eos_token_id": [1, 6],
     }
     torch.manual_seed(0)
@@ -65,7 +66,7 @@ def build(kind: Kind) -> Any:
             text_config=text,
             vision_config=vision,
             mm_tokens_per_image=TOKENS_PER_IMAGE,
-            tie_word_embeddings=kind.head != "untied",
+            tie_word_embeddings=not kind.head.startswith("untied"),
             **IMAGE_TOKENS,
         )
         model = Gemma3ForConditionalGeneration(config)
@@ -100,9 +101,14 @@ def rewrite(kind: Kind, directory: Path) -> None:
         save_file({"base_model.model.model.norm.weight": torch.zeros(64)}, directory / "adapter_model.safetensors")
     elif kind.files == "shards" or kind.fault == "a shard missing":
         save_torch_state_dict(stored, directory, max_shard_size="300KB", metadata={"format": "pt"})
-        assert (directory / "model.safetensors.index.json").exists()
+        assert (directory / INDEX).exists()
         if kind.fault == "a shard missing":
             next(directory.glob("model-00002-of-*")).unlink()
+    elif kind.files == "one shard":
+        name = "model-00001-of-00001.safetensors"
+        save_file(stored, directory / name, {"format": "pt"})
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(stored, name)}
+        (directory / INDEX).write_text(json.dumps(index))
     else:
         save_file(stored, directory / "model.safetensors", {"format": "pt"})
 
