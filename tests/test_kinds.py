@@ -31,10 +31,9 @@ EXPORTED = covering(1)
 OPENED = [*singles(), *covering(2)]
 # Each fault in a checkpoint of transformers 5, and in one that is as different from it as can be.
 DIFFERENT = Kind(
-    model="seeing", config="4.50", files="shards", dtype="BF16", tokenizer="4", added="words", processor="4"
+    model="seeing", config="4.50", files="shards", dtype="BF16", tokenizer="4", template="ChatML", processor="4"
 )
 NEEDS: dict[str, dict[str, Any]] = {
-    "a table without the added words": {"added": "nothing"},
     "pictures of another mean": {"model": "seeing", "processor": "5"},
     "pictures of another size": {"model": "seeing", "processor": "4"},
 }

@@ -15,12 +15,12 @@ class Kind:
 
     model: Literal["text", "seeing", "blind"] = "text"  # blind: a multimodal one without its vision model
     config: Literal["5", "4.57", "4.50", "merged"] = "5"  # merged: the spellings of 4 and 5 in one file
-    names: Literal["saved", "in memory", "without model"] = "saved"
+    names: Literal["saved", "in memory", "without model", "compiled"] = "saved"
     files: Literal["one", "one shard", "shards"] = "one"
     head: Literal["tied", "tied and stored", "untied", "untied inside"] = "tied"  # inside: only text_config says so
     dtype: Literal["F32", "BF16", "F16", "mixed"] = "F32"
     tokenizer: Literal["5", "5 truncating", "4", "4 slow"] = "5"  # tokenizer.json; both files; only tokenizer.model
-    added: Literal["nothing", "words", "markers", "roles", "renamed"] = "nothing"
+    added: Literal["nothing", "words", "markers", "renamed"] = "nothing"
     template: Literal[
         "Gemma's",
         "none",
@@ -65,9 +65,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # What is wrong → words that the one line of the refusal holds.
 FAULTS: dict[str, tuple[str, ...]] = {
     "another head under a tie": ("lm_head.weight", "tie_word_embeddings"),
-    "names of torch.compile": ("_orig_mod",),
-    "names of PEFT": ("base_model",),
-    "names of DataParallel": ("module.",),
+    "names of PEFT": ("PEFT",),
+    "names of DataParallel": ("wrapper",),
     "a tensor missing": ("model.layers.1.mlp.up_proj.weight", "missing"),
     "a shard missing": ("model-00002-of-", "missing"),
     "a head of classes": ("score.weight",),
@@ -79,9 +78,11 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "another architecture": ("gemma2",),
     "no tokenizer": ("tokenizer",),
     "contradicting tokenizers": ("tokenizer.json", "tokenizer.model"),
-    "a table without the added words": ("4096",),
-    "pickled weights": ("model.safetensors",),
-    "an adapter alone": ("config.json",),
+    "a table without the added words": ("4101", "4096"),
+    "an added word that takes a space": ("[SCRATCH]", "rstrip"),
+    "roles of TRL": ("BOS",),
+    "pickled weights": ("pytorch_model.bin",),
+    "an adapter alone": ("adapter",),
     "pictures of another mean": ("image_mean",),
     "pictures of another size": ("56",),
 }

@@ -16,7 +16,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
 from tests.kinds.kind import Kind
-from tests.kinds.weights import IMAGE_SIZE, TOKENS_PER_IMAGE
+from tests.kinds.weights import IMAGE_SIZE, TOKENS_PER_IMAGE, build
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Transformers:
     @cached_property
     def model(self) -> Any:
         """All of its text weights come from the files, and every tensor in the files is used."""
+        if self.kind.names == "compiled":
+            return build(self.kind)
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         cls: Any = Gemma3ForCausalLM if self.kind.model == "text" else Gemma3ForConditionalGeneration
         if self.kind.model == "blind":  # transformers adds a large vision model with random weights: make it small

@@ -81,7 +81,7 @@ def _respell(config: dict[str, Any], kind: Kind) -> None:
         del text["_sliding_window_pattern"]
     if kind.head == "untied inside":
         outer.pop("tie_word_embeddings", None)
-    if kind.added == "roles":
+    if kind.fault == "roles of TRL":
         outer |= ROLES
     levels = [outer]
     if kind.marks == "generation keys":  # 4.x nested whole configurations
@@ -128,7 +128,7 @@ def _as_version_4(outer: dict[str, Any], text: dict[str, Any], old: bool) -> Non
 def write_generation(kind: Kind, directory: Path, stop: int) -> None:
     """Rewrite the generation_config.json in ``directory``. ``stop`` is the id that only this file may name."""
     path = directory / "generation_config.json"
-    if kind.added == "roles":
+    if kind.fault == "roles of TRL":
         edit(path, lambda config: config.update(ROLES))
     if kind.generation == "absent":
         path.unlink()

@@ -23,8 +23,8 @@ DEMO = Path(gemma3.__file__).parent / "demo"
 TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
-# Ordinary words: one takes the space after it, one is a piece already, one has a space. Special markers.
-WORDS = ("Xylofrobnicate", AddedToken("[SCRATCH]", rstrip=True, normalized=False), "<CHARACTER_1>", "now", "New York")
+# Ordinary words, one of which is a piece already, and one has a space; special markers.
+WORDS = ("Xylofrobnicate", "[SCRATCH]", "<CHARACTER_1>", "now", "New York", "\u00e9t\u00e9")
 MARKERS = ("<|im_start|>", "<|im_end|>")
 # Gemma's vocabulary has pieces without a use. Some tools give them a name instead of adding tokens.
 UNUSED = {ROWS - 2: "<unused0>", ROWS - 1: "<unused1>"}
@@ -66,12 +66,13 @@ def write_tokenizer(kind: Kind, directory: Path) -> None:
     if kind.added == "renamed":
         _rename(directory, proto=kind.tokenizer == "4 slow")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    words = kind.fault == "a table without the added words" or kind.added == "words"
-    if words:
+    if kind.added == "words" or kind.fault == "a table without the added words":
         tokenizer.add_tokens(list(WORDS))
     elif kind.added == "markers":
         tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in MARKERS])
-    elif kind.added == "roles":  # TRL's setup_chat_format
+    if kind.fault == "an added word that takes a space":
+        tokenizer.add_tokens([AddedToken("[SCRATCH]", rstrip=True)])
+    elif kind.fault == "roles of TRL":  # setup_chat_format
         tokenizer.add_special_tokens(dict(zip(("bos_token", "eos_token"), MARKERS, strict=True)))
         tokenizer.pad_token = tokenizer.eos_token
     saved = Path(tempfile.mkdtemp(dir=directory))
