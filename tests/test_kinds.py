@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from gemma3.chat import Message
 from gemma3.checkpoint import load_model, open_checkpoint
 from runtime_py import api
 from tests.bundles import Cli
@@ -24,10 +25,13 @@ from tests.kinds.weights import IMAGE_SIZE
 from tests.kinds.write import write
 
 NEW_TOKENS = 5
-CHAT = "Hello [SCRATCH] you,\n\nwhat is  it? "
+CHAT: list[Message] = [
+    {"role": "user", "content": "Hello [SCRATCH] you,\n\nwhat is  it? "},
+    {"role": "assistant", "content": " Xylofrobnicate. Now?\n"},
+    {"role": "user", "content": "caf\u00e9 \U0001f600"},
+]
 QUESTION = "What is it?"
 
-EXPORTED = covering(1)
 OPENED = [*singles(), *covering(2)]
 # Each fault in a checkpoint of transformers 5, and in one that is as different from it as can be.
 DIFFERENT = Kind(
@@ -77,9 +81,7 @@ def assert_continues(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "format"), [(kind, "onnx") for kind in EXPORTED[1:]] + [(EXPORTED[0], "both")], ids=str
-)
+@pytest.mark.parametrize(("kind", "format"), [(PLAIN, "both"), *((kind, "onnx") for kind in covering(1))], ids=str)
 def test_an_exported_kind_equals_transformers(gemma_edge: Cli, tmp_path: Path, kind: Kind, format: str) -> None:
     checkpoint, bundle = write(kind, tmp_path / "checkpoint"), tmp_path / "bundle"
     result = gemma_edge("export", checkpoint, "-o", bundle, "--format", format, "--scheme", "fp32")
@@ -91,8 +93,8 @@ def test_an_exported_kind_equals_transformers(gemma_edge: Cli, tmp_path: Path, k
     for one in ("onnx", "pte") if format == "both" else (format,):
         assert theirs.stop_ids <= set(api.open_bundle(bundle, one).eos_ids) <= theirs.named_stop_ids
         assert_continues(bundle, one, theirs, PROBE, [theirs.ids(PROBE)])
-        if chat := theirs.chat_ids(CHAT):
-            assert_continues(bundle, one, theirs, CHAT, chat, chat=True)
+        if chat := theirs.chat_ids([{"role": "user", "content": QUESTION}]):
+            assert_continues(bundle, one, theirs, QUESTION, chat, chat=True)
         if kind.model == "seeing":
             seen = theirs.see(picture, QUESTION)
             assert_continues(bundle, one, theirs, QUESTION, [seen], images=[picture])
@@ -106,6 +108,9 @@ def test_an_opened_kind_equals_transformers(tmp_path: Path, kind: Kind) -> None:
     ids = theirs.ids(PROBE)
     assert ours.tokenizer.encode(PROBE, bos=True) == ids
     assert ours.tokenizer.decode(ids) == theirs.tokenizer.decode(ids, skip_special_tokens=True)
+    assert theirs.stop_ids <= {*ours.config.eos_token_ids, *ours.generation.eos_token_ids} <= theirs.named_stop_ids
+    if chat := theirs.chat_ids(CHAT):
+        assert ours.chat.encode(ours.tokenizer, CHAT) in chat
     logits = load_model(ours)(torch.tensor([ids]))[0].numpy()
     expected = theirs.logits(ids)
     assert np.abs(logits - expected).max() < 1e-4 * expected.std()

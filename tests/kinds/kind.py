@@ -78,6 +78,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "another architecture": ("gemma2",),
     "no tokenizer": ("tokenizer",),
     "contradicting tokenizers": ("tokenizer.json", "tokenizer.model"),
+    "a piece renamed in one file": ("<unused0>", "<|im_start|>"),
     "a table without the added words": ("4101", "4096"),
     "an added word that takes a space": ("[SCRATCH]", "rstrip"),
     "roles of TRL": ("BOS",),

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, Gemma3Config, Gemma3ForCausalLM, Gemma3F
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
+from gemma3.chat import Message
 from tests.kinds.kind import Kind
 from tests.kinds.weights import IMAGE_SIZE, TOKENS_PER_IMAGE, build
 
@@ -66,20 +67,19 @@ class Transformers:
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text).input_ids)
 
-    def chat_ids(self, text: str) -> list[list[int]]:
-        """The ids of ``text`` as a user's turn, by the tokenizer and by the processor; empty without a template.
+    def chat_ids(self, messages: Sequence[Message]) -> list[list[int]]:
+        """The ids of a conversation, by the tokenizer and by the processor; empty without a template.
 
         The two differ for a multimodal model whose template does not write BOS: a processor adds it.
         """
-        messages = [{"role": "user", "content": text}]
-        found = []
+        found: list[list[int]] = []
         if self.tokenizer.chat_template is not None:
-            found.append(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+            found.append(ids)
         template = self._template
         if self.kind.model == "seeing" and template is not None:
-            parts = [{"role": "user", "content": [{"type": "text", "text": text}]}]
             inputs = self._processor.apply_chat_template(
-                parts if "is string" in template else messages,
+                list(map(_in_parts, messages)) if "is string" in template else list(messages),
                 chat_template=template,
                 add_generation_prompt=True,
                 tokenize=True,
@@ -125,6 +125,10 @@ class Transformers:
         if path.exists():
             return str(json.loads(path.read_text())["chat_template"])
         return None if self.tokenizer.chat_template is None else str(self.tokenizer.get_chat_template())
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    return {"role": message["role"], "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _as_set(ids: int | list[int] | None) -> set[int]:

@@ -63,8 +63,9 @@ def write_tokenizer(kind: Kind, directory: Path) -> None:
     if kind.fault == "no tokenizer":
         return
     shutil.copytree(_base(), directory, dirs_exist_ok=True)
-    if kind.added == "renamed":
-        _rename(directory, proto=kind.tokenizer == "4 slow")
+    contradicting = kind.fault in ("contradicting tokenizers", "a piece renamed in one file")
+    if kind.added == "renamed" or kind.fault == "a piece renamed in one file":
+        _rename(directory, proto=not contradicting)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if kind.added == "words" or kind.fault == "a table without the added words":
         tokenizer.add_tokens(list(WORDS))
@@ -80,7 +81,7 @@ def write_tokenizer(kind: Kind, directory: Path) -> None:
     if kind.tokenizer == "5 truncating":  # tokenizer.json keeps what the last call set
         tokenizer([PROBE], truncation=True, max_length=8, padding="max_length")
     tokenizer.save_pretrained(saved)
-    if kind.tokenizer in ("5", "5 truncating") and kind.fault != "contradicting tokenizers":
+    if kind.tokenizer in ("5", "5 truncating") and not contradicting:
         for name in (TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json"):
             (directory / name).unlink(missing_ok=True)
         for path in saved.iterdir():
@@ -155,7 +156,7 @@ def _as_version_4(directory: Path, saved: Path, kind: Kind) -> None:
     roles = {key: saved_config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     edit(directory / TOKENIZER_CONFIG, lambda config: config.update(roles | {"added_tokens_decoder": listed}))
     edit(directory / "special_tokens_map.json", lambda config: config.update(roles))
-    if kind.tokenizer == "4 slow" and kind.fault != "contradicting tokenizers":
+    if kind.tokenizer == "4 slow":
         (directory / TOKENIZER_JSON).unlink()
     if kind.fault == "contradicting tokenizers":
         names = {token: name for name, token in data["model"]["vocab"].items()}
