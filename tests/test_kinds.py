@@ -32,7 +32,7 @@ CHAT: list[Message] = [
 ]
 QUESTION = "What is it?"
 
-OPENED = [*singles(), *covering(2)]
+OPENED = [*singles(), *(pytest.param(kind, marks=pytest.mark.slow) for kind in covering(2))]
 # Each fault in a checkpoint of transformers 5, and in one that is as different from it as can be.
 DIFFERENT = Kind(
     model="seeing", config="4.50", files="shards", dtype="BF16", tokenizer="4", template="ChatML", processor="4"

@@ -21,6 +21,7 @@ protobuf: Any = sentencepiece_model_pb2
 
 DEMO = Path(gemma3.__file__).parent / "demo"
 TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 # Ordinary words, one of which is a piece already, and one has a space; special markers.
@@ -55,14 +56,17 @@ CHATML_OF_TRAINING = """\
 """
 
 # Every added word, with and without spaces around it, runs of spaces and newlines, bytes that are no piece.
-PROBE = "Say [SCRATCH]  and\n\n\nXylofrobnicate<CHARACTER_1>, <unused1> New York's nowhere caf\u00e9 \U0001f600 now"
+PROBE = (
+    "[SCRATCH]  and\n\n\nXylofrobnicate<CHARACTER_1>, <unused1> New York's nowhere caf\u00e9, \u00e9t\u00e9 \U0001f600"
+)
 
 
 def write_tokenizer(kind: Kind, directory: Path) -> None:
     """The tokenizer's files, the chat template among them, as the tool of ``kind`` writes them."""
     if kind.fault == "no tokenizer":
         return
-    shutil.copytree(_base(), directory, dirs_exist_ok=True)
+    for name, content in _base().items():
+        (directory / name).write_bytes(content)
     contradicting = kind.fault in ("contradicting tokenizers", "a piece renamed in one file")
     if kind.added == "renamed" or kind.fault == "a piece renamed in one file":
         _rename(directory, proto=not contradicting)
@@ -82,8 +86,8 @@ def write_tokenizer(kind: Kind, directory: Path) -> None:
         tokenizer([PROBE], truncation=True, max_length=8, padding="max_length")
     tokenizer.save_pretrained(saved)
     if kind.tokenizer in ("5", "5 truncating") and not contradicting:
-        for name in (TOKENIZER_MODEL, TOKENIZER_JSON, TOKENIZER_CONFIG, "special_tokens_map.json"):
-            (directory / name).unlink(missing_ok=True)
+        for name in _base():
+            (directory / name).unlink()
         for path in saved.iterdir():
             path.rename(directory / path.name)
     else:
@@ -93,9 +97,8 @@ def write_tokenizer(kind: Kind, directory: Path) -> None:
 
 
 @cache
-def _base() -> Path:
-    """The demo's tokenizer in the files of transformers 4, its last two pieces being unused ones as Gemma's has."""
-    directory = Path(tempfile.mkdtemp(prefix="tokenizer"))
+def _base() -> dict[str, bytes]:
+    """The files of the demo's tokenizer, as transformers 4 wrote them. Its last two pieces are unused, as Gemma has."""
     model = protobuf.ModelProto()
     model.ParseFromString((DEMO / TOKENIZER_MODEL).read_bytes())
     data = json.loads((DEMO / TOKENIZER_JSON).read_text())
@@ -108,11 +111,12 @@ def _base() -> Path:
         data["model"]["vocab"][name] = token
         data["added_tokens"].append({"id": token, **_described(name, special=False, normalized=False)})
         config["added_tokens_decoder"][str(token)] = _described(name, special=False, normalized=False)
-    (directory / TOKENIZER_MODEL).write_bytes(model.SerializeToString())
-    (directory / TOKENIZER_JSON).write_text(json.dumps(data))
-    (directory / TOKENIZER_CONFIG).write_text(json.dumps(config))
-    shutil.copyfile(DEMO / "special_tokens_map.json", directory / "special_tokens_map.json")
-    return directory
+    return {
+        TOKENIZER_MODEL: model.SerializeToString(),
+        TOKENIZER_JSON: json.dumps(data).encode(),
+        TOKENIZER_CONFIG: json.dumps(config).encode(),
+        SPECIAL_TOKENS: (DEMO / SPECIAL_TOKENS).read_bytes(),
+    }
 
 
 def _described(content: str, special: bool, normalized: bool) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def _as_version_4(directory: Path, saved: Path, kind: Kind) -> None:
     listed = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in data["added_tokens"]}
     roles = {key: saved_config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     edit(directory / TOKENIZER_CONFIG, lambda config: config.update(roles | {"added_tokens_decoder": listed}))
-    edit(directory / "special_tokens_map.json", lambda config: config.update(roles))
+    edit(directory / SPECIAL_TOKENS, lambda config: config.update(roles))
     if kind.tokenizer == "4 slow":
         (directory / TOKENIZER_JSON).unlink()
     if kind.fault == "contradicting tokenizers":
