@@ -11,13 +11,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoTokenizer, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+)
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
 from gemma3.chat import Message
 from tests.kinds.kind import Kind
 from tests.kinds.weights import IMAGE_SIZE, TOKENS_PER_IMAGE, build
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass
@@ -35,8 +43,11 @@ class Transformers:
     @cached_property
     def model(self) -> Any:
         """All of its text weights come from the files, and every tensor in the files is used."""
-        if self.kind.names == "compiled":
-            return build(self.kind)
+        if self.kind.names == "compiled":  # which transformers does not read
+            built = build(self.kind)
+            if (self.directory / GENERATION_CONFIG).exists():
+                built.generation_config = GenerationConfig.from_pretrained(self.directory)
+            return built
         options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         cls: Any = Gemma3ForCausalLM if self.kind.model == "text" else Gemma3ForConditionalGeneration
         if self.kind.model == "blind":  # transformers adds a large vision model with random weights: make it small
@@ -59,7 +70,7 @@ class Transformers:
     @property
     def named_stop_ids(self) -> set[int]:
         """All ids that some file calls an end: the model's and those that generation_config.json adds."""
-        files = [self.directory / name for name in ("config.json", "generation_config.json")]
+        files = [self.directory / name for name in ("config.json", GENERATION_CONFIG)]
         levels = [json.loads(path.read_text()) for path in files if path.exists()]
         levels += [levels[0].get("text_config", {})]
         return {token for level in levels for token in _as_set(level.get("eos_token_id"))}
