@@ -20,7 +20,7 @@ from runtime_py import api
 from tests.bundles import Cli
 from tests.kinds.kind import FAULTS, PLAIN, Kind, covering, singles
 from tests.kinds.oracle import Transformers
-from tests.kinds.tokens import PROBE
+from tests.kinds.tokens import PROBE, texts
 from tests.kinds.weights import IMAGE_SIZE
 from tests.kinds.write import write
 
@@ -105,14 +105,15 @@ def test_an_exported_kind_equals_transformers(gemma_edge: Cli, tmp_path: Path, k
 def test_an_opened_kind_equals_transformers(tmp_path: Path, kind: Kind) -> None:
     checkpoint = write(kind, tmp_path / "checkpoint")
     ours, theirs = open_checkpoint(checkpoint), Transformers(kind, checkpoint)
-    ids = theirs.ids(PROBE)
-    assert ours.tokenizer.encode(PROBE, bos=True) == ids
-    assert ours.tokenizer.decode(ids) == theirs.tokenizer.decode(ids, skip_special_tokens=True)
+    for text in texts(kind):
+        ids = theirs.ids(text)
+        assert ours.tokenizer.encode(text, bos=True) == ids
+        assert ours.tokenizer.decode(ids) == theirs.tokenizer.decode(ids, skip_special_tokens=True)
     assert theirs.stop_ids <= {*ours.config.eos_token_ids, *ours.generation.eos_token_ids} <= theirs.named_stop_ids
     if chat := theirs.chat_ids(CHAT):
         assert ours.chat.encode(ours.tokenizer, CHAT) in chat
-    logits = load_model(ours)(torch.tensor([ids]))[0].numpy()
-    expected = theirs.logits(ids)
+    logits = load_model(ours)(torch.tensor([theirs.ids(PROBE)]))[0].numpy()
+    expected = theirs.logits(theirs.ids(PROBE))
     assert np.abs(logits - expected).max() < 1e-4 * expected.std()
 
 

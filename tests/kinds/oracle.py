@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import (
     AutoTokenizer,
-    GenerationConfig,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
+    GenerationConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor

@@ -1,6 +1,7 @@
 """The tokenizer's files and the chat template of the kinds, from the demo's tokenizer."""
 
 import json
+import random
 import shutil
 import tempfile
 from functools import cache
@@ -59,6 +60,39 @@ CHATML_OF_TRAINING = """\
 PROBE = (
     "[SCRATCH]  and\n\n\nXylofrobnicate<CHARACTER_1>, <unused1> New York's nowhere caf\u00e9, \u00e9t\u00e9 \U0001f600"
 )
+# Parts of texts. No special token comes of them.
+FRAGMENTS = (
+    *(
+        "Xylofrobnicate",
+        "Xylo",
+        "[SCRATCH]",
+        " [SCRATCH] ",
+        "<CHARACTER_1>",
+        "<CHAR",
+        "now",
+        "nowhere",
+        "New York",
+        "New",
+    ),
+    *(
+        "<unused0>",
+        "<unused1>",
+        "<unu",
+        "\u00e9t\u00e9",
+        "cafe\u0301",
+        "\U0001f468\u200d\U0001f469",
+        "\ufb01",
+        "<|im_",
+        "\u2581",
+    ),
+    *(" ", "  ", "     ", "\n", "\n\n\n", "\t", "\r\n", "a", "1", "3.14", "don't", "<0x41>", "<b>"),
+)
+
+
+def texts(kind: Kind) -> list[str]:
+    """``PROBE`` and twenty random texts, for each kind others."""
+    generator = random.Random(str(kind))
+    return [PROBE, *("".join(generator.choices(FRAGMENTS, k=6)) for _ in range(20))]
 
 
 def write_tokenizer(kind: Kind, directory: Path) -> None:
