@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -87,6 +88,9 @@ def test_an_exported_kind_equals_transformers(gemma_edge: Cli, tmp_path: Path, k
     result = gemma_edge("export", checkpoint, "-o", bundle, "--format", format, "--scheme", "fp32")
     assert result.code == 0, result.err
     theirs = Transformers(kind, checkpoint)
+    stock = tokenizers.Tokenizer.from_file(str(bundle / "tokenizer.json"))  # what other runners read
+    for text in texts(kind):
+        assert stock.encode(text).ids == theirs.ids(text)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)).save(
         picture := tmp_path / "picture.png"
     )
