@@ -22,17 +22,10 @@ class Kind:
     tokenizer: Literal["5", "5 truncating", "4", "4 slow"] = "5"  # tokenizer.json; both files; only tokenizer.model
     added: Literal["nothing", "words", "markers", "renamed"] = "nothing"
     template: Literal[
-        "Gemma's",
-        "none",
-        "Gemma's in config",
-        "ChatML",
-        "ChatML in config",
-        "ChatML over Gemma's",
-        "named",
-        "processor's",
+        "Gemma's", "none", "Gemma's in config", "ChatML", "ChatML over Gemma's", "named", "processor's"
     ] = "Gemma's"
-    marks: Literal["none", "unsloth", "remote code", "classifier", "generation keys"] = "none"
-    generation: Literal["saved", "absent", "more stops", "one stop", "sampling"] = "saved"
+    marks: Literal["none", "tools'", "generation keys"] = "none"
+    generation: Literal["saved", "absent", "more stops", "sampling"] = "saved"
     window: Literal["short", "over the positions"] = "short"
     rope: Literal["default", "linear"] = "default"
     processor: Literal["none", "4", "5"] = "none"

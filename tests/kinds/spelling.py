@@ -13,9 +13,14 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 # Keys that tools write into config.json and that no version of transformers reads for this architecture.
 MARKS: dict[str, dict[str, Any]] = {
     "none": {},
-    "unsloth": {"unsloth_fixed": True, "unsloth_version": "2025.9.1"},
-    "remote code": {"auto_map": {"AutoModelForCausalLM": "modeling_gemma3.Gemma3ForCausalLM"}},
-    "classifier": {"num_labels": 2, "id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}},
+    "tools'": {
+        "unsloth_fixed": True,
+        "unsloth_version": "2025.9.1",
+        "auto_map": {"AutoModelForCausalLM": "modeling_gemma3.Gemma3ForCausalLM"},
+        "num_labels": 2,
+        "id2label": {"0": "no", "1": "yes"},
+        "label2id": {"no": 0, "yes": 1},
+    },
     "generation keys": {
         "max_length": 20,
         "do_sample": False,
@@ -134,14 +139,12 @@ def write_generation(kind: Kind, directory: Path, stop: int) -> None:
         path.unlink()
     elif kind.generation == "more stops":
         edit(path, lambda config: config.update(eos_token_id=[1, 6, stop]))
-    elif kind.generation == "one stop":
-        edit(path, lambda config: config.update(eos_token_id=6))
-    elif kind.generation == "sampling":  # as released
+    elif kind.generation == "sampling":  # as released, with one stop id
         released = {
             "bos_token_id": 2,
             "cache_implementation": "hybrid",
             "do_sample": True,
-            "eos_token_id": [1, 6],
+            "eos_token_id": 6,
             "pad_token_id": 0,
             "top_k": 64,
             "top_p": 0.95,

@@ -206,7 +206,6 @@ def _write_template(kind: Kind, directory: Path) -> None:
     edit(directory / TOKENIZER_CONFIG, lambda config: config.pop("chat_template", None))
     in_config: dict[str, Any] = {
         "Gemma's in config": RELEASED_TEMPLATE,
-        "ChatML in config": CHATML,
         "ChatML over Gemma's": RELEASED_TEMPLATE,
         "named": [{"name": "tool_use", "template": RELEASED_TEMPLATE}, {"name": "default", "template": CHATML}],
     }
