@@ -78,26 +78,28 @@ class Transformers:
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text).input_ids)
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[list[int]]:
-        """The ids of a conversation, by the tokenizer and by the processor; empty without a template.
+    def chat_ids(self, messages: Sequence[Message]) -> list[int] | None:
+        """The ids of a conversation, by the processor of a multimodal model; None without a template.
 
-        The two differ for a multimodal model whose template does not write BOS: a processor adds it.
+        A processor adds BOS where the template does not write it.
         """
-        found: list[list[int]] = []
-        if self.tokenizer.chat_template is not None:
-            ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-            found.append(ids)
-        template = self._template
-        if self.kind.model == "seeing" and template is not None:
-            inputs = self._processor.apply_chat_template(
-                list(map(_in_parts, messages)) if "is string" in template else list(messages),
-                chat_template=template,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
+        if self.kind.model != "seeing":
+            if self.tokenizer.chat_template is None:
+                return None
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_dict=False
             )
-            found.append(list(inputs["input_ids"][0]))
-        return found
+            return ids
+        if (template := self._template) is None:
+            return None
+        inputs = self._processor.apply_chat_template(
+            list(map(_in_parts, messages)) if "is string" in template else list(messages),
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+        return list(inputs["input_ids"][0])
 
     def see(self, picture: Path, text: str) -> list[int]:
         """The ids of ``picture`` followed by ``text``. From now on logits are those of the picture too."""
