@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gemma3.chat import GEMMA, ChatFormat, Message
 from gemma3.tokenizer import Tokenizer
 from runtime_py.generate import Sampler, StopReason, generate
-from runtime_py.pictures import Picture, all_pixels, content_of
+from runtime_py.pictures import Picture, views, content_of
 from runtime_py.sessions.protocol import Session, check_ids
 
 
@@ -82,7 +82,7 @@ class Conversation:
         does not fit the context. After such an error the conversation is unchanged.
         """
         session, turn = self._session, self._turn(text, pictures)
-        images = all_pixels(turn.fed_pictures)
+        images = views(turn.fed_pictures)
         if turn.anew:
             size, context = session.vocab_size, session.context
             check_ids(turn.fed_ids, vocab_size=size, position=0, context=context, images=len(images))

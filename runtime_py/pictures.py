@@ -47,6 +47,6 @@ def content_of(text: str, pictures: Sequence[Picture], vision: VisionConfig | No
     return parts if pictures else text
 
 
-def all_pixels(pictures: Iterable[Picture]) -> list[Pixels]:
-    """The pixels of all images and their crops, in the order of the prompt."""
+def views(pictures: Iterable[Picture]) -> list[Pixels]:
+    """What the vision model sees, in the order of the prompt: each image whole, then its crops."""
     return [pixels for picture in pictures for pixels in picture.pixels]

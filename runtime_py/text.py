@@ -12,7 +12,7 @@ from runtime_py.backends import open_session
 from runtime_py.conversation import stream_text
 from runtime_py.generate import Generation, Sampler, StopReason
 from runtime_py.generate import generate as generate_ids
-from runtime_py.pictures import all_pixels, content_of, placed, read_pictures
+from runtime_py.pictures import views, content_of, placed, read_pictures
 from runtime_py.sessions.protocol import Session
 
 
@@ -77,7 +77,7 @@ def generate(
         session,
         ids,
         sampler or Sampler(),
-        images=all_pixels(pictures),
+        images=views(pictures),
         stop_ids=bundle.eos_ids,
         max_new_tokens=max_new_tokens,
     )
