@@ -43,6 +43,8 @@ PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
+    ("language_model.", "model."),
+    *((f"{part}.", f"model.{part}.") for part in ("embed_tokens", "layers", "norm")),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     *((prefix, f"{names.VISION_TOWER}.") for prefix in (f"{names.VISION_TOWER}.", "vision_tower.")),
     *((f"model.{prefix}", f"{names.VISION_TOWER}.") for prefix in (f"{names.VISION_TOWER}.", "vision_tower.")),

@@ -265,10 +265,11 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
             raise BadInput("model_type 'gemma3' without a text_config; the file is incomplete")
         _check_required(data, REQUIRED_ANYWHERE)
         # Where the outer level gives token ids, transformers generates with those. Whether the head is tied is decided
-        # there alone, because that is where transformers has it.
+        # there too. Where it is silent, transformers loads a stored head even so, and the inner level says if there is
+        # one.
         outer = {key: data[key] for key in NULLABLE if data.get(key) is not None}
         _flag(text, "tie_word_embeddings", default=True)
-        tied = data.get("tie_word_embeddings", True)
+        tied = data.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
         config = _parse_text({**text, **outer, "tie_word_embeddings": False if tied is None else tied})
         return config if data.get("vision_config") is None else replace(config, vision=_parse_vision(data, config))
     if model_type != "gemma3_text":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gemma3.chat import GEMMA, ChatFormat, Message
 from gemma3.tokenizer import Tokenizer
 from runtime_py.generate import Sampler, StopReason, generate
-from runtime_py.pictures import Picture, views, content_of
+from runtime_py.pictures import Picture, content_of, views
 from runtime_py.sessions.protocol import Session, check_ids
 
 

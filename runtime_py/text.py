@@ -12,7 +12,7 @@ from runtime_py.backends import open_session
 from runtime_py.conversation import stream_text
 from runtime_py.generate import Generation, Sampler, StopReason
 from runtime_py.generate import generate as generate_ids
-from runtime_py.pictures import views, content_of, placed, read_pictures
+from runtime_py.pictures import content_of, placed, read_pictures, views
 from runtime_py.sessions.protocol import Session
 
 

@@ -17,14 +17,11 @@ from export.manifest import (
     SCHEMA_VERSION,
     FileEntry,
     Manifest,
-    chat_format,
     read_manifest,
     sha256_of,
 )
 from export.target import Method, TensorSpec
-from gemma3.chat import GEMMA
 from gemma3.errors import BadInput, VerificationFailed
-from gemma3.generation_config import Sampling
 from tests.manifests import manifest_of
 from tests.shapes import tiny_config, tiny_vision_config
 
@@ -123,16 +120,6 @@ def test_a_newer_minor_version_may_have_keys_that_we_do_not_know() -> None:
     del data["chunk"]
     with pytest.raises(BadInput, match=r"missing key manifest\.chunk"):
         Manifest.from_json(json.dumps(data))
-
-
-def test_a_bundle_of_3_0_has_gemmas_form_and_is_greedy() -> None:
-    data = json.loads(small().to_json())
-    data["schema_version"] = "3.0"
-    del data["sampling"], data["tokenizer"]["chat_format"], data["tokenizer"]["template_variables"]
-    manifest = Manifest.from_json(json.dumps(data))
-    assert manifest == replace(small(), schema_version="3.0")
-    assert chat_format(manifest) is GEMMA
-    assert manifest.sampling == Sampling()
 
 
 def test_a_missing_key_is_named() -> None:
