@@ -40,6 +40,8 @@ def read_added_tokens(
     """
     config, added = _read(directory / CONFIG), _read(directory / ADDED)
     in_json = None if file is None else list(_of_json(file))
+    if file is None:
+        _check_ends(directory / CONFIG, config)
     entries = config.get("added_tokens_decoder")
     in_config = None if entries is None else list(_of_config(directory / CONFIG, entries))
     in_added = list(_of_added(directory / ADDED, added))
@@ -56,6 +58,19 @@ def read_added_tokens(
                 if known is not None and token.id >= count and token.name not in special | known:
                     raise BadInput(f"{token.path}: the added token {shown(token.name)} is not in {name}; {AGREE}")
     return tokens, frozenset(special)
+
+
+def _check_ends(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises BadInput unless a prompt begins with BOS and does not end with EOS.
+
+    transformers 5 reads these keys only where there is no tokenizer.json.
+    """
+    for key, needed in (("add_bos_token", True), ("add_eos_token", False)):
+        if config.get(key, needed) is not needed:
+            raise BadInput(
+                f"{path}: {key} is {str(config[key])[:60]}; Gemma 3 was trained with {str(needed).lower()}, and "
+                "nothing else is implemented"
+            )
 
 
 def contradiction(path: Path, here: str, there: str, where: Path) -> BadInput:

@@ -51,6 +51,9 @@ PREFIXES = (
 )
 
 
+ADAPTER = "adapter_config.json"
+# Buffers that older versions of transformers stored, and that it computes now: 0, 1, 2, …
+NOT_WEIGHTS = ".embeddings.position_ids"
 # torch.compile puts this before the names of what it has compiled.
 COMPILED = "_orig_mod."
 # What other tools put into the names of weights, and what to do then.
@@ -121,10 +124,16 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     Raises BadInput as ``Tokenizer`` does, when it lacks a marker, and when it does not belong to ``config``.
     """
     tokenizer, vision = Tokenizer(path, rows=config.vocab_size), config.vision
-    if tokenizer.vocab_size > config.vocab_size or tokenizer.bos_id != config.bos_token_id:
+    if tokenizer.vocab_size > config.vocab_size:
         raise BadInput(
-            f"{path}: {tokenizer.path.name} has {tokenizer.vocab_size} tokens and BOS {tokenizer.bos_id}, config.json "
-            f"{config.vocab_size} and {config.bos_token_id}; they are not of the same model"
+            f"{path}: {tokenizer.path.name} has {tokenizer.vocab_size} tokens with the added ones, the embedding table "
+            f"{config.vocab_size} rows; resize the table (resize_token_embeddings), or use this model's own tokenizer"
+        )
+    if tokenizer.bos_id != config.bos_token_id:
+        raise BadInput(
+            f"{path}: bos_token_id is {config.bos_token_id} in config.json, but Gemma's <bos> is token "
+            f"{tokenizer.bos_id}; another BOS is not implemented, so set it to {tokenizer.bos_id} if the model was "
+            "trained with <bos>"
         )
     expected: dict[str, int | None] = {START_OF_TURN: None, END_OF_TURN: None}
     if vision is not None:
@@ -165,6 +174,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not (path / CONFIG).exists() and (advice := _instead(path)):  # an adapter has no config.json
         raise BadInput(f"{path}: {advice}")
+    if (path / ADAPTER).exists():
+        raise BadInput(
+            f"{path}: has {ADAPTER} beside the model, and transformers would apply that adapter; merge it "
+            "(merge_and_unload) and save the result, or move the adapter's files away"
+        )
     config = read_config(path / CONFIG)
     stored: dict[str, str] = {}
     owner: dict[str, Any] = {}
@@ -173,6 +187,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         file = _open(file_path)
         for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
             plain = _plain_name(name)
+            if plain.endswith(NOT_WEIGHTS):
+                continue
             if plain in stored:
                 raise BadInput(f"{path}: tensor {plain} is stored twice (as {stored[plain]} and {name})")
             stored[plain], owner[plain], paths[plain] = name, file, file_path

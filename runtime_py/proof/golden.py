@@ -133,9 +133,13 @@ class ReferenceLogits:
 
 
 def relative_rms(seen: SoftTokens, expected: SoftTokens) -> float:
-    """The root mean square of the difference, divided by the root mean square of ``expected``."""
-    delta = seen.astype(np.float64) - expected
-    return math.sqrt(float((delta**2).sum() / (expected.astype(np.float64) ** 2).sum()))
+    """The root mean square of the difference, divided by the root mean square of ``expected``.
+
+    Infinite if only ``expected`` is zero.
+    """
+    squares = float(((seen.astype(np.float64) - expected) ** 2).sum())
+    size = float((expected.astype(np.float64) ** 2).sum())
+    return math.sqrt(squares / size) if size else math.inf if squares else 0.0
 
 
 def log_sum_exp(logits: NDArray[np.float64]) -> float:

@@ -165,6 +165,19 @@ def test_names_of_other_tools(tmp_path: Path, rename: Any, message: str) -> None
     assert message in refusal(write(tmp_path, SHAPES["like-270m"], tensors))
 
 
+def test_an_adapter_beside_a_whole_model_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    path = write(tmp_path, SHAPES["like-270m"], state("like-270m"))
+    (path / "adapter_config.json").write_text("{}")
+    assert "transformers would apply that adapter; merge it" in refusal(path)
+
+
+def test_position_ids_that_older_versions_stored(tmp_path: Path) -> None:
+    tensors = state("like-270m")
+    expected = open_checkpoint(write(tmp_path / "plain", SHAPES["like-270m"], tensors)).names
+    stored = tensors | {"vision_tower.vision_model.embeddings.position_ids": torch.arange(4)[None]}
+    assert open_checkpoint(write(tmp_path / "old", SHAPES["like-270m"], stored)).names == expected
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -101,6 +101,23 @@ def test_tokenizer_model_alone(tmp_path: Path) -> None:
     same_as_transformers(Tokenizer(tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize(("key", "value"), [("add_bos_token", False), ("add_eos_token", True)])
+def test_ends_of_a_prompt_that_are_not_implemented(tmp_path: Path, key: str, value: bool) -> None:
+    """transformers reads these keys only where there is no tokenizer.json."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    edit(tmp_path / "tokenizer_config.json", lambda data: data.update({key: value}))
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)("text").input_ids
+    assert ids == Tokenizer(tmp_path).encode("text", bos=True)
+    (tmp_path / "tokenizer.json").unlink()
+    shutil.copy(DEMO / "tokenizer.model", tmp_path)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)("text").input_ids
+    with pytest.raises(BadInput, match=f"{key} is {value}; Gemma 3 was trained with"):
+        Tokenizer(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", lambda data: data.pop(key))
+    assert ids != Tokenizer(tmp_path).encode("text", bos=True)
+
+
 def test_added_words_as_transformers_4_saved_them(tmp_path: Path) -> None:
     saved(tmp_path, lambda tokenizer: tokenizer.add_tokens(WORDS))
     alone = Tokenizer(tmp_path)
