@@ -72,8 +72,10 @@ def cache_layout(config: ModelConfig, style: CacheStyle, context: int, chunk: in
     """The layout for at most ``context`` positions, which are fed in chunks of at most ``chunk`` tokens.
 
     A window longer than the context is clamped to it: such a layer holds the whole context. Raises DoesNotFit when the
-    context is larger than the model's, and BadInput when the chunk is not within the context.
+    context is larger than the model's, and BadInput when it is below 1 or the chunk is not within it.
     """
+    if context < 1:
+        raise BadInput(f"context {context} holds no text; use --context 1 or more")
     if context > config.max_position_embeddings:
         raise DoesNotFit(
             f"context {context} is larger than the model's max_position_embeddings "

@@ -75,7 +75,8 @@ def test_the_proof_covers_images(bundle: Path) -> None:
     assert any(check.id == "landmark/image-3" for check in checks)
     assert {"soft tokens of image 1", "soft tokens of image 2, multiplied in float32"} <= names
     exact = [check for check in checks if check.metric == "soft_rms" and "float32" in check.name]
-    assert [check.limit for check in exact] == [1e-5, 1e-5]
+    assert len(exact) == 2
+    assert all(check.limit is not None and 1e-7 < check.limit < 1e-5 for check in exact)
     (integers,) = [check for check in checks if check.metric == "equal"]
     assert integers.value == 1.0
 

@@ -87,8 +87,10 @@ def accuracy(
 def common_context(models: Sequence[Model], wanted: int | None) -> int:
     """``wanted``, or if None the most positions that all of ``models`` can hold, but at most 4096.
 
-    Raises DoesNotFit when ``wanted`` is more than one of them can hold.
+    Raises DoesNotFit when ``wanted`` is more than one of them can hold, and BadInput when it is below 1.
     """
+    if wanted is not None and wanted < 1:
+        raise BadInput(f"context {wanted} holds no text; use 1 or more")
     least = min(models, key=lambda model: model.context)
     if wanted is not None and wanted > least.context:
         raise DoesNotFit(
@@ -127,12 +129,13 @@ def candidates_of(
     checks = check_integers(path, manifest, weights, targets)
     require_passed(checks)
     integers = {check.artifact: check for check in checks}
-    return {
-        f"{name} .{one}": Candidate(
-            session, partial(eager_session, manifest, manifest.artifacts[one], weights[one]), integers.get(one)
-        )
-        for one, session in sessions.items()
-    }
+    candidates = {}
+    for one, session in sessions.items():
+        artifact = manifest.artifacts[one]
+        # Its first reference rounds activations as the kernels of a workstation do.
+        own = partial(eager_session, manifest, artifact, weights[one], targets[one], artifact.references[0])
+        candidates[f"{name} .{one}"] = Candidate(session, own, integers.get(one))
+    return candidates
 
 
 def _bars(tokens: int) -> Callable[[str, int], None]:
