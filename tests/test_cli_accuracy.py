@@ -98,7 +98,8 @@ def test_what_quantization_cost_and_what_the_export_changed(
     (fidelity,) = figures["fidelity"].values()
     assert of_file["kl"]["value"] == pytest.approx(of_eager["kl"]["value"], rel=0.1)
     assert fidelity["kl"]["value"] < of_file["kl"]["value"] / 20
-    assert fidelity["reference_perplexity"] == pytest.approx(of_eager["perplexity"])
+    # The file's own reference rounds activations, the checkpoint's eager model does not.
+    assert fidelity["reference_perplexity"] == pytest.approx(of_eager["perplexity"], rel=0.01)
     (integers,) = figures["integers"].values()
     assert integers["value"] == 1.0
     assert figures["baselines"] == ["rtn"]
