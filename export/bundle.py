@@ -271,7 +271,7 @@ def stand_in_checks(manifest: Manifest) -> list[Check]:
 
 
 def tokenizer_info(source: Source) -> TokenizerInfo:
-    """The manifest's entry for the tokenizer. Raises BadInput as ``gemma3.checkpoint.read_tokenizer`` does."""
+    """The manifest's entry for the tokenizer. Raises BadInput as ``gemma3.companions.read_tokenizer`` does."""
     config, tokenizer = source.config, source.tokenizer
     markers = [START_OF_TURN, END_OF_TURN]
     if config.vision is not None:

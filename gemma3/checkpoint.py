@@ -5,7 +5,6 @@ quant/source.py opens quantized checkpoints too.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,13 @@ from torch import Tensor
 
 from gemma3 import names
 from gemma3.chat import ChatFormat
-from gemma3.chat_template import open_format
+from gemma3.companions import Companions
 from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
-from gemma3.generation_config import GenerationConfig, read_generation_config
+from gemma3.generation_config import GenerationConfig
 from gemma3.host.files import check_plain, read_json, reason
 from gemma3.model import Gemma3
-from gemma3.tokenizer import (
-    END_OF_IMAGE,
-    END_OF_TURN,
-    IMAGE_SOFT_TOKEN,
-    START_OF_IMAGE,
-    START_OF_TURN,
-    Tokenizer,
-)
+from gemma3.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -77,29 +69,30 @@ INSTEAD = {
 class Checkpoint:
     """An opened full-precision checkpoint: its configuration, its tokenizer and its named tensors.
 
-    The names are those of ``Gemma3``'s parameters. A tensor is read each time it is asked for, and the tokenizer when
-    it is first used. ``path`` is the checkpoint's directory, for error messages and for copying its other files.
+    The names are those of ``Gemma3``'s parameters. A tensor is read each time it is asked for, and the other files when
+    they are first used. ``path`` is the checkpoint's directory, for error messages and for copying its other files.
     """
 
     path: Path
     config: ModelConfig
+    companions: Companions
     _files: dict[str, Path] = field(repr=False)  # name → safetensors file
     _stored: dict[str, str] = field(repr=False)  # name → name in the file
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer. Raises BadInput as ``read_tokenizer`` does."""
-        return read_tokenizer(self.path, self.config)
+        """Raises BadInput as ``Companions.tokenizer`` does."""
+        return self.companions.tokenizer
 
-    @cached_property
+    @property
     def chat(self) -> ChatFormat:
-        """The form of the conversations it was tuned on. Raises BadInput as ``open_format`` does."""
-        return open_format(self.path, self.config.vision is not None)
+        """Raises BadInput as ``Companions.chat`` does."""
+        return self.companions.chat
 
-    @cached_property
+    @property
     def generation(self) -> GenerationConfig:
-        """Its ``generation_config.json``. Raises BadInput as ``read_generation_config`` does."""
-        return read_generation_config(self.path)
+        """Raises BadInput as ``Companions.generation`` does."""
+        return self.companions.generation
 
     @property
     def names(self) -> list[str]:
@@ -116,39 +109,6 @@ class Checkpoint:
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.tensor(name)) for name in self._stored)
-
-
-def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of the checkpoint in the directory ``path``.
-
-    Raises BadInput as ``Tokenizer`` does, when it lacks a marker, and when it does not belong to ``config``.
-    """
-    tokenizer, vision = Tokenizer(path, rows=config.vocab_size), config.vision
-    if tokenizer.vocab_size > config.vocab_size:
-        raise BadInput(
-            f"{path}: {tokenizer.path.name} has {tokenizer.vocab_size} tokens with the added ones, the embedding table "
-            f"{config.vocab_size} rows; resize the table (resize_token_embeddings), or use this model's own tokenizer"
-        )
-    if tokenizer.bos_id != config.bos_token_id:
-        raise BadInput(
-            f"{path}: bos_token_id is {config.bos_token_id} in config.json, but Gemma's <bos> is token "
-            f"{tokenizer.bos_id}; another BOS is not implemented, so set it to {tokenizer.bos_id} if the model was "
-            "trained with <bos>"
-        )
-    expected: dict[str, int | None] = {START_OF_TURN: None, END_OF_TURN: None}
-    if vision is not None:
-        expected |= {
-            START_OF_IMAGE: vision.begin_image_token_id,
-            IMAGE_SOFT_TOKEN: vision.image_token_id,
-            END_OF_IMAGE: vision.end_image_token_id,
-        }
-    for piece, token in expected.items():
-        if tokenizer.special_id(piece) != token and token is not None:
-            raise BadInput(
-                f"{path}: {piece} is token {tokenizer.special_id(piece)} of the tokenizer, {token} in config.json; "
-                "they are not of the same model"
-            )
-    return tokenizer
 
 
 DEMOS = {"demo": "demo", "demo-vision": "demo_vision"}  # model argument → folder beside this file
@@ -213,7 +173,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _check_stored_twin(path, owner, stored)
         del expected[names.HEAD]
     ordered = {name: stored[name] for name in expected}
-    return Checkpoint(path, config, paths, ordered)
+    return Checkpoint(path, config, Companions(path, config), paths, ordered)
 
 
 def load_model(checkpoint: Checkpoint) -> Gemma3:

@@ -58,7 +58,7 @@ def quantize(
         layers = [(names.layer(index), layer) for index, layer in enumerate(model.model.layers)]
         chosen = gptq(layers, model.hidden, calibration_rows(checkpoint, data, tokens), recipe)
     weights = quantize_weights(checkpoint.items(), recipe, chosen)
-    return QuantizedCheckpoint(checkpoint.path, checkpoint.config, weights, recipe, method)
+    return QuantizedCheckpoint(checkpoint.path, checkpoint.config, checkpoint.companions, weights, recipe, method)
 
 
 def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) -> list[Tensor]:

@@ -2,15 +2,14 @@
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from gemma3.chat import ChatFormat
-from gemma3.chat_template import open_format
-from gemma3.checkpoint import CONFIG, Checkpoint, check_shapes, open_checkpoint, read_tokenizer
+from gemma3.checkpoint import CONFIG, Checkpoint, check_shapes, open_checkpoint
+from gemma3.companions import Companions
 from gemma3.config import ModelConfig, read_config
 from gemma3.errors import BadInput
-from gemma3.generation_config import GenerationConfig, read_generation_config
+from gemma3.generation_config import GenerationConfig
 from gemma3.processor_config import pan_and_scan_by_default
 from gemma3.tokenizer import Tokenizer
 from quant.recipe import Recipe
@@ -29,24 +28,25 @@ class QuantizedCheckpoint:
 
     path: Path
     config: ModelConfig
+    companions: Companions
     weights: QuantizedWeights
     recipe: Recipe
     method: str  # how the integers were chosen: "rtn", "gptq", "hqq", "qat"
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer, read when it is first used. Raises BadInput as ``read_tokenizer`` does."""
-        return read_tokenizer(self.path, self.config)
+        """Raises BadInput as ``Companions.tokenizer`` does."""
+        return self.companions.tokenizer
 
-    @cached_property
+    @property
     def chat(self) -> ChatFormat:
-        """The form of the conversations it was tuned on. Raises BadInput as ``open_format`` does."""
-        return open_format(self.path, self.config.vision is not None)
+        """Raises BadInput as ``Companions.chat`` does."""
+        return self.companions.chat
 
-    @cached_property
+    @property
     def generation(self) -> GenerationConfig:
-        """Its ``generation_config.json``. Raises BadInput as ``read_generation_config`` does."""
-        return read_generation_config(self.path)
+        """Raises BadInput as ``Companions.generation`` does."""
+        return self.companions.generation
 
 
 Source = Checkpoint | QuantizedCheckpoint
@@ -74,7 +74,7 @@ def _open(path: Path) -> Source:
         check_shapes(config, stored.weights.shapes)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
-    return QuantizedCheckpoint(path, config, stored.weights, stored.recipe, stored.method)
+    return QuantizedCheckpoint(path, config, Companions(path, config), stored.weights, stored.recipe, stored.method)
 
 
 def full_precision(source: Source) -> Checkpoint:
