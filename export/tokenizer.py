@@ -15,9 +15,10 @@ from pathlib import Path
 
 from gemma3.added_tokens import CONFIG
 from gemma3.errors import BadInput
+from gemma3.host.files import read_optional
 from gemma3.tokenizer import Tokenizer
 from gemma3.tokenizer_files import MODEL, parse_model
-from gemma3.tokenizer_json import JSON, read_json
+from gemma3.tokenizer_json import AGAIN, JSON
 from gemma3.write_tokenizer_json import as_tokenizer_json
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, directory: Path) -> 
         (directory / JSON).unlink()
         log.warning("the bundle has no %s, which onnxruntime-genai needs: %s", JSON, error)
     path = checkpoint / CONFIG
-    config = read_json(path)[0] if path.exists() else DEFAULT_CONFIG
+    config = read_optional(path, AGAIN) or DEFAULT_CONFIG
     # It would list the added tokens once more, those included that the model has no rows for.
     config = {key: value for key, value in config.items() if key != "added_tokens_decoder"}
     (directory / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

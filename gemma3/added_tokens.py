@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma3.errors import BadInput
+from gemma3.host.files import read_optional
 from gemma3.pieces import SPACE, SPECIAL_PIECES
-from gemma3.tokenizer_json import AGAIN, JSON, TokenizerJson, check_id, check_name, read_json
+from gemma3.tokenizer_json import AGAIN, JSON, TokenizerJson, check_id, check_name
 
 CONFIG, ADDED, NAMED = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 AGREE = "remove the file that is out of date, or save the tokenizer again with transformers' save_pretrained"
@@ -149,7 +150,7 @@ def _merged(listed: Iterable[AddedToken]) -> dict[int, AddedToken]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object at ``path``; empty if there is no such file."""
-    return read_json(path)[0] if path.exists() or path.is_symlink() else {}
+    return read_optional(path, AGAIN)
 
 
 def fold(model: Any, path: Path, tokens: Mapping[int, AddedToken], special: frozenset[str], rows: int | None) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from gemma3.chat import GEMMA, ChatFormat, Image, Message, Part, encode_parts, for_text_only, render_chat
 from gemma3.errors import BadInput, counted
-from gemma3.json_file import read_object
+from gemma3.host.files import OWN_FILE, read_optional
 from gemma3.template_renderer import TemplateRenderer
 from gemma3.tokenizer import START_OF_IMAGE, Tokenizer
 
@@ -135,7 +135,7 @@ def _find_template(checkpoint: Path, multimodal: bool) -> str | None:
 
 def _only(path: Path) -> str | None:
     """The template under ``chat_template`` in a JSON file: a text, or the one named "default" of several."""
-    given = read_object(path).get("chat_template")
+    given = read_optional(path, OWN_FILE).get("chat_template")
     match given:
         case None:
             return None
@@ -169,10 +169,10 @@ def _variables(checkpoint: Path) -> dict[str, str]:
 
     transformers reads special_tokens_map.json only if tokenizer_config.json does not list the added tokens.
     """
-    config = read_object(checkpoint / TOKENIZER_CONFIG)
+    config = read_optional(checkpoint / TOKENIZER_CONFIG, OWN_FILE)
     given = dict(config)
     if "added_tokens_decoder" not in config:
-        named = read_object(checkpoint / SPECIAL_TOKENS)
+        named = read_optional(checkpoint / SPECIAL_TOKENS, OWN_FILE)
         given |= {key: named[key] for key in named if key in STANDARD_NAMES or given.get(key) is None}
     for key in ("extra_special_tokens", "model_specific_special_tokens"):
         if isinstance(config.get(key), dict):

@@ -10,7 +10,7 @@ from typing import Any
 
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
-from gemma3.json_file import read_object
+from gemma3.host.files import OWN_FILE, read_optional
 from gemma3.tokenizer import Tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
@@ -63,7 +63,7 @@ def read_generation_config(checkpoint: Path) -> GenerationConfig:
     Raises BadInput when the file is not a JSON object, and naming a setting whose value cannot be used.
     """
     path = checkpoint / GENERATION_CONFIG
-    data = read_object(path)
+    data = read_optional(path, OWN_FILE)
     try:
         return GenerationConfig(_eos_ids(data.get("eos_token_id")), _sampling(data), _ignored(data))
     except BadInput as error:

@@ -12,8 +12,8 @@ from typing import Any
 
 from gemma3.config import VisionConfig
 from gemma3.errors import BadInput
+from gemma3.host.files import OWN_FILE, read_optional
 from gemma3.images import MAX_CROPS, MIN_CROP, MIN_RATIO
-from gemma3.json_file import read_object
 
 PREPROCESSOR, PROCESSOR, NESTED = "preprocessor_config.json", "processor_config.json", "image_processor"
 
@@ -27,7 +27,7 @@ def pan_and_scan_by_default(checkpoint: Path, vision: VisionConfig) -> bool:
     Raises BadInput naming a key whose value asks for other pixels than gemma3/images.py makes or contradicts
     config.json, and for files that are no JSON objects.
     """
-    old, new = read_object(checkpoint / PREPROCESSOR), read_object(checkpoint / PROCESSOR)
+    old, new = read_optional(checkpoint / PREPROCESSOR, OWN_FILE), read_optional(checkpoint / PROCESSOR, OWN_FILE)
     settings, path = old, checkpoint / PREPROCESSOR
     if NESTED in new:
         settings, path = new[NESTED], checkpoint / PROCESSOR

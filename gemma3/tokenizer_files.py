@@ -16,8 +16,9 @@ from typing import Any
 
 from gemma3.added_tokens import AGREE, AddedToken, contradiction, fold, read_added_tokens, shown
 from gemma3.errors import BadInput
+from gemma3.host.files import check_plain, reason
 from gemma3.pieces import SPACE, SPECIAL_PIECES
-from gemma3.tokenizer_json import AGAIN, BYTE, JSON, TokenizerJson, cannot_read, piece_scores, read_tokenizer_json
+from gemma3.tokenizer_json import AGAIN, BYTE, JSON, TokenizerJson, piece_scores, read_tokenizer_json
 
 MODEL = "tokenizer.model"
 
@@ -76,10 +77,11 @@ class TokenizerFiles:
 
 def read_model(path: Path) -> bytes:
     """The content of a SentencePiece model's file. Raises BadInput when it cannot be read."""
+    check_plain(path, AGAIN)
     try:
         return path.read_bytes()
     except OSError as error:
-        raise cannot_read(path, error) from None
+        raise BadInput(f"{path}: {reason(error)}") from None
 
 
 def read_tokenizer_files(directory: Path, rows: int | None) -> TokenizerFiles:

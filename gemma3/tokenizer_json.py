@@ -5,7 +5,6 @@ it merges any two neighbours that make up a piece, the best score first. Both gi
 piece are all the ways to make it, and follow one another. The released file is like that; another one is refused.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma3.errors import BadInput
+from gemma3.host.files import object_in, read_text
 from gemma3.pieces import SPACE
 
 JSON = "tokenizer.json"
-MAX_BYTES = 256 << 20  # the released tokenizer.json has 33 MB
 MAX_TOKENS = 1 << 20  # the released vocabulary has 262145
 AGAIN = "copy it again from the model"
 GEMMAS_OWN = "gemma-edge reads Gemma's own tokenizer, with tokens added or renamed"
@@ -57,37 +56,10 @@ class TokenizerJson:
     added: Sequence[Any]
 
 
-def read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """The JSON object in the file ``path``, and the file's text.
-
-    Raises BadInput when it cannot be read, is larger than any tokenizer, is not a JSON object or has a key twice.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise BadInput(f"{path}: has {size >> 20} MiB, no tokenizer's file is that large; {AGAIN}")
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text, object_pairs_hook=_once)
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{path}: not readable as JSON ({str(error)[:200]}); {AGAIN}") from None
-    if not isinstance(data, dict):
-        raise BadInput(f"{path}: is JSON, but not an object; {AGAIN}")
-    return data, text
-
-
-def cannot_read(path: Path, error: OSError) -> BadInput:
-    """The error for a file that exists, or should, but cannot be read, with the advice that fits the cause."""
-    advice = f"make it readable: chmod u+r {path}" if isinstance(error, PermissionError) else AGAIN
-    return BadInput(f"{path}: cannot be read ({error.strerror}); {advice}")
-
-
 def read_tokenizer_json(path: Path) -> TokenizerJson:
-    """Raises BadInput as ``read_json`` does, and for a tokenizer with other rules than Gemma's."""
-    data, text = read_json(path)
+    """Raises BadInput as ``read_object`` does, and for a tokenizer with other rules than Gemma's."""
+    text = read_text(path, AGAIN)
+    data = object_in(text, path, AGAIN)
     model = data.get("model")
     if not isinstance(model, dict):
         raise BadInput(f"{path}: has no model; {AGAIN}")
@@ -195,15 +167,6 @@ def _steps(data: dict[str, Any], key: str) -> list[Any]:
     if isinstance(value, list):
         return value
     return [] if value is None else [value]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names: set[str] = set()
-        twice = next(name for name, _ in pairs if name in names or names.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:60]!r} is there twice")
-    return found
 
 
 def _shown(value: Any) -> str:

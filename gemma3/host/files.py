@@ -11,14 +11,16 @@ from typing import Any
 
 from gemma3.errors import BadInput
 
-# More than any configuration, index or manifest has. A larger file is something else.
-LARGEST = 64 << 20
+# More than any configuration, index, manifest or tokenizer has (Gemma's tokenizer.json: 33 MB). A larger file is
+# something else.
+LARGEST = 256 << 20
+OWN_FILE = "get the checkpoint's own file"  # advice for a companion of the weights that is damaged
 
 
 def read_text(path: Path, advice: str) -> str:
     """The text of a plain file in UTF-8. ``advice`` says what to do when there is no such file.
 
-    Raises BadInput when it is missing, not a plain file, not allowed to be read, over 64 MiB, or not UTF-8 text, and
+    Raises BadInput when it is missing, not a plain file, not allowed to be read, over 256 MiB, or not UTF-8 text, and
     when it begins with a byte order mark, which neither JSON nor TOML may have.
     """
     check_plain(path, advice)
@@ -39,7 +41,28 @@ def read_text(path: Path, advice: str) -> str:
 
 def read_json(path: Path, advice: str) -> Any:
     """The value of a JSON file. Raises BadInput as ``read_text`` and ``parse_json`` do."""
-    text = read_text(path, advice)
+    return _parsed(read_text(path, advice), path, advice)
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises BadInput as ``read_json`` does, and for another value than an object."""
+    return object_in(read_text(path, advice), path, advice)
+
+
+def object_in(text: str, path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in ``text``, which was read from ``path``. Raises BadInput as ``read_object`` does."""
+    data = _parsed(text, path, advice)
+    if not isinstance(data, dict):
+        raise BadInput(f"{path}: holds a JSON {type(data).__name__}, expected an object; {advice}")
+    return data
+
+
+def read_optional(path: Path, advice: str) -> dict[str, Any]:
+    """As ``read_object``; empty if there is no such file."""
+    return read_object(path, advice) if path.exists() or path.is_symlink() else {}
+
+
+def _parsed(text: str, path: Path, advice: str) -> Any:
     try:
         return parse_json(text)
     except BadInput as error:

@@ -124,7 +124,7 @@ def train(path: Path, **options: Any) -> Path:
 def test_missing_corrupt_and_foreign_models_are_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"has neither tokenizer\.model nor tokenizer\.json"):
         Tokenizer(tmp_path)
-    with pytest.raises(BadInput, match=r"tokenizer\.model: cannot be read \(No such file"):
+    with pytest.raises(BadInput, match=r"tokenizer\.model: no such file"):
         Tokenizer(tmp_path / "tokenizer.model")
     broken = tmp_path / "broken.model"
     for content in (b"", b"not a model", (DEMO / "tokenizer.model").read_bytes()[:30_001]):
