@@ -16,7 +16,7 @@ from gemma3.config import ModelConfig
 from gemma3.images import Pixels
 from gemma3.model import Gemma3
 from quant.activations import per_token
-from quant.eager import with_integer_weights
+from quant.eager import quantized_model, with_integer_weights
 from quant.integers import IntegerWeight
 from quant.methods import quantize_weights
 from quant.recipe import preset
@@ -51,6 +51,10 @@ class TinyPte:
         model = random_model(self.config)
         with_integer_weights(model, self.weights.integers, per_token)
         return model
+
+    def wide(self) -> Gemma3:
+        """``eager`` in float64."""
+        return quantized_model(self.config, self.weights, per_token, torch.float64)
 
     def eager_logits(self, ids: list[int], images: Sequence[Pixels] = ()) -> torch.Tensor:
         """The eager model's, [len(ids), V], all ids in one call."""

@@ -67,11 +67,16 @@ def fresh_references(
 
 
 def eager_session(
-    manifest: Manifest, artifact: Artifact, weights: QuantizedWeights, target: Target, name: str
+    manifest: Manifest,
+    artifact: Artifact,
+    weights: QuantizedWeights,
+    target: Target,
+    name: str,
+    dtype: torch.dtype = torch.float32,
 ) -> EagerSession:
     """The quantized eager model of ``artifact``, with its ``weights``. It rounds as its reference ``name`` does."""
     rounding = rounding_of(target, name, artifact.float_activations)
-    return _session(manifest, quantized_model(manifest.model, weights, rounding))
+    return _session(manifest, quantized_model(manifest.model, weights, rounding, dtype))
 
 
 def _session(manifest: Manifest, model: Gemma3) -> EagerSession:
@@ -140,12 +145,12 @@ def with_noise(reference: ReferenceLogits, session: EagerSession, plan: Plan) ->
 
 
 @contextmanager
-def nudged(model: Gemma3, seed: int = 0) -> Iterator[None]:
+def nudged(model: Gemma3) -> Iterator[None]:
     """In the block, ``model`` randomly changes its embeddings, and its vision model's, by one unit in the last place.
 
     Each call draws other changes.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def nudge(_: torch.nn.Module, __: Any, output: Tensor) -> Tensor:
         signs = torch.randint(-1, 2, output.shape, generator=generator)
