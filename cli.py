@@ -657,7 +657,7 @@ def whole(out: Path) -> Iterator[None]:
 
 def lines(prompt: str) -> Iterator[str]:
     """The lines of stdin that are not blank, without surrounding whitespace. On a terminal it shows ``prompt``."""
-    while True:
+    while sys.stdin is not None:  # None: the caller has closed it
         if sys.stdin.isatty():
             print(prompt, end="", file=sys.stderr, flush=True)
         try:

@@ -27,7 +27,7 @@ from export.manifest import (
     describe_files,
 )
 from export.stand_ins import for_target
-from export.target import FLOAT, StandIn, Target
+from export.target import StandIn, Target, multiplied, references_of
 from export.tokenizer import write_tokenizer
 from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheLayout, cache_layout
 from gemma3.config import ModelConfig
@@ -35,7 +35,6 @@ from gemma3.errors import BadInput, DoesNotFit
 from gemma3.generation_config import GENERATION_CONFIG, stop_ids
 from gemma3.host.atomic import staging
 from gemma3.host.memory import peak_rss
-from gemma3.names import EMBEDDING, head_of
 from gemma3.tokenizer import (
     END_OF_IMAGE,
     END_OF_TURN,
@@ -92,7 +91,8 @@ def draft_bundle(
         tokenizer = tokenizer_info(checkpoint)
         for line in companion_notes(checkpoint):
             log.info("%s", line)
-        write_tokenizer(checkpoint.tokenizer, checkpoint.path, directory)
+        own_template = tokenizer.chat_template if tokenizer.chat_format == "template" else None
+        write_tokenizer(checkpoint.tokenizer, checkpoint.path, directory, own_template)
         weights: dict[str, QuantizedWeights] = {}
         stand_ins: dict[str, dict[str, StandIn]] = {}
         for target in targets:
@@ -168,7 +168,7 @@ def export_artifact(
         files=report.files,
         cache=layout,
         methods=report.methods,
-        references=references_of(target, weights, kept),
+        references=references_of(target, config, weights.integers, kept),
         float_activations=tuple(kept),
         versions={package: version(package) for package in target.packages},
         opsets=report.opsets,
@@ -180,20 +180,13 @@ def export_artifact(
     )
 
 
-def references_of(target: Target, weights: QuantizedWeights, kept: Sequence[str]) -> tuple[str, ...]:
-    """The names of the references with which a file of ``target`` is compared (see ``Artifact``)."""
-    rounded = weights.integers.keys() - set(kept)
-    return tuple(target.roundings) if rounded and target.roundings else (FLOAT,)
-
-
 def float_activations(
     target: Target, config: ModelConfig, recipe: Recipe, weights: QuantizedWeights
 ) -> tuple[str, ...]:
     """The integer weights whose inputs stay in floating point by ``recipe``, of a target that would round them."""
     if not target.roundings:
         return ()
-    linears = [name for name in weights.integers if name != EMBEDDING or head_of(config) == EMBEDDING]
-    return tuple(name for name in linears if recipe.rule(name).activations == "float")
+    return tuple(name for name in multiplied(config, weights.integers) if recipe.rule(name).activations == "float")
 
 
 def check_exportable(
@@ -294,7 +287,7 @@ def companion_notes(source: Source) -> Iterator[str]:
         yield "the checkpoint's own chat template differs from Gemma's and is used"
     for setting in source.generation.ignored:
         yield f"{GENERATION_CONFIG}: {setting} is not applied by gemma-edge"
-    for token in source.config.eos_token_ids + source.generation.eos_token_ids:
+    for token in dict.fromkeys(source.config.eos_token_ids + source.generation.eos_token_ids):
         if token >= source.config.vocab_size:
             yield f"stop id {token} is left out: the vocabulary has {source.config.vocab_size} tokens"
 

@@ -4,13 +4,14 @@ Each folder beside this file defines one target (``export/onnx/target.py``, ``ex
 it needs neither torch nor a runtime: ``export`` and ``read_back`` import what they need when they are called.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gemma3.cache import CacheLayout, CacheStyle
 from gemma3.config import ModelConfig
+from gemma3.names import EMBEDDING, head_of
 
 if TYPE_CHECKING:
     from quant.activations import Rounding
@@ -129,3 +130,19 @@ def rounding_of(target: Target, name: str, kept: Collection[str] = ()) -> "Round
         return keep_float
     rounding = target.roundings[name]()
     return lambda weight_name, weight: None if weight_name in kept else rounding(weight_name, weight)
+
+
+def multiplied(config: ModelConfig, names: Iterable[str]) -> list[str]:
+    """The weights of ``names`` that are multiplied with: all but an embedding table that is not also the head."""
+    return [name for name in names if name != EMBEDDING or head_of(config) == EMBEDDING]
+
+
+def references_of(
+    target: Target, config: ModelConfig, integers: Iterable[str], kept: Collection[str]
+) -> tuple[str, ...]:
+    """The names of the references with which a file of ``target`` is compared: its roundings, or FLOAT.
+
+    ``integers`` are the names of the file's integer weights, ``kept`` those whose inputs are not rounded.
+    """
+    rounded = set(multiplied(config, integers)) - set(kept)
+    return tuple(target.roundings) if rounded and target.roundings else (FLOAT,)

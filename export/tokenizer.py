@@ -2,7 +2,7 @@
 
     tokenizer.model          has every token; ExecuTorch's runners and this project read it, and nothing else
     tokenizer.json, tokenizer_config.json     the same, for onnxruntime-genai and transformers
-    chat_template.jinja       copied, if the checkpoint has it, for stock runners
+    chat_template.jinja       the chat template in use, for stock runners
 
 tokenizer.json is written anew from the model, and not copied: stock runners read runs of spaces in the released one in
 another way than the model was trained with.
@@ -10,10 +10,10 @@ another way than the model was trained with.
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 from gemma3.added_tokens import CONFIG
+from gemma3.chat import CHAT_TEMPLATE
 from gemma3.errors import BadInput
 from gemma3.host.files import read_optional
 from gemma3.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from gemma3.write_tokenizer_json import as_tokenizer_json
 
 log = logging.getLogger(__name__)
 
-CHAT_TEMPLATE = "chat_template.jinja"
+TEMPLATE_FILE = "chat_template.jinja"
 
 # For a checkpoint without a tokenizer_config.json.
 DEFAULT_CONFIG = {
@@ -35,10 +35,11 @@ DEFAULT_CONFIG = {
 }
 
 
-def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, directory: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, directory: Path, template: str | None) -> None:
     """Write the tokenizer of the checkpoint in the directory ``checkpoint`` into ``directory``.
 
-    tokenizer.json is read back and compared with the model. One that is not equal is left out, with a warning.
+    ``template`` is the chat template, if it is not Gemma's. tokenizer.json is read back and compared with the model.
+    One that is not equal is left out, with a warning.
     """
     (directory / MODEL).write_bytes(tokenizer.model)
     text = as_tokenizer_json(parse_model(tokenizer.model, tokenizer.path))
@@ -48,10 +49,9 @@ def write_tokenizer(tokenizer: Tokenizer, checkpoint: Path, directory: Path) -> 
     except BadInput as error:
         (directory / JSON).unlink()
         log.warning("the bundle has no %s, which onnxruntime-genai needs: %s", JSON, error)
-    path = checkpoint / CONFIG
-    config = read_optional(path, AGAIN) or DEFAULT_CONFIG
-    # It would list the added tokens once more, those included that the model has no rows for.
-    config = {key: value for key, value in config.items() if key != "added_tokens_decoder"}
+    config = read_optional(checkpoint / CONFIG, AGAIN) or DEFAULT_CONFIG
+    # added_tokens_decoder would list the added tokens once more, those included that the model has no rows for.
+    # Templates go to a file of their own: a checkpoint may have others than the one in use.
+    config = {key: value for key, value in config.items() if key not in ("added_tokens_decoder", "chat_template")}
     (directory / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    if (checkpoint / CHAT_TEMPLATE).is_file():
-        shutil.copyfile(checkpoint / CHAT_TEMPLATE, directory / CHAT_TEMPLATE)
+    (directory / TEMPLATE_FILE).write_text(CHAT_TEMPLATE if template is None else template, encoding="utf-8")

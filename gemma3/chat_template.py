@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from gemma3.chat import GEMMA, ChatFormat, Image, Message, Part, encode_parts, for_text_only, render_chat
 from gemma3.errors import BadInput, counted
-from gemma3.host.files import OWN_FILE, read_optional
+from gemma3.host.files import OWN_FILE, read_optional, read_text
 from gemma3.template_renderer import TemplateRenderer
 from gemma3.tokenizer import START_OF_IMAGE, Tokenizer
 
@@ -115,10 +115,15 @@ def open_format(checkpoint: Path, multimodal: bool) -> ChatFormat:
 
 
 def format_of(template: str, variables: Mapping[str, str], multimodal: bool) -> ChatFormat:
-    """The format of ``template``: Gemma's own if it renders the same on every one of ``_probes``."""
+    """The format of ``template``: Gemma's own if it renders the same on every one of ``_probes``.
+
+    Raises BadInput when it renders none of them.
+    """
     own = TemplateFormat(template, variables)
-    probes = _probes(multimodal)
-    return GEMMA if all(_answer(own.render, *probe) == _answer(render_chat, *probe) for probe in probes) else own
+    answers = [(_answer(own.render, *probe), _answer(render_chat, *probe)) for probe in _probes(multimodal)]
+    if all(theirs is None for theirs, _ in answers):
+        own.render([{"role": "user", "content": "Hello"}], True)  # raises, and says why
+    return GEMMA if all(theirs == gemmas for theirs, gemmas in answers) else own
 
 
 def _find_template(checkpoint: Path, multimodal: bool) -> str | None:
@@ -154,14 +159,7 @@ def _only(path: Path) -> str | None:
 
 
 def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text ({error}); get the checkpoint's own file") from None
+    return read_text(path, OWN_FILE) if path.exists() or path.is_symlink() else None
 
 
 def _variables(checkpoint: Path) -> dict[str, str]:
@@ -185,6 +183,9 @@ def _variables(checkpoint: Path) -> dict[str, str]:
     return {key: value for key, value in tokens.items() if isinstance(value, str)}
 
 
+CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
 def _probes(multimodal: bool) -> list[tuple[list[Message], bool]]:
     """Conversations, and whether an answer is asked for. Gemma's template accepts most and refuses the last ones."""
 
@@ -205,10 +206,25 @@ def _probes(multimodal: bool) -> list[tuple[list[Message], bool]]:
         [{"role": "user", "content": "Hello"}, {"role": "user", "content": "Hello?"}],
         [{"role": "assistant", "content": "Hello"}],
         [*turns("Hello", system="Be brief."), {"role": "user", "content": "Hello?"}],
+        # What templates of fine-tunes do besides: long histories, thoughts, tools, names, other roles.
+        turns(*(f"turn {number}" for number in range(1, 24))),
+        turns("Hello", "<think>\nHm.\n</think>\n\nHi", "Fine", "<think>So.</think>Bye", "Bye"),
+        turns("Hello /no_think", "Hi", "Fine"),
+        _with_keys(turns("Hello", "Hi", "Fine", "Good"), name="Ann", reasoning_content="Hm."),
+        _with_keys(turns("Hello", "Hi", "Fine"), tool_calls=[CALL]),
     ]
+    for role in ("tool", "developer", "system", "model"):
+        other: Message = {"role": role, "content": "42"}
+        conversations += [[*turns("Hello", "Hi"), other], [other, *turns("Hello", "Hi")]]
     if multimodal:
         conversations += [turns([Image(), " What? "]), turns(["a", Image(), "b", Image()], "c", [Image()])]
     return [(messages, prompt) for messages in conversations for prompt in (True, False)]
+
+
+def _with_keys(messages: list[Message], **keys: Any) -> list[Message]:
+    """The messages of which the assistant's have more keys."""
+    given: list[Any] = [{**one, **keys} if one["role"] == "assistant" else one for one in messages]
+    return given
 
 
 def _answer(render: Any, messages: list[Message], prompt: bool) -> str | None:

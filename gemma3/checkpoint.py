@@ -44,8 +44,8 @@ PREFIXES = (
 
 
 ADAPTER = "adapter_config.json"
-# Buffers that older versions of transformers stored, and that it computes now: 0, 1, 2, …
-NOT_WEIGHTS = ".embeddings.position_ids"
+# Buffers that older versions of transformers stored, and that it computes now.
+NOT_WEIGHTS = (".embeddings.position_ids", ".rotary_emb.inv_freq")
 # torch.compile puts this before the names of what it has compiled.
 COMPILED = "_orig_mod."
 # What other tools put into the names of weights, and what to do then.

@@ -34,6 +34,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "stop_strings": ([],),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "exponential_decay_length_penalty": (),
+    "top_h": (),
+    "watermarking_config": (),
+    "max_time": (),
 }
 # transformers' values for settings that the file leaves out.
 TEMPERATURE, TOP_K, TOP_P = 1.0, 50, 1.0

@@ -118,13 +118,15 @@ def content_of(row: Any) -> str | list[Any]:
     """
     if not isinstance(row, dict):
         raise BadInput(f'no list under "messages": the row is {ascii(row)[:60]}, not an object')
+    if row.get("tools"):
+        raise BadInput("has tools, which are not given to the chat template; write them into the messages")
     match form_of(row), row:
         case "text", {"text": str(text)}:
             return text
         case "messages", {"messages": list(messages)}:
-            return messages
+            return _system(row) + messages
         case "conversations", {"conversations": list(turns)}:
-            return [_message(turn) for turn in turns]
+            return _system(row) + [_message(turn) for turn in turns]
         case "prompt", {"prompt": str(prompt), "completion": str(completion)}:
             return prompt + completion
         case "prompt", {"prompt": list(prompt), "completion": list(completion)}:
@@ -135,6 +137,17 @@ def content_of(row: Any) -> str | list[Any]:
         case key, _:
             wanted = {"text": "text", "prompt": "text, or lists of messages,"}.get(str(key), "list")
             raise BadInput(f'no {wanted} under "{key}"')
+
+
+def _system(row: dict[str, Any]) -> list[Any]:
+    """The system message that some tools write beside the turns. Raises BadInput for one that is not text."""
+    match row.get("system"):
+        case None | "":
+            return []
+        case str(text):
+            return [{"role": "system", "content": text}]
+        case other:
+            raise BadInput(f'"system" is {ascii(other)[:60]}, not text')
 
 
 def _message(turn: Any) -> Any:

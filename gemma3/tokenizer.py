@@ -50,7 +50,7 @@ class Tokenizer:
         self.bos_id = self.special_id("<bos>")
         self.end_of_turn_id = self.special_id(END_OF_TURN)
         if files is not None:
-            prove(files, self.special, lambda text: self.encode(text, bos=False), self.decode)
+            prove(files, self.special, self.bos_id, lambda text: self.encode(text, bos=False), self.decode)
 
     @property
     def vocab_size(self) -> int:

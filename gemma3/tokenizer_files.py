@@ -128,6 +128,7 @@ def parse_model(content: bytes, path: Path) -> Any:
 def prove(
     files: TokenizerFiles,
     special: Iterable[str],
+    bos_id: int,
     encode: Callable[[str], list[int]],
     decode: Callable[[Iterable[int]], str],
 ) -> None:
@@ -153,6 +154,12 @@ def prove(
                 f"{path}: lists {shown(entry['content'])} as token {entry['id']}, but the tokenizers library makes it "
                 f"{other.token_to_id(entry['content'])}; save the tokenizer again with transformers' save_pretrained"
             )
+    with_ends = other.encode("text").ids
+    if with_ends != [bos_id, *encode("text")]:
+        raise BadInput(
+            f"{path}: its post_processor makes {with_ends} of the prompt 'text', but Gemma's prompts begin with <bos> "
+            f"({bos_id}) and end without <eos>; nothing else is implemented"
+        )
     for text in _probes(files.added):
         if any(name in text for name in special):
             continue

@@ -48,6 +48,8 @@ def test_export_writes_a_proven_bundle(gemma_edge: Cli, checkpoint: Path, tmp_pa
     assert "every check passed" in result.err
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert all(check["passed"] for check in manifest["validation"])
+    limited = {check["metric"] for check in manifest["validation"] if check["limit"] is not None}
+    assert {"max_abs", "top1_agreement"} <= limited
     limits = {check["limit"] for check in manifest["validation"] if check["metric"] == "max_abs"}
     assert all(0 < limit < 1e-4 for limit in limits - {0.0, None})
 
@@ -385,6 +387,63 @@ def test_with_the_checkpoint_the_bundles_plan_does_not_count(
         assert "cannot be fed to this bundle's model" in result.err.splitlines()[-1]
 
 
+def without_references(manifest: dict[str, Any], proof: dict[str, Any]) -> None:
+    manifest["artifacts"]["onnx"]["references"] = []
+    proof["artifacts"]["onnx"] = {}
+
+
+def with_the_float_reference(manifest: dict[str, Any], proof: dict[str, Any]) -> None:
+    manifest["artifacts"]["onnx"]["references"] = ["float"]
+    proof["artifacts"]["onnx"] = {"float": proof["artifacts"]["onnx"][KEY]}
+
+
+def with_an_unknown_reference(manifest: dict[str, Any], proof: dict[str, Any]) -> None:
+    manifest["artifacts"]["onnx"]["references"] = ["foo"]
+    proof["artifacts"]["onnx"] = {"foo": proof["artifacts"]["onnx"][KEY]}
+
+
+@pytest.mark.parametrize("checkpoint_too", [False, True])
+@pytest.mark.parametrize("change", [without_references, with_the_float_reference, with_an_unknown_reference])
+def test_a_bundle_cannot_choose_its_references(
+    gemma_edge: Cli,
+    bundle: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any], dict[str, Any]], None],
+    checkpoint_too: bool,
+) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    manifest, proof = (json.loads((damaged / name).read_text()) for name in (MANIFEST, PLAN))
+    change(manifest, proof)
+    (damaged / MANIFEST).write_text(json.dumps(manifest))
+    (damaged / PLAN).write_text(json.dumps(proof))
+    forge(damaged, PLAN)
+    result = gemma_edge("validate", damaged, *(("--checkpoint", checkpoint) if checkpoint_too else ()))
+    assert_refused(result, 5, "the references of .onnx are", f"its weights need {KEY}")
+
+
+def test_with_the_checkpoint_its_stop_ids_count(
+    gemma_edge: Cli, bundle: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    manifest = json.loads((damaged / MANIFEST).read_text())
+    manifest["tokenizer"]["eos_ids"] = [5]
+    (damaged / MANIFEST).write_text(json.dumps(manifest))
+    result = gemma_edge("validate", damaged, "--checkpoint", checkpoint)
+    assert result.code == 5
+    assert "stop ids, chat template and sampling are the checkpoint's: equal is 0" in result.err
+
+
+def test_a_shorter_plan_is_no_proof(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+    damaged = copy_bundle(bundle, tmp_path / "damaged")
+    proof = json.loads((damaged / PLAN).read_text())
+    proof["plan"]["walks"] = {"chunks": proof["plan"]["walks"]["chunks"]}
+    proof["plan"]["landmarks"] = {}
+    (damaged / PLAN).write_text(json.dumps(proof))
+    forge(damaged, PLAN)
+    assert_refused(gemma_edge("validate", damaged), 5, "plan.json", "export the bundle again")
+
+
 def loosened(proof: dict[str, Any]) -> None:
     for reference in proof["artifacts"]["onnx"].values():
         for limits in reference["tolerances"].values():
@@ -421,6 +480,8 @@ GOLDEN_DAMAGE: dict[str, Callable[[dict[str, np.ndarray]], object]] = {
     "scalar": lambda arrays: arrays.update({f"{KEY}.argmax": np.array(1, np.int32)}),
     "another dtype": lambda arrays: arrays.update({f"{KEY}.columns": arrays[f"{KEY}.columns"].astype(np.float32)}),
     "another axis": lambda arrays: arrays.update({f"{KEY}.log_sum_exp": arrays[f"{KEY}.log_sum_exp"][:, None]}),
+    "a negative distance": lambda arrays: arrays[f"{KEY}.noise_kl"].__setitem__(0, -1.0),
+    "an infinite distance": lambda arrays: arrays[f"{KEY}.cost_kl"].__setitem__(0, np.inf),
     "below zero": lambda arrays: arrays[f"{KEY}.columns"].__setitem__(0, -1),
     "over the vocabulary": lambda arrays: arrays[f"{KEY}.columns"].__setitem__(-1, 10**6),
     "positions of no walk": lambda arrays: arrays[f"{KEY}.positions"].__iadd__(100_000),

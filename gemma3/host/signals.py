@@ -21,6 +21,11 @@ def ended_by() -> int | None:
     return _Arrived.number
 
 
+def note(number: int) -> None:
+    """Remember that the signal ``number`` ends the program. For code that handles signals itself."""
+    _Arrived.number = _Arrived.number or number
+
+
 @contextmanager
 def ending_signals() -> Iterator[None]:
     """Within the block, each of ENDING raises KeyboardInterrupt in the main thread.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gemma3.errors import BadInput
 from gemma3.host.progress import Progress
-from gemma3.host.signals import ENDING, is_heeded
+from gemma3.host.signals import ENDING, is_heeded, note
 from quant.qat.fake import convert, prepare
 from quant.qat.loss import Distillation, Loss
 from quant.qat.processes import local, shard
@@ -228,6 +228,7 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
     def remember(number: int, _: FrameType | None) -> None:
         nonlocal arrived
         arrived = True
+        note(number)
         signal.signal(number, former[number])
 
     for number in filter(is_heeded, map(int, ENDING)):

@@ -275,6 +275,10 @@ def _check_arrays(fields: Mapping[str, NDArray[np.generic]], images: NDArray[np.
                 raise ValueError(f"{name} has the shape {list(array.shape)}, another array {sizes[axis]} along an axis")
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != sizes["I"] or images.shape[-1] != 3:
         raise ValueError(f"images are {images.dtype} {list(images.shape)} for {sizes['I']} encoded ones")
+    for name in ("float_error", "noise_kl", "cost_kl", "soft_noise", "soft_cost"):
+        distances = fields[name].astype(np.float64)
+        if not (np.isfinite(distances).all() and (distances >= 0).all()):
+            raise ValueError(f"{name} holds a value that is no distance")
     if not (sizes["P"] and sizes["M"] and sizes["N"]):
         raise ValueError("no logits to compare with")
     for name in ("positions", "columns", "top_columns", "argmax"):

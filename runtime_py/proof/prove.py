@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.checks import Check
-from export.manifest import GOLDEN, PLAN, Manifest, changed_files, read_manifest
-from export.target import Target
+from export.manifest import GOLDEN, MANIFEST, PLAN, Manifest, changed_files, read_manifest
+from export.target import Target, references_of
 from gemma3.errors import VerificationFailed
+from quant.recipe import SCHEMES, Integers
 from runtime_py.backends import backend_of, open_session
 from runtime_py.proof.golden import ReferenceLogits, load_golden, reference_keys, save_golden
 from runtime_py.proof.limits import RESET, Tolerances, limits_of, stricter, tolerances, walk_id
@@ -74,6 +75,7 @@ def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
     BadInput when ``source`` is not the bundle's checkpoint or a graph cannot be opened.
     """
     manifest = read_manifest(bundle)
+    check_references(bundle, manifest)
     hashes = check_hashes(bundle, manifest)
     if source is None:
         return [hashes, *_replay(bundle, manifest)] if hashes.passed else [hashes]
@@ -89,10 +91,34 @@ def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
     plan = make_plan(manifest)
     fresh = fresh_references(manifest, plan, weights, targets)
     subjects = subjects_of(bundle, manifest, plan, fresh, weights)
-    checks = [*integers, hashes, *fresh_checks(subjects)]
+    checks = [*integers, hashes, check_companions(manifest, source), *fresh_checks(subjects)]
     if all(check.passed for check in checks):  # a file that failed is not examined further
         checks += extra_checks(subjects, drafts=False)
     return checks
+
+
+def check_references(bundle: Path, manifest: Manifest) -> None:
+    """Raises VerificationFailed unless every artifact has the references that follow from its weights."""
+    for format, artifact in manifest.artifacts.items():
+        integers = {
+            name for name, verdict in manifest.weights.items() if isinstance(SCHEMES.get(verdict.scheme), Integers)
+        }
+        names = integers | artifact.stand_ins.keys()
+        expected = references_of(backend_of(format).target, manifest.model, names, artifact.float_activations)
+        if artifact.references != expected:
+            raise VerificationFailed(
+                f"{bundle / MANIFEST}: the references of .{format} are {ascii(artifact.references)[:80]}, its weights "
+                f"need {', '.join(expected)}; export the bundle again"
+            )
+
+
+def check_companions(manifest: Manifest, source: "Source") -> Check:
+    """The check that tokenizer, stop ids, chat template and sampling are the checkpoint's."""
+    from export.bundle import tokenizer_info
+
+    equal = (manifest.tokenizer, manifest.sampling) == (tokenizer_info(source), source.generation.sampling)
+    name = "tokenizer, stop ids, chat template and sampling are the checkpoint's"
+    return Check("bundle", "companions", "equal", name, float(equal), 1.0, equal)
 
 
 def _replay(bundle: Path, manifest: Manifest) -> list[Check]:
@@ -151,7 +177,8 @@ def _read_plan(bundle: Path, manifest: Manifest) -> ProofPlan:
         and all(0 <= number < IMAGES for number in plan.image_numbers)
         and list(places) == ([] if vision is None else sorted(set(places)))
     )
-    if not sound:
+    # A shorter plan would be a weaker proof.
+    if not sound or plan != make_plan(manifest):
         raise VerificationFailed(f"{bundle / PLAN}: cannot be fed to this bundle's model; export the bundle again")
     return proof
 

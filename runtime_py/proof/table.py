@@ -13,18 +13,20 @@ METRICS = (
 
 
 def validation_table(checks: Sequence[Check]) -> str:
-    """A table with one row per check id and its figures side by side, and the limits below.
+    """A table with one row per check id and its figures side by side, and the limits of each artifact's checks below.
 
-    A figure that did not pass is marked FAILED.
+    A figure that did not pass is marked FAILED. Landmarks all have the same limits, which stand there once.
     """
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
-    limits: dict[str, set[str]] = {}
+    limits: dict[str, dict[str, dict[str, str]]] = {}
     for check in checks:
         shown = f"{check.value:.3g}" + ("" if check.passed else " FAILED")
         rows.setdefault((check.artifact, check.id, check.name), {})[check.metric] = shown
         if check.limit is not None:
             sign = "≥" if check.metric in AT_LEAST else "≤"
-            limits.setdefault(check.artifact, set()).add(f"{check.metric} {sign} {check.limit:.3g}")
+            id = "landmark/…" if check.id.startswith("landmark/") else check.id
+            of_check = limits.setdefault(check.artifact, {}).setdefault(id, {})
+            of_check[check.metric] = f"{check.metric} {sign} {check.limit:.3g}"
     metrics = sorted({check.metric for check in checks}, key=METRICS.index)
     figures = table(
         ("artifact", "check", *metrics),
@@ -34,5 +36,9 @@ def validation_table(checks: Sequence[Check]) -> str:
         ],
         left=2,
     )
-    notes = [f"limits of {artifact}: {', '.join(sorted(kept))}" for artifact, kept in limits.items()]
+    notes = [
+        f"limits of {artifact}, {id}: {', '.join(kept.values())}"
+        for artifact, of_artifact in limits.items()
+        for id, kept in of_artifact.items()
+    ]
     return "\n".join((figures, "", *notes))

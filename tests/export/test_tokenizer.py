@@ -10,6 +10,7 @@ from pytorch_tokenizers import pytorch_tokenizers_cpp as executorch_tokenizers
 
 import gemma3
 from export.tokenizer import write_tokenizer
+from gemma3.chat import CHAT_TEMPLATE
 from gemma3.tokenizer import Tokenizer
 from gemma3.tokenizer_files import PROBES
 from tests.gemma3.test_tokenizer_files import WORDS, saved
@@ -29,7 +30,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
 
     checkpoint, directory = saved(tmp_path_factory.mktemp("checkpoint"), change), tmp_path_factory.mktemp("bundle")
-    write_tokenizer(Tokenizer(checkpoint), checkpoint, directory)
+    write_tokenizer(Tokenizer(checkpoint), checkpoint, directory, None)
     return directory
 
 
@@ -61,7 +62,7 @@ def test_executorch_reads_the_same(bundle: Path) -> None:
 
 
 def test_a_checkpoint_without_json_files_gets_both(tmp_path: Path) -> None:
-    write_tokenizer(Tokenizer(DEMO / "tokenizer.model"), tmp_path / "none", tmp_path)
+    write_tokenizer(Tokenizer(DEMO / "tokenizer.model"), tmp_path / "none", tmp_path, None)
     assert (tmp_path / "tokenizer.model").read_bytes() == (DEMO / "tokenizer.model").read_bytes()
     oracle = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = Tokenizer(tmp_path / "tokenizer.model")
@@ -71,7 +72,9 @@ def test_a_checkpoint_without_json_files_gets_both(tmp_path: Path) -> None:
 
 def test_the_list_of_added_tokens_is_not_copied(tmp_path: Path) -> None:
     """It may list tokens that the model has no rows for."""
-    write_tokenizer(Tokenizer(DEMO), DEMO, tmp_path)
+    write_tokenizer(Tokenizer(DEMO), DEMO, tmp_path, None)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     original = json.loads((DEMO / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert config == {key: value for key, value in original.items() if key != "added_tokens_decoder"}
+    dropped = ("added_tokens_decoder", "chat_template")
+    assert config == {key: value for key, value in original.items() if key not in dropped}
+    assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE

@@ -119,6 +119,41 @@ def test_gemmas_own_template_is_recognized(template: str, multimodal: bool) -> N
     assert format_of(template, VARIABLES, multimodal) is GEMMA
 
 
+# What fine-tunes change in Gemma's template: (what it has, what they put there).
+CHANGED = {
+    "thoughts of earlier turns": ("{{ content | trim }}", "{{ (content.split('</think>') | last) | trim }}"),
+    "reasoning": ("{{ content | trim }}", "{{ message.reasoning_content }}{{ content | trim }}"),
+    "tool calls": ("{{ content | trim }}", "{{ content | trim }}{% if message.tool_calls %}tools{% endif %}"),
+    "names": ("{{ content | trim }}", "{{ message.name }}{{ content | trim }}"),
+    "a short history": ("{% for message in messages %}", "{% for message in messages[-5:] %}"),
+}
+SIMPLE = """{{ bos_token }}{% set ns = namespace(prefix='') %}{% if messages[0]['role'] == 'system' %}\
+{% set ns.prefix = (messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text']) \
++ '\n\n' %}{% set messages = messages[1:] %}{% endif %}{% for message in messages %}\
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}\
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}\
+{{ ns.prefix if loop.first else '' }}{% for content in ([message['content']] if message['content'] is string else \
+message['content'] | map(attribute='text')) %}{{ content | trim }}{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+
+
+def test_gemmas_form_in_other_words() -> None:
+    assert format_of(SIMPLE, VARIABLES, False) is GEMMA
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_template_that_does_more_than_gemmas_is_used(change: str) -> None:
+    old, new = CHANGED[change]
+    assert old in SIMPLE
+    assert format_of(SIMPLE.replace(old, new), VARIABLES, False).name == "template"
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }", "{{ raise_exception('never') }}"])
+def test_a_template_that_renders_nothing_is_refused_at_once(template: str) -> None:
+    with pytest.raises(BadInput, match="chat template"):
+        format_of(template, VARIABLES, False)
+
+
 def test_the_demo_checkpoints_have_gemmas_form() -> None:
     assert open_format(DEMO, False) is GEMMA
     assert open_format(DEMO_VISION, True) is GEMMA

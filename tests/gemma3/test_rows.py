@@ -144,3 +144,22 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
         read_utf8(tmp_path / "none")
     with pytest.raises(BadInput, match="cannot be read: Is a directory"):
         read_utf8(tmp_path)
+
+
+@pytest.mark.parametrize("turns", ["messages", "conversations"])
+def test_a_system_text_beside_the_turns_is_the_first_message(turns: str) -> None:
+    message = {"role": "user", "content": "Hello"}
+    assert content_of({turns: [message], "system": "Be brief."}) == [
+        {"role": "system", "content": "Be brief."},
+        message,
+    ]
+    assert content_of({turns: [message], "system": ""}) == content_of({turns: [message], "system": None}) == [message]
+    with pytest.raises(BadInput, match='"system" is 3, not text'):
+        content_of({turns: [message], "system": 3})
+
+
+def test_tools_are_not_dropped_in_silence() -> None:
+    row = {"messages": [{"role": "user", "content": "Hello"}], "tools": []}
+    assert content_of(row) == row["messages"]
+    with pytest.raises(BadInput, match="has tools, which are not given to the chat template"):
+        content_of({**row, "tools": [{"type": "function"}]})

@@ -101,6 +101,13 @@ def test_tokenizer_model_alone(tmp_path: Path) -> None:
     same_as_transformers(Tokenizer(tmp_path), tmp_path)
 
 
+def test_a_post_processor_without_bos(tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path / "tokenizer.json", lambda data: data.update(post_processor=None))
+    with pytest.raises(BadInput, match=r"its post_processor makes .* Gemma's prompts begin with <bos> \(2\)"):
+        Tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(("key", "value"), [("add_bos_token", False), ("add_eos_token", True)])
 def test_ends_of_a_prompt_that_are_not_implemented(tmp_path: Path, key: str, value: bool) -> None:
     """transformers reads these keys only where there is no tokenizer.json."""

@@ -189,6 +189,31 @@ def test_limits_for_float_activations_follow_the_size_of_the_logits(
     assert failed(check(session_of(wrong), plan, measured, "onnx"))
 
 
+def test_limits_of_rounded_activations_in_figures(reference: ReferenceLogits) -> None:
+    """By hand, so that a factor cannot change unnoticed. Noise: mean 1e-4, peak 8e-4. Cost: mean 5e-4, peak 4e-3."""
+    noise = np.asarray([8e-4, *[0.0] * 7], np.float32)
+    cost = np.asarray([4e-3, *[0.0] * 7], np.float32)
+    soft = {"soft_noise": np.asarray([1e-3], np.float32), "soft_cost": np.asarray([9e-3], np.float32)}
+    measured = replace(reference, noise_kl=noise, cost_kl=cost, **soft)
+    many, few = rounded_limits(measured, 1000), rounded_limits(measured, 2)
+    assert many.kl_mean == pytest.approx(2.5e-4)  # half the cost, which is over 2 × noise + 4 × peak / 1000
+    assert few.kl_mean == pytest.approx(2 * 1e-4 + 4 * 8e-4 / 2)
+    assert rounded_limits(measured, 1).kl_mean == pytest.approx(4 * 5e-4)  # the most that noise may excuse
+    assert many.kl_max == few.kl_max == pytest.approx(4 * 8e-4)
+    assert many.soft_rms == pytest.approx(9e-3)
+    calm = rounded_limits(replace(measured, noise_kl=noise * 0, cost_kl=cost * 0), 10)
+    assert (calm.kl_mean, calm.kl_max) == (1e-5, 1e-4)
+
+
+def test_limits_of_float_activations_in_figures(reference: ReferenceLogits) -> None:
+    values = np.zeros_like(reference.values)
+    values[:, 7] = 10.0
+    measured = replace(reference, values=values, float_error=np.asarray([1e-5, 3e-5], np.float32))
+    assert float_limits(measured).max_abs == pytest.approx(1.2e-4)
+    exact = replace(measured, float_error=np.asarray([0.0], np.float32))
+    assert float_limits(exact).max_abs == pytest.approx(10 * 16 * 2**-23)
+
+
 def test_a_near_tie_may_fall_out_either_way(plan: Plan, reference: ReferenceLogits) -> None:
     tied = reference.values.copy()
     tied[0, :2] = tied[0].max() + 1
@@ -296,5 +321,5 @@ def test_the_table_marks_failed_checks() -> None:
         "| -------- | ----- | ------: | ---------: |",
         "| pte      | walk  |       1 | 0.5 FAILED |",
         "",
-        "limits of pte: kl_mean ≤ 0.001",
+        "limits of pte, id: kl_mean ≤ 0.001",
     ]
