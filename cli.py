@@ -530,7 +530,8 @@ def accuracy(
         typer.Option("--checkpoint", help="What the bundle was exported from: also measure what the export changed."),
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option("--questions", metavar="FILE", help="Also count the right answers to these (.jsonl).")
+        Path | None,
+        typer.Option("--questions", metavar="FILE", help="Also count the right answers to these (rows of JSON)."),
     ] = None,
     format: AllFormats = None,
     context: Annotated[
@@ -643,7 +644,7 @@ def sampler_of(
 
 @contextmanager
 def whole(out: Path) -> Iterator[None]:
-    """For commands that write ``out`` whole or not at all. On Ctrl-C it says whether ``out`` was written."""
+    """For commands that write ``out`` whole or not at all. On a signal it says whether ``out`` was written."""
     existed = os.path.lexists(out)
     try:
         yield

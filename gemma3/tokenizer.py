@@ -98,7 +98,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that one id stands for: part of a character for a byte piece.
 
-        None for a special token and for an id without a token.
+        Empty for a special token and for an id without a token.
         """
         if token_id in self.special_ids or not 0 <= token_id < self._piece_count or self._pieces.is_unused(token_id):
             return b""

@@ -1,4 +1,4 @@
-"""Gemma's ``tokenizer.json``, the file of Hugging Face's tokenizers library, as a SentencePiece model.
+"""Gemma's ``tokenizer.json``, the file of Hugging Face's tokenizers library, read and checked.
 
 The file has merges of two pieces into one, the best first. A SentencePiece model has a score for each piece instead:
 it merges any two neighbours that make up a piece, the best score first. Both give the same ids when the merges of a

@@ -38,9 +38,9 @@ def quantize(
 ) -> QuantizedCheckpoint:
     """``checkpoint`` quantized by ``recipe``. ``method`` chooses the integers: round to nearest, GPTQ or HQQ.
 
-    GPTQ is calibrated on the first ``tokens`` tokens of the files ``data``: text, or conversations (.jsonl) without
-    images. Raises BadInput for an unknown method, for GPTQ without ``data`` or another method with it, for data that
-    cannot be used, and when the recipe or the tokenizer does not fit the checkpoint.
+    GPTQ is calibrated on the first ``tokens`` tokens of the files ``data``: text, or rows (docs/quantization.md)
+    without images. Raises BadInput for an unknown method, for GPTQ without ``data`` or another method with it, for data
+    that cannot be used, and when the recipe or the tokenizer does not fit the checkpoint.
     """
     if method not in get_args(PostTraining):
         raise BadInput(f"method {method!r} is unknown; use one of {', '.join(get_args(PostTraining))}")

@@ -1,6 +1,6 @@
 """Quantized checkpoints: a directory with the exact codes and scales, how they were made, and the model's other files.
 
-    config.json, tokenizer.model, …   copied from the checkpoint that was quantized
+    config.json, and COMPANIONS       copied from the checkpoint that was quantized
     quantized.safetensors             for each weight either ``name`` (kept in its own dtype), or
                                       ``name.codes`` and ``name.scales``
 
@@ -45,7 +45,8 @@ BITS = {"int4": 4, "int8": 8}
 GROUP_SIZE = re.compile("[1-9][0-9]{0,8}")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Files that are copied from the source if it has them.
+# Files that are copied from the source if it has them: of its tokenizer, its chat template, its generation and its
+# processor.
 COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -75,7 +76,7 @@ def is_quantized(directory: Path) -> bool:
 
 
 def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, method: str, *, source: Path) -> None:
-    """Write the weights, and the configuration and tokenizer files of ``source``, to the new directory ``directory``.
+    """Write the weights, and ``config.json`` and COMPANIONS of ``source``, to the new directory ``directory``.
 
     Raises BadInput when it exists or cannot be written, and for integers whose scales are not on the bfloat16 grid.
     The directory appears whole; after any error nothing is left behind.

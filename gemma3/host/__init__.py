@@ -1,1 +1,1 @@
-"""What the program needs from the machine it runs on: directories that appear whole, progress, peak memory."""
+"""What the program needs from its machine: whole directories, small files, signals, streams, progress, peak memory."""

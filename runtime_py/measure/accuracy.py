@@ -42,7 +42,7 @@ def read_text(
     pan_and_scan: bool = False,
     chat: ChatFormat = GEMMA,
 ) -> Text:
-    """The text of a file, plain or conversations (.jsonl), in stretches of at most ``context`` predicted tokens.
+    """The text of a file, plain or rows (docs/quantization.md), in stretches of at most ``context`` predicted tokens.
 
     It ends once ``limit`` tokens are predicted (None: no limit). A conversation with images is one stretch and is never
     cut. Raises DoesNotFit when such a conversation does not fit the context, BadInput for a limit below 2, and what

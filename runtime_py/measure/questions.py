@@ -32,7 +32,7 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions in a file. Each line is a JSON object with the fields of ``Question`` as text.
+    """The questions in a file of rows (docs/quantization.md). A row has the fields of ``Question`` as text.
 
     ``images`` is optional: a list of paths relative to the file's folder. Raises BadInput for anything else, for a file
     without questions, and for images that cannot be read.

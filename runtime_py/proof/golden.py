@@ -56,6 +56,7 @@ class ReferenceLogits:
     argmax: NDArray[np.int32]  # [P]
     # What limits are derived from, at each of the N positions that were recorded in the first place. For a reference
     # with float activations the first is measured and the other two are 0; for one that rounds them it is the reverse.
+    # Of the references of one artifact only the first has noise of its own; the others have a copy (references.py).
     float_error: NDArray[np.float32]  # the largest difference of a logit from the same model's in float64
     noise_kl: NDArray[np.float32]  # KL to the same model after its inputs are changed by one unit in the last place
     cost_kl: NDArray[np.float32]  # KL from the same model with float activations: what rounding them costs

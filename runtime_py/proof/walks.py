@@ -62,7 +62,7 @@ def check_session(
 
 
 ACTIVATIONS = "activations"
-TOO_MUCH = 0.01  # nats: more than the weights of a well quantized model cost (docs/accuracy.md)
+TOO_MUCH = 0.01  # nats: about what rounding the demo's weights to int4 costs (docs/benchmarks.md)
 
 
 class Judge:
