@@ -119,7 +119,7 @@ def advice_on_activations(checks: Sequence[Check]) -> list[str]:
     """A line for each artifact in whose ``checks`` rounding activations costs more than TOO_MUCH."""
     return [
         f".{check.artifact}: rounding activations to int8 costs a KL divergence of {check.value:.2g} nats on average; "
-        "in a .onnx --activations float avoids it (slower), in any file qat --activations int8 lowers it"
+        "in a .onnx --activations float avoids it (slower); qat --activations int8 trains the weights for it"
         for check in checks
         if (check.id, check.metric) == (ACTIVATIONS, "kl_mean") and check.value > TOO_MUCH
     ]

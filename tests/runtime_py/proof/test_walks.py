@@ -193,8 +193,8 @@ def test_limits_of_rounded_activations_in_figures(reference: ReferenceLogits) ->
     """By hand, so that a factor cannot change unnoticed. Noise: mean 1e-4, peak 8e-4. Cost: mean 5e-4, peak 4e-3."""
     noise = np.asarray([8e-4, *[0.0] * 7], np.float32)
     cost = np.asarray([4e-3, *[0.0] * 7], np.float32)
-    soft = {"soft_noise": np.asarray([1e-3], np.float32), "soft_cost": np.asarray([9e-3], np.float32)}
-    measured = replace(reference, noise_kl=noise, cost_kl=cost, **soft)
+    soft_noise, soft_cost = np.asarray([1e-3], np.float32), np.asarray([9e-3], np.float32)
+    measured = replace(reference, noise_kl=noise, cost_kl=cost, soft_noise=soft_noise, soft_cost=soft_cost)
     many, few = rounded_limits(measured, 1000), rounded_limits(measured, 2)
     assert many.kl_mean == pytest.approx(2.5e-4)  # half the cost, which is over 2 × noise + 4 × peak / 1000
     assert few.kl_mean == pytest.approx(2 * 1e-4 + 4 * 8e-4 / 2)
