@@ -66,7 +66,8 @@ class TemplateFormat:
         """As ``ChatFormat`` says. A text-only model gets a BOS only where the template writes one.
 
         A multimodal model gets one in any case, as from transformers' processor. Raises BadInput too when the template
-        does not write ``<start_of_image>`` once for each image.
+        does not write ``<start_of_image>`` once for each image, and when it looks into names of special tokens in the
+        messages, which stay text here.
         """
         if not messages:
             raise BadInput("the conversation has no message; give at least one")
@@ -77,6 +78,11 @@ class TemplateFormat:
         except RecursionError:
             raise BadInput("a message holds too many lists in lists; give one that holds text") from None
         rendered = self._renderer.render(marked, add_generation_prompt)
+        if marked != given and rendered.replace(mark, "") != self._renderer.render(given, add_generation_prompt):
+            raise BadInput(
+                "a message holds the name of a special token, or a part of one at its end, and the chat template does "
+                "something of its own with it; write the message without it"
+            )
         images = [part for message in messages for part in message["content"] if isinstance(part, Image)]
         if images and tokens_per_image is None:
             raise for_text_only(len(images))

@@ -137,6 +137,21 @@ message['content'] | map(attribute='text')) %}{{ content | trim }}{% endfor %}{{
 {% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 
 
+LOOKING = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content | replace('<eos>', '') }}{{ m.content | length }}{% endfor %}"
+)
+
+
+def test_a_template_that_looks_into_names_of_special_tokens(tokenizer: Tokenizer) -> None:
+    """They stay text, and so they are marked while it renders. Where that changes what it writes, it is refused."""
+    own = TemplateFormat(LOOKING, VARIABLES)
+    said: Message = {"role": "user", "content": "plain < text"}
+    assert own.encode(tokenizer, [said]) == [2, *tokenizer.encode("plain < text12", bos=False)]
+    for content in ("an <eos> inside", "ends with <"):
+        with pytest.raises(BadInput, match="holds the name of a special token, or a part of one at its end"):
+            own.encode(tokenizer, [{"role": "user", "content": content}])
+
+
 def test_gemmas_form_in_other_words() -> None:
     assert format_of(SIMPLE, VARIABLES, False) is GEMMA
 
@@ -286,7 +301,7 @@ def test_other_keys_of_a_message_are_given_to_the_template(tuned: Path, tmp_path
     oracle: Any = AutoTokenizer.from_pretrained(checkpoint)
     expected = oracle.apply_chat_template([message], return_dict=False)
     assert opened(checkpoint).encode(Tokenizer(checkpoint), [message], False) == expected
-    message[key] = ["<bos>"]
+    message[key] = ["<bos>"] if key == "tool_calls" else "<bos>"
     ids = opened(checkpoint).encode(Tokenizer(checkpoint), [message], False)
     assert Tokenizer(checkpoint).bos_id not in ids
 
