@@ -111,7 +111,7 @@ def about_images(bundle: Path, source: Source) -> Iterator[str]:
     }
     artifacts = manifest.artifacts.values()
     soft = [
-        max(check.value for check in manifest.validation if check.metric == "soft_rms" and check.artifact == format)
+        max(one.value for one in manifest.validation if one.id.startswith("soft-tokens/") and one.artifact == format)
         for format in manifest.artifacts
     ]
     yield ""

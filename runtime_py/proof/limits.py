@@ -1,5 +1,6 @@
 """How far a file may be from its reference, and why. Every limit follows from what was measured on the reference."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def rounded_limits(reference: ReferenceLogits, positions: int) -> Limits:
         kl_mean=max(KL_MEAN, min(average, MOST_COST * float(cost.mean())), COST * float(cost.mean())),
         kl_max=max(KL_MAX, highest, COST * float(cost.max())),
         soft_rms=(
-            max(PEAK_NOISE * _largest(reference.soft_noise), _largest(reference.soft_cost))
+            max(PEAK_NOISE * _largest(reference.soft_noise), math.sqrt(COST) * _largest(reference.soft_cost))
             if len(reference.soft_noise)
             else None
         ),

@@ -200,7 +200,7 @@ def test_limits_of_rounded_activations_in_figures(reference: ReferenceLogits) ->
     assert few.kl_mean == pytest.approx(2 * 1e-4 + 4 * 8e-4 / 2)
     assert rounded_limits(measured, 1).kl_mean == pytest.approx(4 * 5e-4)  # the most that noise may excuse
     assert many.kl_max == few.kl_max == pytest.approx(4 * 8e-4)
-    assert many.soft_rms == pytest.approx(9e-3)
+    assert many.soft_rms == pytest.approx(9e-3 * 2**-0.5)
     calm = rounded_limits(replace(measured, noise_kl=noise * 0, cost_kl=cost * 0), 10)
     assert (calm.kl_mean, calm.kl_max) == (1e-5, 1e-4)
 
