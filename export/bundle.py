@@ -101,8 +101,8 @@ def draft_bundle(
         artifacts = {}
         for target in targets:
             own, layout = weights[target.name], layouts[target.name]
-            kept = float_activations(target, config, checkpoint.recipe, own)
-            artifact = export_artifact(target, config, own, layout, tokenizer.eos_ids, directory, kept)
+            chosen = float_activations_of(target, config, checkpoint.recipe, own)
+            artifact = export_artifact(target, config, own, layout, tokenizer.eos_ids, directory, chosen)
             artifacts[target.name] = replace(artifact, stand_ins=stand_ins[target.name])
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -146,15 +146,15 @@ def export_artifact(
     layout: CacheLayout,
     eos_ids: Sequence[int],
     directory: Path,
-    kept: Sequence[str] = (),
+    float_activations: Sequence[str] = (),
 ) -> Artifact:
     """Write the files of one target into ``directory``. Returns the manifest's entry, still without stand-ins.
 
-    The inputs of the weights ``kept`` stay in floating point.
+    The inputs of the weights ``float_activations`` stay in floating point.
     """
     log.info("exporting .%s", target.name)
     started = time.perf_counter()
-    report = target.export(config, weights.tensors, layout, eos_ids, directory / target.file, kept)
+    report = target.export(config, weights.tensors, layout, eos_ids, directory / target.file, float_activations)
     stored = sum((directory / name).stat().st_size for name in report.files)
     log.info(
         "%s: %.1f MB in %.0f s, peak memory of this process so far %.1f GB",
@@ -168,8 +168,8 @@ def export_artifact(
         files=report.files,
         cache=layout,
         methods=report.methods,
-        references=references_of(target, config, weights.integers, kept),
-        float_activations=tuple(kept),
+        references=references_of(target, config, weights.integers, float_activations),
+        float_activations=tuple(float_activations),
         versions={package: version(package) for package in target.packages},
         opsets=report.opsets,
         bytes=stored,
@@ -180,7 +180,7 @@ def export_artifact(
     )
 
 
-def float_activations(
+def float_activations_of(
     target: Target, config: ModelConfig, recipe: Recipe, weights: QuantizedWeights
 ) -> tuple[str, ...]:
     """The integer weights whose inputs stay in floating point by ``recipe``, of a target that would round them."""
@@ -204,12 +204,12 @@ def check_exportable(
 
 def check_activations(targets: Sequence[Target], recipe: Recipe) -> None:
     """Raises BadInput when ``recipe`` keeps activations in floating point that the kernels of a target round."""
-    kept = [rule.pattern for rule in recipe.rules if rule.activations == "float" and rule.scheme != "float32"]
-    unable = [target.name for target in targets if target.roundings and not target.float_activations]
-    if kept and unable:
+    chosen = [rule.pattern for rule in recipe.rules if rule.activations == "float" and rule.scheme != "float32"]
+    unable = [target.name for target in targets if target.roundings and not target.can_keep_float]
+    if chosen and unable:
         raise BadInput(
-            f"float activations for {kept[0]}: the kernels of a .{unable[0]} round them to int8; choose --format onnx, "
-            "keep these weights in float32, or train for the rounding with qat --activations int8"
+            f"float activations for {chosen[0]}: the kernels of a .{unable[0]} round them to int8; choose --format "
+            "onnx, keep these weights in float32, or train for the rounding with qat --activations int8"
         )
 
 

@@ -88,13 +88,13 @@ class Export(Protocol):
         layout: CacheLayout,
         eos_ids: Sequence[int],
         path: Path,
-        kept: Collection[str],
+        float_activations: Collection[str],
     ) -> ExportReport:
         """Write the graph to ``path``, and the files that belong to it beside it.
 
-        ``weights`` are by checkpoint name. The inputs of the weights ``kept`` are not rounded; only a target with
-        ``float_activations`` gets any. The same arguments give the same bytes. Raises BadInput for weights that do
-        not fit the configuration or the target's kernels.
+        ``weights`` are by checkpoint name. The inputs of the weights ``float_activations`` are not rounded; only a
+        target with ``can_keep_float`` gets any. The same arguments give the same bytes. Raises BadInput for weights
+        that do not fit the configuration or the target's kernels.
         """
 
 
@@ -114,7 +114,7 @@ class Target:
     # How its kernels round the input of a linear layer with integer weights: an entry for each kind of kernel that may
     # run the file, by name, with a function that imports it. Empty: they multiply in float32.
     roundings: Mapping[str, Callable[[], "Rounding"]] = field(default_factory=dict)
-    float_activations: bool = False  # can it multiply the integers of chosen weights with float inputs?
+    can_keep_float: bool = False  # can it keep the activations of chosen weights in floating point?
     # The bytes of weights that the file holds a second time. They come on top of the weights' ideal bytes.
     repeated_bytes: Callable[[ModelConfig, "Weights"], int] = no_bytes
 
@@ -122,14 +122,14 @@ class Target:
 FLOAT = "float"  # the name of the reference whose activations are not rounded
 
 
-def rounding_of(target: Target, name: str, kept: Collection[str] = ()) -> "Rounding":
-    """The rounding ``name`` of ``target``, or FLOAT. The inputs of the weights ``kept`` are not rounded."""
+def rounding_of(target: Target, name: str, float_activations: Collection[str] = ()) -> "Rounding":
+    """The rounding ``name`` of ``target``, or FLOAT. The inputs of ``float_activations`` are not rounded."""
     from quant.activations import keep_float
 
     if name == FLOAT:
         return keep_float
     rounding = target.roundings[name]()
-    return lambda weight_name, weight: None if weight_name in kept else rounding(weight_name, weight)
+    return lambda weight_name, weight: None if weight_name in float_activations else rounding(weight_name, weight)
 
 
 def multiplied(config: ModelConfig, names: Iterable[str]) -> list[str]:
@@ -138,11 +138,11 @@ def multiplied(config: ModelConfig, names: Iterable[str]) -> list[str]:
 
 
 def references_of(
-    target: Target, config: ModelConfig, integers: Iterable[str], kept: Collection[str]
+    target: Target, config: ModelConfig, integers: Iterable[str], float_activations: Collection[str]
 ) -> tuple[str, ...]:
     """The names of the references with which a file of ``target`` is compared: its roundings, or FLOAT.
 
-    ``integers`` are the names of the file's integer weights, ``kept`` those whose inputs are not rounded.
+    ``integers`` are the names of the file's integer weights, ``float_activations`` those whose inputs are not rounded.
     """
-    rounded = set(multiplied(config, integers)) - set(kept)
+    rounded = set(multiplied(config, integers)) - set(float_activations)
     return tuple(target.roundings) if rounded and target.roundings else (FLOAT,)

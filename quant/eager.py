@@ -34,7 +34,7 @@ def quantized_model(
     """
     check_shapes(config, weights.shapes)
     model = empty_model(config)
-    by_rows: dict[str, Rows] = dict(weights.integers)
+    by_rows: dict[str, Matrix] = dict(weights.integers)
     floats = {
         name: weight.detach() if isinstance(weight, Tensor) else weight.dequantize()
         for name, weight in weights.tensors.items()
@@ -58,9 +58,9 @@ def with_integer_weights(
     return model
 
 
-def _compute_by_rows(model: nn.Module, weights: "Mapping[str, Rows]", rounding: Rounding, dtype: torch.dtype) -> None:
+def _compute_by_rows(model: nn.Module, weights: "Mapping[str, Matrix]", rounding: Rounding, dtype: torch.dtype) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    shared: dict[Tensor, tuple[str, Rows]] = {parameters[name]: (name, weight) for name, weight in weights.items()}
+    shared: dict[Tensor, tuple[str, Matrix]] = {parameters[name]: (name, weight) for name, weight in weights.items()}
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module.weight in shared:
             name, weight = shared[module.weight]
@@ -77,7 +77,7 @@ def _is_matrix(model: nn.Module, name: str) -> bool:
 
 
 # A matrix [N, K] of which a few rows at a time are made floating point.
-Rows = IntegerWeight | Tensor
+Matrix = IntegerWeight | Tensor
 
 
 class RowsLinear(nn.Module):
@@ -86,7 +86,7 @@ class RowsLinear(nn.Module):
     ``round`` is what it does to its input first.
     """
 
-    def __init__(self, weight: Rows, round: Round | None = None, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: Matrix, round: Round | None = None, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.rows = weight
         self.bias = bias
@@ -104,7 +104,7 @@ class RowsLinear(nn.Module):
 class RowsEmbedding(nn.Module):
     """An embedding, ids [...] → [..., E] in ``dtype``. Takes only the rows of its table [V, E] that are looked up."""
 
-    def __init__(self, weight: Rows, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, weight: Matrix, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.rows = weight
         self._dtype = dtype
@@ -113,7 +113,7 @@ class RowsEmbedding(nn.Module):
         return _rows(self.rows, ids.flatten()).to(self._dtype).view(*ids.shape, -1)
 
 
-def _rows(weight: Rows, index: slice | Tensor) -> Tensor:
+def _rows(weight: Matrix, index: slice | Tensor) -> Tensor:
     """Some rows of ``weight``: float32, or a float weight's own dtype."""
     if isinstance(weight, Tensor):
         return weight[index]

@@ -26,7 +26,7 @@ def export(
     layout: CacheLayout,
     eos_ids: Sequence[int],
     path: Path,
-    kept: Collection[str],
+    float_activations: Collection[str],
 ) -> ExportReport:
     """Floats as float32, integers as their codes and scales. The bits are in the file's metadata."""
     tensors: dict[str, Tensor] = {}

@@ -19,11 +19,11 @@ def _export(
     layout: CacheLayout,
     eos_ids: Sequence[int],
     path: Path,
-    kept: Collection[str],
+    float_activations: Collection[str],
 ) -> ExportReport:
     from export.executorch.lower import export_pte
 
-    assert not kept, "XNNPACK has no such kernel"
+    assert not float_activations, "XNNPACK has no such kernel"
     return export_pte(config, weights, layout, eos_ids, path)
 
 

@@ -73,16 +73,16 @@ def write_graph(
     path: Path,
     name: str,
     weights: Weights,
-    kept: Collection[str],
+    float_activations: Collection[str],
     build: "Callable[[GraphBuilder], tuple[list[ir.Value], list[ir.Value]]]",
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], set[str]]:
     """Write the graph ``path`` with the inputs and outputs that ``build`` returns, and its external data file.
 
-    The inputs of the integer weights ``kept`` are not rounded. Returns the specs of the graph's inputs and outputs, and
-    the names of the weights that it uses.
+    The inputs of the integer weights ``float_activations`` are not rounded. Returns the specs of the graph's inputs and
+    outputs, and the names of the weights that it uses.
     """
     with WeightFile(data_file(path)) as file:
-        graph = GraphBuilder(weights, file, kept)
+        graph = GraphBuilder(weights, file, float_activations)
         inputs, outputs = build(graph)
     whole = ir.Graph(
         inputs,
@@ -124,16 +124,16 @@ class Operators(Tape):
 class GraphBuilder:
     """Builds one graph: its nodes (with ``op``), its constants and its weights.
 
-    ``used`` collects the names of the weights that the graph uses. The inputs of the integer weights ``kept`` are not
-    rounded.
+    ``used`` collects the names of the weights that the graph uses. The inputs of the integer weights
+    ``float_activations`` are not rounded.
     """
 
-    def __init__(self, weights: Weights, file: WeightFile, kept: Collection[str] = ()) -> None:
+    def __init__(self, weights: Weights, file: WeightFile, float_activations: Collection[str] = ()) -> None:
         self.op = self._main = Operators()
         self.used: set[str] = set()
         self._weights = weights
         self._file = file
-        self._kept = kept
+        self._float_activations = float_activations
         self._constants: dict[str, ir.Value] = {}
         self._matrices: dict[str, ir.Value] = {}
         self._scales: dict[str, ir.Value] = {}
@@ -207,7 +207,7 @@ class GraphBuilder:
                     "N": sum(rows),
                     "bits": integers[0].bits,
                     "block_size": block,
-                    "accuracy_level": FLOAT_LEVEL if names[0] in self._kept else INT8_LEVEL,
+                    "accuracy_level": FLOAT_LEVEL if names[0] in self._float_activations else INT8_LEVEL,
                 },
             )
         elif len(names) > 1:
@@ -223,7 +223,7 @@ class GraphBuilder:
 
     def _kind(self, name: str, weight: IntegerWeight) -> tuple[int, int, bool]:
         """What weights must have in common to be one matrix."""
-        return weight.bits, 0 if weight.per_channel else weight.group_size, name in self._kept
+        return weight.bits, 0 if weight.per_channel else weight.group_size, name in self._float_activations
 
     def float_matrix(self, names: Sequence[str], weights: Sequence[Tensor]) -> ir.Value:
         """The weights stacked along the rows: float32 [rows, columns]."""

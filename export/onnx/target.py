@@ -19,11 +19,11 @@ def _export(
     layout: CacheLayout,
     eos_ids: Sequence[int],
     path: Path,
-    kept: Collection[str],
+    float_activations: Collection[str],
 ) -> ExportReport:
     from export.onnx.write import export
 
-    return export(config, weights, layout, eos_ids, path, kept)
+    return export(config, weights, layout, eos_ids, path, float_activations)
 
 
 def _read_back(path: Path) -> "Iterator[tuple[str, QuantizedWeight]]":
@@ -54,5 +54,5 @@ ONNX = Target(
     export=_export,
     read_back=_read_back,
     roundings={"int8-per-block": _per_block, "int8-kleidiai": _kleidiai},
-    float_activations=True,
+    can_keep_float=True,
 )

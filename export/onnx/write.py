@@ -24,24 +24,24 @@ def export(
     layout: CacheLayout,
     eos_ids: Sequence[int],
     path: Path,
-    kept: Collection[str],
+    float_activations: Collection[str],
 ) -> ExportReport:
     """The target's exporter (see ``export.target.Export``): ``export_onnx``, and genai_config.json beside the graph."""
-    report = export_onnx(config, weights, layout, path, kept)
+    report = export_onnx(config, weights, layout, path, float_activations)
     genai = json.dumps(genai_config(config, layout, eos_ids, path.name), indent=1)
     path.with_name(GENAI_CONFIG).write_text(genai + "\n", encoding="utf-8")
     return report
 
 
 def export_onnx(
-    config: ModelConfig, weights: Weights, layout: CacheLayout, path: Path, kept: Collection[str] = ()
+    config: ModelConfig, weights: Weights, layout: CacheLayout, path: Path, float_activations: Collection[str] = ()
 ) -> ExportReport:
     """Write the graph ``path`` and its weights ``path``.data; for a multimodal model also the vision model's graph.
 
     ``weights`` are by checkpoint name: float tensors (written as float32), IntegerWeight of 4 or 8 bits, or Sfp8Weight.
     SFP8 codes go into the file as they are and are decoded when it is loaded (4 bytes per weight in memory). This is
     for validation; export/stand_ins.py makes the integers that ship. ``layout`` must be of the compacting style.
-    MatMulNBits rounds the inputs of integer weights to int8 by block, but not those of the weights ``kept``. Raises
+    MatMulNBits rounds the inputs of integer weights to int8 by block, but not those of ``float_activations``. Raises
     BadInput for weights that do not fit the configuration or the runtime's kernels. The same arguments give the same
     bytes.
     """
@@ -49,14 +49,16 @@ def export_onnx(
     for spec in config.layers:
         if spec.head_dim % 8:
             raise BadInput(f"head_dim is {spec.head_dim}; ONNX Runtime's attention needs a multiple of 8")
-    inputs, outputs, used = write_graph(path, "gemma3", weights, kept, lambda graph: text_model(graph, config, layout))
+    inputs, outputs, used = write_graph(
+        path, "gemma3", weights, float_activations, lambda graph: text_model(graph, config, layout)
+    )
     methods = [Method(FORWARD, path.name, inputs, outputs)]
     if config.vision is not None:
         inputs, outputs, used_for_images = write_graph(
             path.with_name(VISION_FILE),
             "gemma3-vision",
             weights,
-            kept,
+            float_activations,
             lambda graph: vision_model(graph, config),
         )
         methods.append(Method(VISION_ENCODER, VISION_FILE, inputs, outputs))

@@ -63,6 +63,7 @@ def fresh_references(
                 golden[key] = with_noise(reference, session, plan)
             else:
                 golden[key] = replace(reference, noise_kl=first.noise_kl, soft_noise=first.soft_noise)
+            del session  # before the next model is made
     return FreshReferences(golden, exact)
 
 

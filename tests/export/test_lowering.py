@@ -64,17 +64,17 @@ def assert_close(found: np.ndarray, expected: Tensor, size: Tensor) -> None:
     assert (np.abs(found - expected.numpy()) <= 1e-6 * size.numpy() + 1e-30).all()
 
 
-def write_onnx(weight: IntegerWeight, path: Path, kept: Sequence[str] = (NAME,)) -> None:
+def write_onnx(weight: IntegerWeight, path: Path, float_activations: Sequence[str] = (NAME,)) -> None:
     """A graph with one stored table W: x [1, S, K] → x · Wᵀ, and ids [1, S] → their rows.
 
-    Unless W is among ``kept``, x is rounded first.
+    Unless W is among ``float_activations``, x is rounded first.
     """
     rows, columns = weight.codes.shape
     config = tiny_config(vocab_size=rows, hidden_size=columns)
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, "length", columns]))
     ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1, "length"]))
     with WeightFile(path.with_name(path.name + ".data")) as file:
-        graph = GraphBuilder({NAME: weight}, file, kept)
+        graph = GraphBuilder({NAME: weight}, file, float_activations)
         (product,) = graph.linear(x, NAME)
         outputs = [product, embed(graph, config, ids)]
         for value, name in zip(outputs, ("product", "rows"), strict=True):
