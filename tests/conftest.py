@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from gemma3.tokenizer import Tokenizer
 from scripts.random_checkpoint import made_up_tokenizer
 from tests.bundles import VOCABULARY, Cli, run, write_checkpoint
 from tests.schemas import check_every_file
+
+# A shell that runs the tests in the background has them ignore SIGINT, and nohup SIGHUP. Tests send both.
+for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(ending) is signal.SIG_IGN:
+        signal.signal(ending, signal.default_int_handler if ending == signal.SIGINT else signal.SIG_DFL)
 
 # Machines are shared: no test fails for being slow, and every run draws the same examples.
 settings.register_profile("shared-machine", deadline=None, derandomize=True)
