@@ -34,7 +34,7 @@ NOISE, PEAK_NOISE = 2.0, 4.0
 # In a small model the changes may happen to turn no rounding, and the file's own float error may turn one. What that
 # can cost follows from what all roundings cost together (``cost_kl``): if every rounding fell out differently, file and
 # reference would be at twice that cost from each other. (Measured: up to half.) So the cost also bounds what noise may
-# excuse in a mean over a few positions.
+# excuse: one draw of it may have an unusual peak.
 COST, MOST_COST = 0.5, 4.0
 # Whatever the scale of the logits, a KL divergence below these, in nats, changes no prediction.
 KL_MEAN, KL_MAX = 1e-5, 1e-4
@@ -89,7 +89,7 @@ def rounded_limits(reference: ReferenceLogits, positions: int) -> Limits:
     2.0e-3 at one of the 9 positions of the whole prompt, 4.6e-4 on average over the 9, and 2.1e-4 over all positions.)
     """
     noise, cost = reference.noise_kl, reference.cost_kl
-    highest = PEAK_NOISE * float(noise.max())
+    highest = min(PEAK_NOISE * float(noise.max()), MOST_COST * float(cost.max()))
     average = NOISE * float(noise.mean()) + highest / max(1, positions)
     return Limits(
         "the reference rounds activations as the kernels do; a value within float error of a rounding boundary may "

@@ -157,8 +157,11 @@ def test_limits_for_rounded_activations_follow_the_noise_of_the_reference_itself
     noisy = with_noise(reference, session_of(rounded), plan)
     limits = rounded_limits(noisy, 10)
     mean, peak, cost = (float(value) for value in (noisy.noise_kl.mean(), noisy.noise_kl.max(), noisy.cost_kl.mean()))
-    assert limits.kl_mean == max(1e-5, min(NOISE * mean + PEAK_NOISE * peak / 10, MOST_COST * cost), COST * cost)
-    assert limits.kl_max == max(1e-4, PEAK_NOISE * peak, COST * float(noisy.cost_kl.max()))
+    peak = min(peak, MOST_COST / PEAK_NOISE * float(noisy.cost_kl.max()))
+    average = NOISE * mean + PEAK_NOISE * peak / 10
+    assert limits.kl_mean == pytest.approx(max(1e-5, min(average, MOST_COST * cost), COST * cost))
+    highest = float(noisy.cost_kl.max())
+    assert limits.kl_max == max(1e-4, min(PEAK_NOISE * peak, MOST_COST * highest), COST * highest)
     assert 1e-12 < noisy.noise_kl.max() < 1e-2
     assert rounded_limits(noisy.at([5]), 10) == limits
     checks = check(session_of(rounded), plan, noisy, "pte", ROUNDED)
@@ -201,6 +204,9 @@ def test_limits_of_rounded_activations_in_figures(reference: ReferenceLogits) ->
     assert rounded_limits(measured, 1).kl_mean == pytest.approx(4 * 5e-4)  # the most that noise may excuse
     assert many.kl_max == few.kl_max == pytest.approx(4 * 8e-4)
     assert many.soft_rms == pytest.approx(9e-3 * 2**-0.5)
+    odd = rounded_limits(replace(measured, noise_kl=noise * 50), 1000)  # noise far over the cost: the cost bounds it
+    assert odd.kl_mean == pytest.approx(4 * 5e-4)
+    assert odd.kl_max == pytest.approx(4 * 4e-3)
     calm = rounded_limits(replace(measured, noise_kl=noise * 0, cost_kl=cost * 0), 10)
     assert (calm.kl_mean, calm.kl_max) == (1e-5, 1e-4)
 
