@@ -89,7 +89,7 @@ def check_single_steps(subject: Subject) -> list[Check]:
         for one in (
             ("kl_mean", sum(kl) / len(kl), mean_limit),
             ("kl_median", median(kl), None),
-            ("kl_max", max(kl), max_limit),
+            ("kl_max", float(np.max(kl)), max_limit),
             ("float_equal", *agreeing(found, agreement)),
         )
     ]

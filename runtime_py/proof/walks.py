@@ -57,7 +57,7 @@ def check_session(
         if walk == ONE_BY_ONE:
             checks += at_landmarks(judge, plan, differences)
     again = follow(session, plan, plan.walks[first], to_feed(first))
-    change = max(float(np.abs(logits - fresh[position]).max()) for position, logits in again)
+    change = _largest([float(np.abs(logits - fresh[position]).max()) for position, logits in again])
     return [*checks, judge.check(RESET, f"{title(first)} again after a reset", "max_abs", change)]
 
 
@@ -148,11 +148,11 @@ def summarize(judge: Judge, walk: str, differences: Sequence[Difference]) -> lis
     squares = sum(difference.sum_squares for difference in differences)
     worst = max(differences, key=lambda difference: difference.kl)
     figures = {
-        "max_abs": max(difference.max_abs for difference in differences),
+        "max_abs": _largest([difference.max_abs for difference in differences]),
         "mean_abs": sum(difference.sum_abs for difference in differences) / count,
         "relative_rms": math.sqrt(squares / sum(difference.reference_squares for difference in differences)),
         "kl_mean": sum(difference.kl for difference in differences) / len(differences),
-        "kl_max": worst.kl,
+        "kl_max": _largest([difference.kl for difference in differences]),
         "kl_worst_position": float(worst.position),
         "top1_agreement": sum(difference.same_top for difference in differences) / len(differences),
     }
@@ -172,6 +172,11 @@ def at_landmarks(judge: Judge, plan: Plan, differences: Sequence[Difference]) ->
             {"max_abs": difference.max_abs, "kl_max": difference.kl},
         )
     ]
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest of ``values``, or NaN if one of them is NaN, which the built-in ``max`` may pass over."""
+    return float(np.max(values))
 
 
 def figures_of(checks: Sequence[Check], artifact: str, id: str) -> dict[str, float]:

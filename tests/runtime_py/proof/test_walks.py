@@ -132,6 +132,28 @@ def test_not_a_number_does_not_pass(model: Gemma3, plan: Plan, reference: Refere
         assert failed(check(Broken(model, layout), plan, reference, "pte", name))
 
 
+@pytest.mark.parametrize("name", [FLOAT, ROUNDED])
+@pytest.mark.parametrize("place", [(0, 51), (4, 40)], ids=["in a walk", "after a reset"])
+def test_one_position_without_numbers_does_not_pass(
+    model: Gemma3, plan: Plan, reference: ReferenceLogits, place: tuple[int, int], name: str
+) -> None:
+    class Broken(EagerSession):
+        resets = 0
+
+        def reset(self) -> None:
+            super().reset()
+            self.resets += 1
+
+        def prefill(self, ids: Sequence[int], images: Sequence[Image] = ()) -> Logits:
+            logits = super().prefill(ids, images)
+            walk, position = place
+            start, end = self.position - len(ids), self.position
+            return logits * np.float32("nan") if self.resets == walk and start < position <= end else logits
+
+    layout = cache_layout(model.config, "ring", CONTEXT, CHUNK)
+    assert failed(check(Broken(model, layout), plan, reference, "pte", name))
+
+
 def test_golden_positions_alone_catch_a_window_off_by_one(
     model: Gemma3, plan: Plan, reference: ReferenceLogits
 ) -> None:
