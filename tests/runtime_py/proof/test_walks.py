@@ -133,7 +133,7 @@ def test_not_a_number_does_not_pass(model: Gemma3, plan: Plan, reference: Refere
 
 
 @pytest.mark.parametrize("name", [FLOAT, ROUNDED])
-@pytest.mark.parametrize("place", [(0, 51), (4, 40)], ids=["in a walk", "after a reset"])
+@pytest.mark.parametrize("place", [(1, 51), (5, 40)], ids=["in a walk", "after a reset"])
 def test_one_position_without_numbers_does_not_pass(
     model: Gemma3, plan: Plan, reference: ReferenceLogits, place: tuple[int, int], name: str
 ) -> None:
