@@ -422,6 +422,21 @@ def test_a_bundle_cannot_choose_its_references(
     assert_refused(result, 5, "the references of .onnx are", f"its weights need {KEY}")
 
 
+def test_a_bundle_of_0_3_0_without_the_float_reference_is_valid(
+    gemma_edge: Cli, bundle: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    older = copy_bundle(bundle, tmp_path / "older")
+    manifest, proof = (json.loads((older / name).read_text()) for name in (MANIFEST, PLAN))
+    manifest["artifacts"]["onnx"]["references"].remove("float")
+    del proof["artifacts"]["onnx"]["float"]
+    (older / MANIFEST).write_text(json.dumps(manifest))
+    (older / PLAN).write_text(json.dumps(proof))
+    forge(older, PLAN)
+    for options in ((), ("--checkpoint", checkpoint)):
+        result = gemma_edge("validate", older, *options)
+        assert result.code == 0, result.err
+
+
 def test_with_the_checkpoint_its_stop_ids_count(
     gemma_edge: Cli, bundle: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

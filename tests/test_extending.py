@@ -75,8 +75,8 @@ def test_backends_whose_files_hold_other_weights_have_references_of_their_own(
     proof = load_plan(bundle / PLAN)
     assert {format: [one.key for one in named.values()] for format, named in proof.artifacts.items()} == {
         "pte": ["int8-per-token"],
-        "onnx": ["int8-per-block", "int8-kleidiai"],
-        "toy": ["float"],
+        "onnx": ["int8-per-block", "int8-kleidiai", "float"],
+        "toy": ["float-toy"],
     }
     for options in ((), ("--checkpoint", checkpoint)):
         result = gemma_edge("validate", bundle, *options)

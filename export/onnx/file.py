@@ -14,6 +14,7 @@ from export.manifest import check_link
 from gemma3.errors import BadInput
 
 VISION_FILE = "vision.onnx"  # the vision model's graph, beside the text model's
+WEIGHTS_KEY = "gemma_edge.weights"  # a node's metadata: the checkpoint weights of which its matrix consists
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

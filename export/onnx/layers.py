@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 from torch import Tensor
 
-from export.onnx.file import data_file
+from export.onnx.file import WEIGHTS_KEY, data_file
 from export.target import TensorSpec
 from gemma3.errors import BadInput
 from quant.integers import IntegerWeight
@@ -40,7 +40,6 @@ FAST_BLOCKS = (128, 64, 32)
 INT8_LEVEL, FLOAT_LEVEL = 4, 1
 ALIGNMENT = 64  # bytes of a CPU cache line, so that weights used directly from the mapped file are aligned
 SFP8_SCALE = ".scale"
-WEIGHTS_KEY = "gemma_edge.weights"  # a node's metadata: the checkpoint weights of which its matrix consists
 
 
 class WeightFile:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.onnx.file import graphs_of, load_graph, read_initializer
-from export.onnx.layers import SFP8_SCALE, WEIGHTS_KEY
+from export.onnx.file import WEIGHTS_KEY, graphs_of, load_graph, read_initializer
+from export.onnx.layers import SFP8_SCALE
 from quant.integers import IntegerWeight
 from quant.sfp8 import Sfp8Weight
 from quant.weights import QuantizedWeight

@@ -1,4 +1,7 @@
-"""How MatMulNBits rounds the input of a linear layer at accuracy level 4, on each kind of processor."""
+"""How MatMulNBits rounds the input of a linear layer at accuracy level 4, on each kind of processor.
+
+`make test-arm` runs each kind (docs/validation.md#on-arm). ARM processors without dot products round nothing.
+"""
 
 from functools import partial
 
@@ -13,7 +16,7 @@ def per_block(name: str, weight: IntegerWeight) -> Round:
 
 
 def kleidiai(name: str, weight: IntegerWeight) -> Round:
-    """On ARM. For 4 bits in whole blocks of a multiple of 32 columns, KleidiAI's kernels round as XNNPACK's do.
+    """On ARM with dot products. 4 bits in whole blocks of a multiple of 32 columns: KleidiAI rounds as XNNPACK does.
 
     Source: onnxruntime/core/mlas/lib/kleidiai/qnbitgemm_kleidiai.cpp (kai_lhs_quant_pack_qai8dxp_f32).
     """

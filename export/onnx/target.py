@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.target import ExportReport, Target
+from export.target import FLOAT, ExportReport, Target
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 
@@ -44,6 +44,12 @@ def _kleidiai() -> "Rounding":
     return kleidiai
 
 
+def _float() -> "Rounding":
+    from quant.activations import keep_float
+
+    return keep_float
+
+
 ONNX = Target(
     name="onnx",
     file="model.onnx",
@@ -53,6 +59,7 @@ ONNX = Target(
     packages=("onnx", "onnx-ir", "onnxruntime"),
     export=_export,
     read_back=_read_back,
-    roundings={"int8-per-block": _per_block, "int8-kleidiai": _kleidiai},
+    # The last one: ARM processors without dot products have no such kernels, and multiply in float32.
+    roundings={"int8-per-block": _per_block, "int8-kleidiai": _kleidiai, FLOAT: _float},
     can_keep_float=True,
 )

@@ -36,8 +36,8 @@ class Subject:
 
     @property
     def rounds(self) -> bool:
-        """Do its kernels round activations?"""
-        return FLOAT not in self.references
+        """Do its kernels round activations here? (Those of another processor may not.)"""
+        return next(iter(self.references)) != FLOAT
 
     @property
     def path(self) -> Path:
