@@ -26,7 +26,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -69,6 +69,12 @@ def _one_known_format(value: str | None) -> str | None:
     if value == BOTH:
         raise typer.BadParameter("choose one format")
     return _known_format(value)
+
+
+def _known_device(value: str | None) -> str | None:
+    if value is not None and (value == "adb:" or value.split(":")[0] != "adb"):
+        raise typer.BadParameter(f"{value!r} is not adb or adb:SERIAL")
+    return value
 
 
 Model = Annotated[
@@ -499,17 +505,69 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Runs to measure.")] = 5,
     format: AllFormats = None,
     threads: Threads = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="adb[:SERIAL]",
+            callback=_known_device,
+            help="Measure in the app on a phone, to which `gemma-edge push` has copied the bundle [this machine].",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode speed, load time and peak memory, each graph in a process of its own."""
     from runtime_py.measure.bench import bench as run
     from runtime_py.measure.bench import bench_table
 
+    if device is not None:
+        from runtime_py.phone.bench import bench_on_phone
+
+        _, _, serial = device.partition(":")
+        with interruptible(lambda: "the app finishes a measurement that it has begun"):
+            report = bench_on_phone(
+                bundle,
+                serial or None,
+                format,
+                prompt=prompt,
+                new_tokens=new_tokens,
+                repetitions=repetitions,
+                threads=threads,
+            )
+        print(json.dumps(report.to_dict()) if as_json else report.show())
+        return
     measurements = run(bundle, format, prompt=prompt, new_tokens=new_tokens, repetitions=repetitions, threads=threads)
     if as_json:
         print(json.dumps({"measurements": [one.to_dict() for one in measurements]}))
     else:
         print(bench_table(measurements))
+
+
+@app.command()
+def push(
+    bundle: Bundle,
+    serial: Annotated[
+        str | None,
+        typer.Option("--serial", metavar="SERIAL", help="The phone's, of `adb devices` [$ANDROID_SERIAL's, the only]."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a bundle to the app on a phone through adb, checked file by file. An interrupted copy can be continued."""
+    from runtime_py.phone.push import push as run
+
+    with interruptible(lambda: "what has arrived stays on the phone; run the same command to go on"):
+        pushed = run(bundle, serial)
+    if as_json:
+        print(json.dumps(pushed.to_dict()))
+    log.info(
+        "%s on %s: %d of %d files copied (%.1f of %.1f MB), every sha256 is right",
+        pushed.name,
+        pushed.serial,
+        pushed.copied_files,
+        pushed.files,
+        pushed.copied_bytes / 1e6,
+        pushed.bytes / 1e6,
+    )
 
 
 @app.command()
@@ -646,13 +704,23 @@ def sampler_of(
 def whole(out: Path) -> Iterator[None]:
     """For commands that write ``out`` whole or not at all. On a signal it says whether ``out`` was written."""
     existed = os.path.lexists(out)
+
+    def outcome() -> str:
+        return f"{out} {'was written before' if os.path.lexists(out) and not existed else 'was not written'}"
+
+    with interruptible(outcome):
+        yield
+
+
+@contextmanager
+def interruptible(outcome: Callable[[], str]) -> Iterator[None]:
+    """On a signal, say what ``outcome`` then returns."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or ended_by() is not None:
-            written = "was written before" if os.path.lexists(out) and not existed else "was not written"
             with suppress(OSError):
-                print(f"interrupted: {out} {written}", file=sys.stderr)
+                print(f"interrupted: {outcome()}", file=sys.stderr)
         raise
 
 

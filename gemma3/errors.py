@@ -22,6 +22,12 @@ class DoesNotFit(UserError):
     exit_code = 4
 
 
+class DeviceError(UserError):
+    """No phone that this host can use, or a phone or app that failed while it was used."""
+
+    exit_code = 4
+
+
 class VerificationFailed(UserError):
     """An artifact that does not agree with the eager model, or whose bytes are not what its manifest says."""
 

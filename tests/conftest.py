@@ -13,8 +13,10 @@ import pytest
 from hypothesis import settings
 
 from gemma3.tokenizer import Tokenizer
+from runtime_py.phone import adb
 from scripts.random_checkpoint import made_up_tokenizer
 from tests.bundles import VOCABULARY, Cli, run, write_checkpoint
+from tests.phone import Phone
 from tests.schemas import check_every_file
 
 # A shell that runs the tests in the background has them ignore SIGINT, and nohup SIGHUP. Tests send both.
@@ -61,3 +63,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "some.txt"
     path.write_text("Some text of ordinary words, and more of it. " * 20)
     return path
+
+
+@pytest.fixture
+def phone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Phone:
+    """A phone with the app, and an adb on the PATH that knows it."""
+    monkeypatch.setattr(adb, "POLL", 0.05)
+    return Phone(tmp_path_factory.mktemp("phone"), monkeypatch)

@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from export.manifest import read_manifest
+from export.manifest import Manifest, read_manifest
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.host.memory import peak_rss
 from runtime_py.backends import Backend, backend_of, formats_of, open_graph
@@ -69,16 +69,11 @@ def bench(
     """Measure the graph of ``format``, or all graphs of ``bundle``, on random tokens.
 
     A run prefills ``prompt`` tokens and decodes ``new_tokens``; ``repetitions`` runs follow one that warms up. Raises
-    BadInput for counts below one and for a format that the bundle does not hold, DoesNotFit when the tokens are over
-    the bundle's context, and what ``read_manifest`` and opening a graph raise.
+    BadInput for a format that the bundle does not hold, and what ``read_manifest``, ``check_counts`` and opening a
+    graph raise.
     """
-    for name, count in (("-p", prompt), ("-n", new_tokens), ("-r", repetitions)):
-        if count < 1:
-            raise BadInput(f"{name} is {count}; use 1 or more")
     manifest = read_manifest(bundle)
-    context = manifest.context
-    if prompt + new_tokens > context:
-        raise DoesNotFit(f"-p {prompt} and -n {new_tokens} are over the bundle's context of {context}; use fewer")
+    check_counts(manifest, prompt, new_tokens, repetitions)
     measurements = []
     for one in formats_of(bundle, manifest, format):
         # A new process, so that the memory of the parent and of other runtimes does not count.
@@ -92,6 +87,16 @@ def bench(
                     child.terminate()
                 raise
     return measurements
+
+
+def check_counts(manifest: Manifest, prompt: int, new_tokens: int, repetitions: int) -> None:
+    """Raises BadInput for counts below one, and DoesNotFit when the tokens are over the bundle's context."""
+    for name, count in (("-p", prompt), ("-n", new_tokens), ("-r", repetitions)):
+        if count < 1:
+            raise BadInput(f"{name} is {count}; use 1 or more")
+    context = manifest.context
+    if prompt + new_tokens > context:
+        raise DoesNotFit(f"-p {prompt} and -n {new_tokens} are over the bundle's context of {context}; use fewer")
 
 
 def _end_quietly() -> None:
@@ -138,8 +143,12 @@ def _measure(
     )
 
 
-def bench_table(measurements: Sequence[Measurement]) -> str:
-    """A table with one row for each measurement. All must have the same numbers of tokens and repetitions."""
+def bench_table(measurements: Sequence[Measurement], beside: Mapping[str, Sequence[str]] | None = None) -> str:
+    """A table with one row for each measurement. All must have the same numbers of tokens and repetitions.
+
+    ``beside`` has further columns by their headings, each with a cell for every measurement.
+    """
+    columns = beside or {}
     first = measurements[0]
     header = (
         "format",
@@ -148,6 +157,7 @@ def bench_table(measurements: Sequence[Measurement]) -> str:
         "load",
         "peak RSS",
         "of which libraries",
+        *columns,
     )
     rows = [
         (
@@ -157,7 +167,8 @@ def bench_table(measurements: Sequence[Measurement]) -> str:
             f"{one.load_seconds:.2f} s",
             megabytes(one.peak_rss_bytes),
             megabytes(one.libraries_rss_bytes),
+            *(cells[row] for cells in columns.values()),
         )
-        for one in measurements
+        for row, one in enumerate(measurements)
     ]
     return table(header, rows) + f"\n\nmean ± sd (median) of {first.repetitions} repetitions"
