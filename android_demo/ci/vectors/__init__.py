@@ -1,0 +1,1 @@
+"""What the Kotlin tests compare with: one module for each part of the app."""
