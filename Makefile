@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Installed once for each state of these files.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast test-android test-arm lint format clean
 
 demo: $(STAMP)
 	$(BIN)/gemma-edge demo
@@ -16,6 +16,14 @@ test: $(STAMP)
 # Without the tests that export whole models or train, in two processes: two or three minutes.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+# The app in android_demo, without a phone: see android_demo/ci/check.sh.
+test-android: $(STAMP)
+	PYTHON=$(abspath $(BIN)/python) android_demo/ci/check.sh
+
+# The demo checkpoints on ARM processors, which qemu plays. Names what this machine lacks, and skips it.
+test-arm: $(STAMP)
+	$(BIN)/python -m scripts.arm.check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -32,4 +40,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .arm build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
