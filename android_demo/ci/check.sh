@@ -4,7 +4,7 @@
 #   check.sh fast    core and engines: unit tests, and the .onnx of the demo bundles run for real. Part of `make test`.
 #   check.sh         also the .pte, every screen, planted faults, and the APK. `make test-android`.
 #
-# Needs a JDK, Maven, npm and g++; installs the first two with apt-get if they are missing. Downloads are kept in .cache.
+# Needs a JDK, Maven, unzip, npm and g++; installs the first three with apt-get if they are missing. Downloads are kept in .cache.
 # What cannot be had here is skipped by name, one line each; what fails, fails. BUNDLES: a folder with the demo bundles
 # `demo` and `demo-vision`, in both formats, instead of exporting them.
 set -euo pipefail

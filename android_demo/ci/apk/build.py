@@ -347,7 +347,7 @@ def build(app: Path) -> list[Path]:
     print(entry_points.check(output, program, named, [*runtimes, *fbjni]))
 
     print(f"skipped: onnxruntime-android {CATALOG['onnxruntime']} was not found: its libraries are left out;")
-    print("         its classes are those of onnxruntime 1.29.0 for the desktop")
+    print(f"         its classes are those of onnxruntime {ONNXRUNTIME.split(':')[2]} for the desktop")
     print(f"skipped: executorch-android {CATALOG['executorch']} was not found: {EXECUTORCH} stands in for it,")
     print("         an older and larger build of the same library")
     apks = []

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent.parent
 LOCK = HERE / "libraries.lock"
 POM = "{http://maven.apache.org/POM/4.0.0}"
-# Not served everywhere; build.py says what stands in for them.
+# Not at every registry; build.py says what stands in for them.
 RUNTIMES = {"org.pytorch:executorch-android", "com.microsoft.onnxruntime:onnxruntime-android"}
 # What executorch-android's own pom asks for.
 RUNTIME_LIBRARIES = ["com.facebook.fbjni:fbjni:0.7.0", "com.facebook.soloader:nativeloader:0.10.5"]
