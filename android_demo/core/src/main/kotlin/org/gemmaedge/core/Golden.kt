@@ -110,7 +110,7 @@ class Reference internal constructor(arrays: Map<String, StoredArray>, images: S
         return Difference(position, maxAbs, sumAbs, sumSquares, referenceSquares, count, kl, sameTop)
     }
 
-    /** Of the rows at the positions [among]: the size of the largest logit, and each best one's gap to the second. */
+    /** Of the rows at the positions [among]: the largest absolute logit, and each row's gap between its two largest. */
     internal fun rowsAt(among: Set<Int>): Pair<Float, List<Float>> {
         var largest = 0f
         val gaps = positions.indices.filter { positions[it] in among }.map { row ->

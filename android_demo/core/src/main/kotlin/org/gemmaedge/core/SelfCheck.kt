@@ -14,7 +14,11 @@ class Row(
     val passed: Boolean,
 )
 
-/** The figures against the [reference] whose limits all hold; if none's do, null and the figures against the first. */
+/**
+ * The figures against [reference], the first of the artifact's references whose limits all hold.
+ *
+ * If there is no such reference, [reference] is null, and the figures are those against the artifact's first one.
+ */
 class SelfCheckResult(val reference: String?, val rows: List<Row>, val passed: Boolean)
 
 /**
@@ -22,9 +26,9 @@ class SelfCheckResult(val reference: String?, val rows: List<Row>, val passed: B
  *
  * Replays every walk of `proof/plan.json` and compares with the golden vectors, as `gemma-edge validate` does: the same
  * figures, ids and limits. Kernels of different processors round activations in different ways, so it is enough that
- * the limits of one of the artifact's references hold. The sha256 of the files is for [Bundle] to verify before. Of
- * Python's checks two are left out: a .pte's single steps, which need the eager model, and that the references are
- * those that the manifest's weights need.
+ * the limits of one of the artifact's references hold. [Bundle.verify] compares the sha256 of the files; call it first.
+ * Two of Python's checks are left out: the single steps of a .pte, which need the eager model, and the comparison of the
+ * references with those that the manifest's weights need.
  */
 class SelfCheck(private val bundle: Bundle, private val format: String, private val engine: Engine) {
     private val manifest = bundle.manifest
@@ -140,7 +144,7 @@ class SelfCheck(private val bundle: Bundle, private val format: String, private 
 
         private fun countCalls(walk: String): Long = steps(walk).sumOf { it.size.toLong() }
 
-        /** Each golden image is encoded before the walks, and where it comes first in the first walk, fed twice. */
+        /** Each golden image is encoded once before the walks, and once in each of the two passes of the first walk. */
         private fun encodings(): Long = golden.imageCount + 2L * plan.imageNumbers.distinct().size
 
         /** Feeds the [positions]. With [pixelsToo] an image is encoded again where it comes first. */

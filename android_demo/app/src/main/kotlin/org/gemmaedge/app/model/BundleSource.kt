@@ -23,9 +23,9 @@ interface BundleSource {
     val resumes: Boolean
 
     /**
-     * Opens the file [path] of the bundle ("proof/plan.json") at [offset], or at 0 if the source can not.
+     * Opens the file [path] of the bundle ("proof/plan.json") at [offset], or at 0 if the source cannot.
      *
-     * Throws [BadInput] when there is no such file, and [IOException] when it can not be read now.
+     * Throws [BadInput] when there is no such file, and [IOException] when it cannot be read now.
      */
     fun open(path: String, offset: Long): Opened
 

@@ -131,7 +131,7 @@ class EngineHost(
         }
     }
 
-    /** Ends everything. The host can not be used any more. */
+    /** Ends everything. The host cannot be used any more. */
     fun shutDown() {
         stop()
         executor.execute { close(null) }

@@ -3,14 +3,14 @@ package org.gemmaedge.app.model
 import org.gemmaedge.core.Artifact
 
 /**
- * A runtime in this app: its [library]'s name in a bundle's manifest, its [version], and whether it can only read files
- * that a runtime of that version or an older one wrote.
+ * A runtime in this app: the name of its [library] in a bundle's manifest, and its [version]. If it [refusesNewer], it reads
+ * no file that a newer runtime wrote.
  */
 class Runtime(val title: String, val library: String, val version: String, val refusesNewer: Boolean)
 
 /** The runtimes by format ("onnx", "pte"). */
 class Runtimes(private val byFormat: Map<String, Runtime>) {
-    /** Why this app can not run an artifact of [format], in one sentence; null when it may. */
+    /** Why this app cannot run an artifact of [format], in one sentence; null when it may. */
     fun problem(format: String, artifact: Artifact): String? {
         val runtime = byFormat[format] ?: return "this app has no runtime for .$format files; use .onnx or .pte"
         val written = artifact.versions[runtime.library] ?: return null
