@@ -27,8 +27,8 @@ class SelfCheckResult(val reference: String?, val rows: List<Row>, val passed: B
  * Replays every walk of `proof/plan.json` and compares with the golden vectors, as `gemma-edge validate` does: the same
  * figures, ids and limits. Kernels of different processors round activations in different ways, so it is enough that
  * the limits of one of the artifact's references hold. [Bundle.verify] compares the sha256 of the files; call it first.
- * Two of Python's checks are left out: the single steps of a .pte, which need the eager model, and the comparison of the
- * references with those that the manifest's weights need.
+ * Two of Python's checks are left out: the single steps of a .pte, which need the eager model, and the comparison of
+ * the references with those that the manifest's weights need.
  */
 class SelfCheck(private val bundle: Bundle, private val format: String, private val engine: Engine) {
     private val manifest = bundle.manifest

@@ -20,8 +20,8 @@ data class ImportProgress(val name: String, val file: String, val done: Long, va
  * Brings a bundle into [bundles]: the manifest first, then each file that it lists, hashed while it is copied.
  *
  * All goes into `.NAME.part`, which is renamed when everything is there and right. Files that the manifest does not list
- * are never asked for. When the import fails nothing stays behind, with one exception: if the source can go on later, its
- * files stay, unless one of them is not what the manifest says.
+ * are never asked for. When the import fails nothing stays behind, with one exception: if the source can go on later,
+ * its files stay, unless one of them is not what the manifest says.
  */
 class BundleImport(
     private val bundles: File,

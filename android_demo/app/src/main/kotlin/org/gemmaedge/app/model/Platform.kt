@@ -44,7 +44,7 @@ val THERMAL_WORDS = listOf("cool", "light", "moderate", "severe", "critical", "e
 /** The memory of this process in RAM, in bytes, as Linux says it (0 where it does not). */
 fun processMemory(): Long = status("VmRSS")
 
-/** The part of [processMemory] that is no copy of a file, in bytes: what the system gets back when a model is let go. */
+/** The part of [processMemory] that is no copy of a file: what the system gets back when a model is let go. */
 fun ownMemory(): Long = status("RssAnon")
 
 /** The most that [processMemory] ever was. */

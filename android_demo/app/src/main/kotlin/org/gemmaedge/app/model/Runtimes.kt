@@ -3,8 +3,8 @@ package org.gemmaedge.app.model
 import org.gemmaedge.core.Artifact
 
 /**
- * A runtime in this app: the name of its [library] in a bundle's manifest, and its [version]. If it [refusesNewer], it reads
- * no file that a newer runtime wrote.
+ * A runtime in this app: the name of its [library] in a bundle's manifest, and its [version]. If it [refusesNewer], it
+ * reads no file that a newer runtime wrote.
  */
 class Runtime(val title: String, val library: String, val version: String, val refusesNewer: Boolean)
 
