@@ -50,7 +50,7 @@ def expect(condition: bool, problem: str) -> None:
 
 
 class Kotlin:
-    """The command of android_demo/engines/src/test/…/Replay.kt."""
+    """The command of android_demo/ci/engines/src/test/…/Replay.kt."""
 
     def __init__(self, options: Path) -> None:
         self._options = options

@@ -22,7 +22,7 @@ object AndroidPictures : ImageDecoder {
             inPremultiplied = false
         }
         val bitmap = BitmapFactory.decodeByteArray(bytes, 0, bytes.size, options)
-            ?: throw BadInput("Android can not decode the picture; convert it to PNG or JPEG")
+            ?: throw BadInput("Android cannot decode the picture; convert it to PNG or JPEG")
         try {
             val argb = IntArray(bitmap.width * bitmap.height)
             bitmap.getPixels(argb, 0, bitmap.width, 0, 0, bitmap.width, bitmap.height)

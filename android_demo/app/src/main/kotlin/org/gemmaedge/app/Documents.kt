@@ -29,7 +29,7 @@ class Documents(private val resolver: ContentResolver) {
     fun files(chosen: List<Uri>): BundleSource = ChosenFiles("imported", chosen.associate { uri -> name(uri) to { read(uri) } })
 
     fun read(uri: Uri): InputStream = try {
-        resolver.openInputStream(uri) ?: throw IOException("the file can not be opened")
+        resolver.openInputStream(uri) ?: throw IOException("the file cannot be opened")
     } catch (_: SecurityException) { // what was granted ends with the activity that asked
         throw IOException("the app may not read the file any more")
     }
@@ -41,7 +41,7 @@ class Documents(private val resolver: ContentResolver) {
     private fun children(tree: Uri, folder: String): List<Entry> {
         val uri = DocumentsContract.buildChildDocumentsUriUsingTree(tree, folder)
         val columns = arrayOf(Document.COLUMN_DOCUMENT_ID, Document.COLUMN_DISPLAY_NAME, Document.COLUMN_MIME_TYPE)
-        val cursor = resolver.query(uri, columns, null, null, null) ?: throw IOException("the folder can not be listed")
+        val cursor = resolver.query(uri, columns, null, null, null) ?: throw IOException("the folder cannot be listed")
         return cursor.use {
             generateSequence { if (it.moveToNext()) it else null }
                 .map { row -> Entry(row.getString(0), row.getString(1).orEmpty(), row.getString(2) == Document.MIME_TYPE_DIR) }

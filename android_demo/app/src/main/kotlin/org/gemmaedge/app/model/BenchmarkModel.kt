@@ -134,7 +134,7 @@ class BenchmarkModel(
         platform.benchmarks.mkdirs()
         val part = File(platform.benchmarks, "$id.json.part")
         part.writeText(report.toJson() + "\n")
-        if (!part.renameTo(File(platform.benchmarks, "$id.json"))) throw IOException("$id.json can not be written")
+        if (!part.renameTo(File(platform.benchmarks, "$id.json"))) throw IOException("$id.json cannot be written")
     }
 
     private companion object {

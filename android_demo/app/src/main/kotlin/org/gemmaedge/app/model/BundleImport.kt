@@ -43,7 +43,7 @@ class BundleImport(
         try {
             copy(source, name, part, cancelled, progress)
             Bundle.read(part)
-            if (!part.renameTo(target)) throw IOException("$part can not be renamed to $name")
+            if (!part.renameTo(target)) throw IOException("$part cannot be renamed to $name")
             return name
         } catch (error: Exception) {
             keep = source.resumes && error !is VerificationFailed && part.walk().any(File::isFile)
@@ -56,7 +56,7 @@ class BundleImport(
     private fun copy(
         source: BundleSource, name: String, part: File, cancelled: () -> Boolean, progress: (ImportProgress) -> Unit,
     ) {
-        if (!part.isDirectory && !part.mkdirs()) throw IOException("$part can not be made")
+        if (!part.isDirectory && !part.mkdirs()) throw IOException("$part cannot be made")
         val bytes = readManifest(source, cancelled)
         val manifest = Bundle.parse(bytes)
         val sizes = manifest.files
@@ -107,7 +107,7 @@ class BundleImport(
 
         /** [name] with only the characters that adb's shell takes without quotes, and no dot in front. */
         fun safeName(name: String): String =
-            name.replace(Regex("[^A-Za-z0-9._-]+"), "-").trim('.', '-').take(60).ifEmpty { "model" }
+            name.replace(Regex("[^A-Za-z0-9._-]+"), "-").trim('.', '-').take(60).trimEnd('.', '-').ifEmpty { "model" }
 
         private fun removeStrangers(part: File, known: Set<String>) {
             part.walkBottomUp().filter { it.isFile && it.relativeTo(part).invariantSeparatorsPath !in known }

@@ -155,7 +155,7 @@ class ChosenFiles(
         return try {
             Opened(file(), 0, null)
         } catch (error: FileNotFoundException) {
-            throw BadInput("$path can not be opened (${error.message}); choose the folder again")
+            throw BadInput("$path cannot be opened (${error.message}); choose the folder again")
         }
     }
 }

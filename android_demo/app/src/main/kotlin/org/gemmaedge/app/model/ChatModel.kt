@@ -63,7 +63,7 @@ class ChatModel(
 
     fun open(id: String): Job = scope.launch(io) {
         val found = store.read(id)
-        if (found == null) fail("The conversation can not be read; it is damaged or gone.") else show(found)
+        if (found == null) fail("The conversation cannot be read; it is damaged or gone.") else show(found)
     }
 
     fun delete(id: String): Job = scope.launch(io) {

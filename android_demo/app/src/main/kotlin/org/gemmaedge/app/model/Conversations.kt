@@ -95,7 +95,7 @@ class Conversations(private val folder: File) {
         target.parentFile!!.mkdirs()
         val part = File(target.path + ".part")
         part.writeText(json.encodeToString(SavedConversation.serializer(), conversation))
-        if (!part.renameTo(target)) throw IOException("$target can not be written")
+        if (!part.renameTo(target)) throw IOException("$target cannot be written")
     }
 
     /** Keeps a picture's [bytes]; the same bytes have the same name. */

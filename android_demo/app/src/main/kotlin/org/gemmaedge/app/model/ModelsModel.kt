@@ -97,7 +97,7 @@ class ModelsModel(
         if ((host.load.value as? Load.Ready)?.name == row.name) host.unload().join()
         val folder = File(platform.bundles, if (row.unfinished) ".${row.name}.part" else row.name)
         val gone = folder.deleteRecursively()
-        val message = if (gone) "${row.name} is deleted." else "Some files of ${row.name} can not be deleted; try again."
+        val message = if (gone) "${row.name} is deleted." else "Some files of ${row.name} cannot be deleted; try again."
         list { it.copy(message = message) }
     }
 

@@ -2,6 +2,7 @@ package org.gemmaedge.app.model
 
 import java.io.File
 import java.io.IOException
+import java.util.Locale
 import kotlinx.serialization.Serializable
 import org.gemmaedge.core.ImageDecoder
 import org.gemmaedge.core.UserError
@@ -79,8 +80,8 @@ private val FULL = listOf("ENOSPC", "No space left")
 
 /** A size as people read it: "2.25 GB", "812 MB", "4.2 MB". */
 fun readable(bytes: Long): String = when {
-    bytes >= 1_000_000_000 -> "%.2f GB".format(bytes / 1e9)
-    bytes >= 100_000_000 -> "%.0f MB".format(bytes / 1e6)
-    bytes >= 1_000_000 -> "%.1f MB".format(bytes / 1e6)
-    else -> "%.0f kB".format(bytes / 1e3)
+    bytes >= 1_000_000_000 -> "%.2f GB".format(Locale.ROOT, bytes / 1e9)
+    bytes >= 100_000_000 -> "%.0f MB".format(Locale.ROOT, bytes / 1e6)
+    bytes >= 1_000_000 -> "%.1f MB".format(Locale.ROOT, bytes / 1e6)
+    else -> "%.0f kB".format(Locale.ROOT, bytes / 1e3)
 }

@@ -30,6 +30,7 @@ import androidx.compose.ui.semantics.semantics
 import androidx.compose.ui.text.input.KeyboardType
 import androidx.compose.ui.text.style.TextAlign
 import androidx.compose.ui.unit.dp
+import java.util.Locale
 import org.gemmaedge.app.model.BenchmarkReport
 import org.gemmaedge.app.model.BenchmarkRequest
 import org.gemmaedge.app.model.BenchmarkState
@@ -116,7 +117,7 @@ private fun Report(report: BenchmarkReport, onShare: (BenchmarkReport) -> Unit) 
         Line(".${one.format} pp${one.prompt}", words(one.prefill), thermal)
         Line(".${one.format} tg${one.newTokens}", words(one.decode), thermal)
         Note(
-            "${one.repetitions} runs · load %.2f s · peak memory of the app ${readable(one.peakRssBytes)}, ".format(one.loadSeconds) +
+            "${one.repetitions} runs · load %.2f s · peak memory of the app ${readable(one.peakRssBytes)}, ".format(Locale.ROOT, one.loadSeconds) +
                 "${readable(one.librariesRssBytes)} before the load",
         )
     }
@@ -133,4 +134,4 @@ private fun Line(test: String, rate: String, thermal: String, heading: Boolean =
     HorizontalDivider()
 }
 
-private fun words(rate: Rate) = "%.1f ± %.1f (%.1f)".format(rate.mean, rate.sd, rate.median)
+private fun words(rate: Rate) = "%.1f ± %.1f (%.1f)".format(Locale.ROOT, rate.mean, rate.sd, rate.median)

@@ -46,6 +46,7 @@ import androidx.compose.ui.semantics.contentDescription
 import androidx.compose.ui.semantics.semantics
 import androidx.compose.ui.text.style.TextOverflow
 import androidx.compose.ui.unit.dp
+import java.util.Locale
 import org.gemmaedge.app.model.AnswerNumbers
 import org.gemmaedge.app.model.ChatState
 import org.gemmaedge.app.model.Entry
@@ -180,6 +181,7 @@ private fun Bubble(entry: Entry, actions: ChatActions, tools: @Composable () -> 
 private fun Numbers(numbers: AnswerNumbers) {
     Secondary(
         "first token %.2f s · prefill %.0f tok/s (%d) · decode %.1f tok/s (%d)".format(
+            Locale.ROOT,
             numbers.firstTokenSeconds, numbers.prefillTokensPerSecond, numbers.promptTokens,
             numbers.decodeTokensPerSecond, numbers.newTokens,
         ),

@@ -26,6 +26,7 @@ import androidx.compose.ui.semantics.Role
 import androidx.compose.ui.semantics.semantics
 import androidx.compose.ui.text.style.TextAlign
 import androidx.compose.ui.unit.dp
+import java.util.Locale
 import org.gemmaedge.app.model.Load
 import org.gemmaedge.app.model.SelfCheckState
 import org.gemmaedge.core.Row as Figure
@@ -95,4 +96,4 @@ private fun figure(value: Double): String = when (value) {
     0.0, 1.0 -> "%.0f"
     in 0.001..9999.0 -> "%.4f"
     else -> "%.1e"
-}.format(value)
+}.format(Locale.ROOT, value)

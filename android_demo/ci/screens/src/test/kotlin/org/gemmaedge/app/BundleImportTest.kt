@@ -359,5 +359,6 @@ class BundleImportTest {
         assertEquals("my-model-1.0", BundleImport.safeName("my model (1.0"))
         assertEquals("model", BundleImport.safeName("../.."))
         assertEquals("x", BundleImport.safeName(".x"))
+        assertEquals("a".repeat(59), BundleImport.safeName("a".repeat(59) + "-b"))
     }
 }

@@ -86,9 +86,9 @@ class ScreenPicturesTest {
         Row("walk/odd-sizes", "odd sizes (12 positions)", "kl_max", 0.000272, 0.004849, true),
         Row("walk/odd-sizes", "odd sizes (12 positions)", "top1_agreement", 1.0, null, true),
         Row("walk/one-by-one", "one by one (592 positions)", "kl_mean", 0.000134, 0.000871, true),
-        Row("landmark/window", "one by one, at first-past-window (64)", "kl_max", 0.000177, 0.004849, true),
-        Row("landmark/wrap", "one by one, at wrap-1-of-192-slots (192)", "kl_max", 0.000137, 0.004849, true),
-        Row("soft-tokens/image-1", "soft tokens of image 1", "relative_rms", 0.00312, 0.0101, true),
+        Row("landmark/W", "one by one, at W (1024)", "kl_max", 0.000177, 0.004849, true),
+        Row("landmark/wrap-1-of-1152-slots", "one by one, at wrap-1-of-1152-slots (1152)", "kl_max", 0.000137, 0.004849, true),
+        Row("soft-tokens/image-1", "soft tokens of image 1", "soft_rms", 0.00312, 0.0101, true),
         Row("walk/chunks", "chunks (5 positions)", "kl_max", 0.000177, 0.004849, true),
         Row("walk/whole-prompt", "whole prompt (9 positions)", "kl_max", 0.000272, 0.004849, true),
         Row("reset", "odd sizes again after a reset", "max_abs", 0.0, 0.0, true),
@@ -114,7 +114,7 @@ class ScreenPicturesTest {
 
     @Test
     fun selfCheck() = draw("self_check", shipped = true) {
-        val state = SelfCheckState("gemma-3-4b-it-int4 (.pte)", result = SelfCheckResult("int8-kleidiai", rows, passed = true))
+        val state = SelfCheckState("gemma-3-4b-it-int4 (.pte)", result = SelfCheckResult("int8-per-token", rows, passed = true))
         Frame(Tab.SELF_CHECK, {}, "Self-check") { SelfCheckScreen(state, ready, busy = false, {}, {}) }
     }
 

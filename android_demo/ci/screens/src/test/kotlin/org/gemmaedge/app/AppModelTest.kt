@@ -303,7 +303,7 @@ class AppModelTest {
     }
 
     @Test
-    fun `an answer that can not be saved stays on the screen`() {
+    fun `an answer that cannot be saved stays on the screen`() {
         loaded()
         engines.beforeFeed = {
             val file = File(platform.conversations, "${app.chat.state.value.conversation.id}/conversation.json")
@@ -311,7 +311,7 @@ class AppModelTest {
         }
         app.chat.send("Hi")
         assertEquals(listOf("Hi", "Hello from the phone."), texts())
-        assertContains(app.chat.state.value.error!!, "conversation.json can not be written")
+        assertContains(app.chat.state.value.error!!, "conversation.json cannot be written")
     }
 
     @Test
@@ -327,7 +327,7 @@ class AppModelTest {
             val next = AppModel(platform, engines, scope)
             assertTrue(next.chat.state.value.conversation.entries.isEmpty(), text.take(20))
             runBlocking { next.chat.open(id).join() }
-            assertContains(next.chat.state.value.error!!, "can not be read")
+            assertContains(next.chat.state.value.error!!, "cannot be read")
             runBlocking { next.chat.refresh().join() }
             assertTrue(next.chat.state.value.saved.isEmpty())
             File(platform.conversations, "current").writeText(id)
