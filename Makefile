@@ -40,4 +40,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .arm build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .arm android_demo/ci/target android_demo/ci/*/target build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
