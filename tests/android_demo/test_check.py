@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -42,18 +41,6 @@ def test_what_cannot_be_had_is_skipped_by_name(tmp_path: Path) -> None:
     done = subprocess.run([CHECK, "fast"], env={"PATH": str(tools)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "skipped: the app (no openjdk-17-jdk-headless maven unzip: E: no network)\n"
-
-
-def test_both_builds_have_the_same_versions() -> None:
-    """Gradle's catalog, which ships, and Maven's pom, which is tested."""
-    catalog = tomllib.loads((APP / "gradle" / "libs.versions.toml").read_text())["versions"]
-    pom = ElementTree.parse(APP / "ci" / "pom.xml").getroot()
-    properties = pom.find("{*}properties")
-    assert properties is not None
-    maven = {one.tag.partition("}")[2].removesuffix(".version"): one.text for one in properties}
-    common = {"kotlin", "coroutines", "serialization", "junit"}
-    assert common <= maven.keys()
-    assert {name: maven[name] for name in common} == {name: catalog[name] for name in common}
 
 
 def test_the_native_libraries_are_those_that_ship() -> None:
