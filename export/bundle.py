@@ -317,7 +317,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def check_disk(directory: Path, config: ModelConfig, files: Sequence[tuple[Target, QuantizedWeights]]) -> None:
     """Raises DoesNotFit when the disk of ``directory`` has no room for the bundle."""
     needed = SMALL_FILES_BYTES + sum(
-        own.ideal_bytes + target.repeated_bytes(config, own.tensors) for target, own in files
+        own.ideal_bytes + target.repeated_bytes(config, own.forms) for target, own in files
     )
     free = shutil.disk_usage(directory).free
     if free < needed:

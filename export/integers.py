@@ -9,7 +9,7 @@ from torch import Tensor
 from export.checks import Check
 from export.manifest import Manifest
 from export.target import Target
-from quant.weights import QuantizedWeight, QuantizedWeights, Weights
+from quant.weights import QuantizedWeights, Weights, forms_of
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,19 @@ class IntegerCounts:
 
 
 def compare_integers(weights: Weights, target: Target, path: Path) -> IntegerCounts:
-    """Compare the quantized weights among ``weights`` with those in the file ``path``.
+    """Compare the quantized weights among ``weights`` with those in the file ``path``, one at a time.
 
     Raises what the target's ``read_back`` raises.
     """
-    expected: dict[str, QuantizedWeight] = {
-        name: weight for name, weight in weights.items() if not isinstance(weight, Tensor)
-    }
+    forms = {name: form for name, form in forms_of(weights).items() if not isinstance(form, Tensor)}
     equal = dict[str, int]()
     for name, stored in target.read_back(path):
-        if name in expected:
-            alike = expected[name].equal_codes(stored)
+        weight = weights[name] if name in forms else None
+        if weight is not None and not isinstance(weight, Tensor):
+            alike = weight.equal_codes(stored)
             equal[name] = min(alike, equal.get(name, alike))
-    unequal = {name: weight.codes.numel() - equal.get(name, 0) for name, weight in expected.items()}
-    return IntegerCounts({name: equal.get(name, 0) for name in expected}, unequal)
+    unequal = {name: form.codes.numel() - equal.get(name, 0) for name, form in forms.items()}
+    return IntegerCounts({name: equal.get(name, 0) for name in forms}, unequal)
 
 
 def check_integers(

@@ -9,8 +9,8 @@ bfloat16 (and refuses zero or subnormal ones at load), ARM KleidiAI truncates to
 float16. The upper bound comes from float16's largest value, 65504.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,9 @@ MIN_SCALE = 2.0**-17  # bfloat16's 8 significant bits are still exact in a float
 MAX_SCALE = 65280.0  # the largest bfloat16 below float16's maximum
 
 ROWS_AT_ONCE = 8192  # bounds the float32 copies of a large table
+# Work on a weight goes through a few rows of about so many values at a time. Their temporary copies (1 MB in float32)
+# stay in the processor's cache, which makes rounding twenty times as fast as with 8192 rows of 1152 columns.
+VALUES_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class IntegerWeight:
         values = in_groups(self.codes, self.group_size).float() * self.scales[..., None]
         return values.view(rows, -1)[:, :columns]
 
+    def rows(self, index: slice | Tensor) -> "IntegerWeight":
+        """Some of its rows."""
+        return replace(self, codes=self.codes[index], scales=self.scales[index])
+
     def tensors(self) -> tuple[Tensor, ...]:
         return self.codes, self.scales
 
@@ -66,12 +73,18 @@ class IntegerWeight:
         if other.codes.shape != self.codes.shape or other.scales.shape != self.scales.shape:
             return 0
         equal, columns = 0, self.codes.shape[1]
-        for start in range(0, len(self.codes), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
+        for part in blocks_of_rows(self.codes.shape):
             same_scale = (other.scales[part] == self.scales[part]).repeat_interleave(self.group_size, dim=1)
             same_code = other.codes[part] == self.codes[part]
             equal += int(torch.count_nonzero(same_code & same_scale[:, :columns]))
         return equal
+
+
+def blocks_of_rows(shape: Sequence[int]) -> Iterator[slice]:
+    """The rows of a matrix of this shape, a few at a time, in order (see VALUES_AT_ONCE)."""
+    rows, columns = shape
+    count = max(1, VALUES_AT_ONCE // max(1, columns))
+    return (slice(start, start + count) for start in range(0, rows, count))
 
 
 def in_groups(values: Tensor, size: int) -> Tensor:
@@ -120,9 +133,7 @@ def round_to_nearest(
         raise ValueError(f"{columns} columns do not divide into groups of {size}")
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scales = torch.empty(rows, -(-columns // size))
-    # A few rows at a time, so that an embedding table of 262 144 rows is never whole in float32.
-    for start in range(0, rows, ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    for part in blocks_of_rows(weight.shape):
         grouped = in_groups(weight[part].float(), size)
         require_finite(grouped)
         scales[part] = bf16_grid(choose_scales(grouped, bits))
@@ -133,6 +144,8 @@ def round_to_nearest(
 
 def require_finite(weight: Tensor) -> None:
     """Raises ValueError, with their number, when values are NaN or infinite."""
+    if torch.isfinite(weight.sum()):  # NaN and ∞ carry over to the sum
+        return
     count = weight.numel() - int(torch.isfinite(weight).sum())
     if count:
         raise ValueError(f"{count} values are NaN or infinite")

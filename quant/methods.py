@@ -1,6 +1,6 @@
 """Quantizes weights by a recipe: each gets a scheme and a verdict. A method chooses the integers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from gemma3.errors import BadInput
 from quant.integers import IntegerWeight, require_finite, round_to_nearest
 from quant.recipe import OPTIONAL_PATTERNS, SCHEMES, Integers, Recipe, Scheme, Sfp8, Verdict
 from quant.sfp8 import encode_weight
-from quant.weights import QuantizedWeights, Weight
+from quant.weights import OnDemand, QuantizedWeights, Weight, form_of
 
 # (name, weight [rows, columns], scheme) → the integers of the weight, and in a few words how they were chosen.
 IntegerMethod = Callable[[str, Tensor, Integers], tuple[IntegerWeight, str]]
@@ -29,18 +29,42 @@ def quantize_weights(
     """
     tensors: dict[str, Weight] = {}
     verdicts: dict[str, Verdict] = {}
+    for name, weight, verdict in _quantized(named_weights, recipe, method):
+        tensors[name], verdicts[name] = weight, verdict
+    return QuantizedWeights(tensors, verdicts)
+
+
+def round_on_demand(names: Iterable[str], read: Callable[[str], Tensor], recipe: Recipe) -> QuantizedWeights:
+    """As ``quantize_weights`` by round to nearest, but no weight is kept: it is read and rounded whenever it is used.
+
+    Rounding to nearest always gives the same integers, and takes about a second for a billion weights. Each weight is
+    rounded once here, so that one that cannot be stored is found at once. Raises as ``quantize_weights``.
+    """
+    forms: dict[str, Weight] = {}
+    verdicts: dict[str, Verdict] = {}
+    for name, weight, verdict in _quantized(((name, read(name)) for name in names), recipe, rtn):
+        forms[name], verdicts[name] = form_of(weight), verdict
+
+    def make(name: str) -> Weight:
+        return _apply(name, read(name), SCHEMES[recipe.rule(name).scheme], rtn)[0]
+
+    return QuantizedWeights(OnDemand(forms, make), verdicts)
+
+
+def _quantized(
+    named_weights: Iterable[tuple[str, Tensor]], recipe: Recipe, method: IntegerMethod
+) -> Iterator[tuple[str, Weight, Verdict]]:
     unused = {rule.pattern for rule in recipe.rules} - OPTIONAL_PATTERNS
     for name, weight in named_weights:
         rule = recipe.rule(name)
         unused.discard(rule.pattern)
         try:
-            tensors[name], how = _apply(name, weight, SCHEMES[rule.scheme], method)
+            stored, how = _apply(name, weight, SCHEMES[rule.scheme], method)
         except ValueError as error:
             raise BadInput(f"{name}: cannot be stored as {rule.scheme}: {error}") from None
-        verdicts[name] = Verdict(rule.scheme, how or f"kept by rule {rule.pattern}")
+        yield name, stored, Verdict(rule.scheme, how or f"kept by rule {rule.pattern}")
     if unused:
         raise BadInput(f"recipe {recipe.name}: rule {', '.join(sorted(unused))} matches no weight; remove it")
-    return QuantizedWeights(tensors, verdicts)
 
 
 def _apply(name: str, weight: Tensor, scheme: Scheme, method: IntegerMethod) -> tuple[Weight, str]:

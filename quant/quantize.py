@@ -15,7 +15,7 @@ from gemma3.data import pack
 from gemma3.errors import BadInput
 from quant.gptq import gptq
 from quant.hqq import hqq
-from quant.methods import IntegerMethod, quantize_weights, rtn
+from quant.methods import IntegerMethod, quantize_weights, round_on_demand, rtn
 from quant.recipe import DEFAULT_SCHEME, Recipe, preset
 from quant.source import QuantizedCheckpoint, Source
 
@@ -38,6 +38,7 @@ def quantize(
 ) -> QuantizedCheckpoint:
     """``checkpoint`` quantized by ``recipe``. ``method`` chooses the integers: round to nearest, GPTQ or HQQ.
 
+    Integers rounded to nearest are made again from the checkpoint whenever one is used; the others stay in memory.
     GPTQ is calibrated on the first ``tokens`` tokens of the files ``data``: text, or rows (docs/quantization.md)
     without images. Raises BadInput for an unknown method, for GPTQ without ``data`` or another method with it, for data
     that cannot be used, and when the recipe or the tokenizer does not fit the checkpoint.
@@ -57,7 +58,10 @@ def quantize(
         model = load_model(checkpoint)
         layers = [(names.layer(index), layer) for index, layer in enumerate(model.model.layers)]
         chosen = gptq(layers, model.hidden, calibration_rows(checkpoint, data, tokens), recipe)
-    weights = quantize_weights(checkpoint.items(), recipe, chosen)
+    if method == "rtn":
+        weights = round_on_demand(checkpoint.names, checkpoint.tensor, recipe)
+    else:
+        weights = quantize_weights(checkpoint.items(), recipe, chosen)
     return QuantizedCheckpoint(checkpoint.path, checkpoint.config, checkpoint.companions, weights, recipe, method)
 
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quant.integers import ROWS_AT_ONCE, require_finite
+from quant.integers import blocks_of_rows, require_finite
 
 LARGEST = 1.875
 THREE_BITS_FROM = 1.9375 * 2.0**-8
@@ -74,7 +74,7 @@ def decode(codes: Tensor) -> Tensor:
 
 def tensor_scale(x: Tensor) -> Tensor:
     """The scale of x as gemma.cpp chooses it, a float32 scalar: the largest magnitude / 1.875, but at least 1."""
-    return (x.detach().float().abs().max() / LARGEST).clamp(min=1.0)
+    return (x.detach().abs().max().float() / LARGEST).clamp(min=1.0)
 
 
 def channel_scale(x: Tensor) -> Tensor:
@@ -104,6 +104,10 @@ class Sfp8Weight:
         """float32 [rows, columns]."""
         return decode(self.codes) * self.scale
 
+    def rows(self, index: slice | Tensor) -> "Sfp8Weight":
+        """Some of its rows."""
+        return Sfp8Weight(self.codes[index], self.scale if len(self.scale) < len(self.codes) else self.scale[index])
+
     def tensors(self) -> tuple[Tensor, ...]:
         return self.codes, self.scale
 
@@ -120,10 +124,9 @@ def encode_weight(weight: Tensor, *, per_channel: bool) -> Sfp8Weight:
     Raises ValueError on NaN or infinite weights.
     """
     require_finite(weight)
-    scale = channel_scale(weight) if per_channel else tensor_scale(weight).view(1, 1)
+    scales = [channel_scale(weight[part]) for part in blocks_of_rows(weight.shape)]
+    scale = torch.cat(scales) if per_channel else tensor_scale(weight).view(1, 1)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    # A few rows at a time, so that an embedding table of 262 144 rows is never whole in float32.
-    for start in range(0, len(weight), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    for part in blocks_of_rows(weight.shape):
         codes[part] = encode(weight[part].float() / (scale[part] if per_channel else scale))
     return Sfp8Weight(codes, scale)

@@ -28,7 +28,7 @@ from gemma3.host.atomic import staging
 from quant.integers import IntegerWeight, bf16_grid
 from quant.recipe import Activations, Recipe, Rule, Verdict
 from quant.sfp8 import Sfp8Weight
-from quant.weights import QuantizedWeights, Weight
+from quant.weights import OnDemand, QuantizedWeights, Weight, form_of
 
 SCHEMA_VERSION = 2  # 2: a verdict is a scheme and a reason; 1 had one text, and is still read
 READABLE = (1, 2)
@@ -114,26 +114,38 @@ def save_quantized(directory: Path, weights: QuantizedWeights, recipe: Recipe, m
 
 
 def load_quantized(directory: Path) -> StoredWeights:
-    """The weights of a quantized checkpoint, mapped from its file. Each is checked against the file's header.
+    """The weights of a quantized checkpoint. Each is checked against the file's header, and kept in the file.
 
-    Raises BadInput for a file that is missing, damaged or of another version, and for a tensor that is missing,
-    belongs to no weight, has another dtype or shape, or holds values that its form does not allow.
+    A weight is mapped from the file whenever it is asked for, so its pages are released together with it. Raises
+    BadInput for a file that is missing, damaged or of another version, and for a tensor that is missing, belongs to no
+    weight, has another dtype or shape, or holds values that its form does not allow.
     """
     path = directory / FILE
+
+    def read(name: str) -> Weight:
+        with safe_open(path, framework="pt") as file:
+            return _weight(name, header["forms"][name], file)
+
     try:
         with safe_open(path, framework="pt") as file:
             header = _header((file.metadata() or {}).get(METADATA_KEY))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
-        weights = {name: _weight(name, form, tensors) for name, form in header["forms"].items()}
-        if tensors:
-            raise BadInput(f"{min(tensors)} belongs to no weight of its header")
+            held = set(file.keys())
+        forms = {}
+        for name, form in header["forms"].items():
+            weight = read(name)
+            _check(name, form, weight)
+            forms[name] = form_of(weight)
+            held -= {name} if form == "float" else {f"{name}.codes", f"{name}.scales"}
+            del weight  # before the next one is read
+        if held:
+            raise BadInput(f"{min(held)} belongs to no weight of its header")
         rules = tuple(Rule(**rule) for rule in header["recipe"]["rules"])
         recipe = Recipe(header["recipe"]["name"], rules)
     except BadInput as error:
         raise BadInput(f"{path}: {error}; copy it or quantize again") from None
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: not readable as safetensors ({error}); copy it or quantize again") from None
-    return StoredWeights(QuantizedWeights(weights, _verdicts(header)), recipe, header["method"])
+    return StoredWeights(QuantizedWeights(OnDemand(forms, read), _verdicts(header)), recipe, header["method"])
 
 
 def _header(text: str | None) -> dict[str, Any]:
@@ -193,14 +205,14 @@ def _expect(keys: set[str], wanted: set[str], where: str) -> None:
         raise BadInput(f"{where} in its header has the keys {sorted(keys)}, not {sorted(wanted)}")
 
 
-def _weight(name: str, form: str, tensors: dict[str, Tensor]) -> Weight:
-    """The weight ``name``, whose tensors are taken out of ``tensors``."""
+def _weight(name: str, form: str, file: Any) -> Weight:
+    """The weight ``name`` of an opened safetensors file, in ``form``. Its values are checked by ``_check``."""
     if form == "float":
-        tensor = _take(name, tensors)
+        tensor = _tensor(name, file)
         if tensor.dtype not in FLOATS:
             raise BadInput(f"{name} is {tensor.dtype}, not floating point")
         return tensor
-    codes, scales = _take(f"{name}.codes", tensors), _take(f"{name}.scales", tensors)
+    codes, scales = _tensor(f"{name}.codes", file), _tensor(f"{name}.scales", file)
     kind, _, size = form.partition("/")
     if kind not in DTYPES or (kind != "sfp8" and not GROUP_SIZE.fullmatch(size)):
         raise BadInput(f"{name} is stored as {form!r}; this program reads {', '.join(DTYPES)} and float")
@@ -208,27 +220,36 @@ def _weight(name: str, form: str, tensors: dict[str, Tensor]) -> Weight:
         raise BadInput(f"{name} is {form} with {codes.dtype} codes and {scales.dtype} scales")
     if not _fit(codes, scales, size):
         raise BadInput(f"{name} is {form} with codes {list(codes.shape)} and scales {list(scales.shape)}")
+    if kind == "sfp8":
+        return Sfp8Weight(codes, scales)
+    return IntegerWeight(codes, scales.float(), BITS[kind], int(size) if codes.shape[1] % int(size) else None)
+
+
+def _check(name: str, form: str, weight: Weight) -> None:
+    """Raises BadInput when ``weight`` holds values that ``form`` does not allow."""
+    if isinstance(weight, Tensor):
+        return
+    codes, scales = weight.tensors()
     # Both comparisons are false for NaN too.
-    allowed = scales > 0 if kind == "sfp8" else bf16_grid(scales) == scales.float()
+    allowed = scales > 0 if isinstance(weight, Sfp8Weight) else bf16_grid(scales) == scales
     if not bool((allowed & torch.isfinite(scales)).all()):
         raise BadInput(f"{name} has invalid scales: {_range(scales)}")
-    if kind == "sfp8":
+    if isinstance(weight, Sfp8Weight):
         if bool((codes == 0x80).any()):
             raise BadInput(f"{name} holds the code 0x80, which SFP8 does not have")
-        return Sfp8Weight(codes, scales)
-    if kind == "int4" and bool((codes.amin() < -8) | (codes.amax() > 7)):
+    elif form.startswith("int4") and bool((codes.amin() < -8) | (codes.amax() > 7)):
         raise BadInput(f"{name} is int4 with codes {_range(codes)}")
-    return IntegerWeight(codes, scales.float(), BITS[kind], int(size) if codes.shape[1] % int(size) else None)
 
 
 def _range(values: Tensor) -> str:
     return f"from {values.amin().item()} to {values.amax().item()}"
 
 
-def _take(name: str, tensors: dict[str, Tensor]) -> Tensor:
-    if name not in tensors:
+def _tensor(name: str, file: Any) -> Tensor:
+    if name not in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
         raise BadInput(f"{name} is missing")
-    return tensors.pop(name)
+    tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def _fit(codes: Tensor, scales: Tensor, size: str) -> bool:

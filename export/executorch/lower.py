@@ -45,7 +45,7 @@ from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
 from gemma3.names import EMBEDDING
-from quant.weights import Weights, ideal_bytes
+from quant.weights import Weights, forms_of, ideal_bytes
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def export_pte(
 
 def second_table_bytes(config: ModelConfig, weights: Weights) -> int:
     """Bytes of a tied table's second copy. In a .pte, the embedding and the head cannot share one table."""
-    return ideal_bytes([weights[EMBEDDING]]) if config.tie_word_embeddings else 0
+    return ideal_bytes([forms_of(weights)[EMBEDDING]]) if config.tie_word_embeddings else 0
 
 
 def trace(config: ModelConfig, weights: Weights, layout: CacheLayout) -> dict[str, ExportedProgram]:

@@ -1,7 +1,7 @@
 """The layers of which the ONNX graphs of the text model and the vision model are built, and their weights.
 
-Weights go to the external data file as they are read, so that only the current one is in memory twice. An integer
-weight keeps its own codes and scales. MatMulNBits holds code + 2^(bits−1) with an implicit zero point of the same
+Graphs are built from the forms of weights. Their values are asked for once, one weight at a time, and go to the external
+data file a few rows at a time. An integer weight keeps its own codes and scales. MatMulNBits holds code + 2^(bits−1) with an implicit zero point of the same
 value, an even column in the low nibble, and float16 scales, in which the quantizer's scales are exact. The table that
 embedding and head share is in the file once; two initializers of different shapes refer to it.
 """
@@ -9,7 +9,7 @@ embedding and head share is in the file once; two initializers of different shap
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,9 +24,9 @@ from torch import Tensor
 from export.onnx.file import WEIGHTS_KEY, data_file
 from export.target import TensorSpec
 from gemma3.errors import BadInput
-from quant.integers import IntegerWeight
+from quant.integers import VALUES_AT_ONCE, IntegerWeight, blocks_of_rows
 from quant.sfp8 import DECODE, Sfp8Weight
-from quant.weights import Weight, Weights
+from quant.weights import Weight, Weights, forms_of
 
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 23, MICROSOFT: 1}  # 23 brought RMSNormalization and RotaryEmbedding
@@ -59,13 +59,16 @@ class WeightFile:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def add(self, name: str, array: NDArray[np.generic]) -> ir.ExternalTensor:
-        """Append ``array`` to the file. Returns a tensor that refers to it."""
+    def add(self, name: str, shape: Sequence[int], parts: Iterable[NDArray[np.generic]]) -> ir.ExternalTensor:
+        """Append an array, given as ``parts`` along its first axis, to the file. Returns a tensor that refers to it."""
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        self._file.write(np.ascontiguousarray(array).data)
-        dtype, shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-        return ir.ExternalTensor(self._path.name, offset, array.nbytes, dtype, shape=shape, name=name)
+        for part in parts:
+            dtype = ir.DataType.from_numpy(part.dtype)
+            self._file.write(np.ascontiguousarray(part).data)
+        length = self._file.tell() - offset
+        assert length == math.prod(shape) * dtype.itemsize
+        return ir.ExternalTensor(self._path.name, offset, length, dtype, shape=ir.Shape(shape), name=name)
 
 
 def write_graph(
@@ -130,7 +133,7 @@ class GraphBuilder:
     def __init__(self, weights: Weights, file: WeightFile, float_activations: Collection[str] = ()) -> None:
         self.op = self._main = Operators()
         self.used: set[str] = set()
-        self._weights = weights
+        self._weights, self._forms = weights, forms_of(weights)
         self._file = file
         self._float_activations = float_activations
         self._constants: dict[str, ir.Value] = {}
@@ -152,11 +155,11 @@ class GraphBuilder:
         return self._constants[key]
 
     def take(self, name: str) -> Weight:
-        """The weight ``name``, which then counts as used. Raises BadInput when it is missing."""
-        if name not in self._weights:
+        """The form of the weight ``name``, which then counts as used. Raises BadInput when it is missing."""
+        if name not in self._forms:
             raise BadInput(f"weight {name} is missing")
         self.used.add(name)
-        return self._weights[name]
+        return self._forms[name]
 
     def branch(self, name: str, build: Callable[[], list[ir.Value]]) -> ir.Graph:
         """The nodes that ``build`` makes, as a branch of an If. Their constants and weights go to the main graph."""
@@ -177,7 +180,7 @@ class GraphBuilder:
         """x / rms(x) · (1 + weight), over the last axis."""
         weight = self.take(name)
         assert isinstance(weight, Tensor)
-        scale = self._stored(name, lambda: (1.0 + weight.float()).numpy())
+        scale = self._stored(name, weight.shape, (1.0 + part for part in self._floats([name])))
         return self.op.RMSNormalization(x, scale, axis=-1, epsilon=eps)
 
     def linear(self, x: ir.Value, *names: str) -> list[ir.Value]:
@@ -225,33 +228,57 @@ class GraphBuilder:
         return weight.bits, 0 if weight.per_channel else weight.group_size, name in self._float_activations
 
     def float_matrix(self, names: Sequence[str], weights: Sequence[Tensor]) -> ir.Value:
-        """The weights stacked along the rows: float32 [rows, columns]."""
-        return self._stored("+".join(names), lambda: stacked([weight.float() for weight in weights]).numpy())
+        """The weights, given as forms, stacked along the rows: float32 [rows, columns]."""
+        shape = [sum(len(weight) for weight in weights), *weights[0].shape[1:]]
+        return self._stored("+".join(names), shape, self._floats(names))
+
+    def _floats(self, names: Sequence[str]) -> Iterator[NDArray[np.float32]]:
+        """The values of float weights, in parts along their first axis."""
+        for name in names:
+            weight = self._weights[name]
+            assert isinstance(weight, Tensor)
+            for part in weight.split(max(1, VALUES_AT_ONCE // math.prod(weight.shape[1:]))):
+                yield part.float().numpy()
 
     def integer_matrix(
         self, names: Sequence[str], weights: Sequence[IntegerWeight], block: int
     ) -> tuple[ir.Value, ir.Value]:
-        """The stacked weights' codes, uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks].
+        """The weights, given as forms, stacked: codes uint8 [rows, blocks, bytes of a block], scales float32 [rows, blocks].
 
         If a row has one scale, the file holds it once. It is repeated for each block when the graph is loaded.
         """
         label = "+".join(names)
-        codes = self._stored(label + ".codes", lambda: pack(weights, block))
-        scales = self._stored(label + ".scales", lambda: half_scales(label, weights))
+        stored_scales: list[NDArray[np.float16]] = []
+
+        def packed() -> Iterator[NDArray[np.uint8]]:
+            for name in names:
+                weight = self._weights[name]
+                assert isinstance(weight, IntegerWeight)
+                stored_scales.append(half_scales(label, weight))
+                for part in blocks_of_rows(weight.codes.shape):
+                    yield pack(weight.codes[part], weight.bits, block)
+
+        rows, (_, columns) = sum(len(weight.codes) for weight in weights), weights[0].codes.shape
+        grid = [rows, -(-columns // block)]
+        codes = self._stored(label + ".codes", [*grid, block * weights[0].bits // 8], packed())
+        scales = self._stored(label + ".scales", [rows, weights[0].scales.shape[1]], stored_scales)
         if label not in self._scales:
             wide = self.op.Cast(scales, to=ir.DataType.FLOAT)
-            assert codes.shape is not None
-            grid = codes.shape.numpy()[:2]
-            if scales.shape != grid:
-                wide = self.op.Expand(wide, self.ints(list(grid)))
+            if scales.shape != tuple(grid):
+                wide = self.op.Expand(wide, self.ints(grid))
             self._scales[label] = wide
         return codes, self._scales[label]
 
     def sfp8_matrix(self, name: str, weight: Sfp8Weight) -> ir.Value:
-        """The values, float32 [rows, columns]. The graph decodes them from codes in the file, one byte per value."""
+        """The values of a weight, given as its form: float32 [rows, columns].
+
+        The graph decodes them from codes in the file, one byte per value.
+        """
         if name not in self._decoded:
-            codes = self._stored(name + ".codes", lambda: weight.codes.numpy())
-            scale = self._stored(name + SFP8_SCALE, lambda: weight.scale.numpy())
+            held = self._weights[name]
+            assert isinstance(held, Sfp8Weight)
+            codes = self._stored(name + ".codes", weight.codes.shape, [held.codes.numpy()])
+            scale = self._stored(name + SFP8_SCALE, weight.scale.shape, [held.scale.numpy()])
             values = self.op.Gather(self.floats(DECODE.tolist()), self.op.Cast(codes, to=ir.DataType.INT32))
             self._decoded[name] = self.op.Mul(values, scale)
         return self._decoded[name]
@@ -281,10 +308,10 @@ class GraphBuilder:
         )
         return self._main.initializer(flat)
 
-    def _stored(self, name: str, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
-        """The initializer ``name``. Its values are made and written to the file when it is first asked for."""
+    def _stored(self, name: str, shape: Sequence[int], parts: Iterable[NDArray[np.generic]]) -> ir.Value:
+        """The initializer ``name``. Its values are taken from ``parts`` and written when it is first asked for."""
         if name not in self._matrices:
-            self._matrices[name] = self._main.initializer(self._file.add(name, make()))
+            self._matrices[name] = self._main.initializer(self._file.add(name, shape, parts))
         return self._matrices[name]
 
 
@@ -308,30 +335,23 @@ def block_size(name: str, weight: IntegerWeight) -> int:
     return size
 
 
-def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """The parts concatenated along the rows. A single part is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def pack(weights: Sequence[IntegerWeight], block: int) -> NDArray[np.uint8]:
-    """The weights' codes, stacked along the rows, as uint8 [rows, blocks, block · bits / 8].
+def pack(codes: Tensor, bits: int, block: int) -> NDArray[np.uint8]:
+    """Codes, int8 [rows, columns], as uint8 [rows, blocks, block · bits / 8].
 
     The columns are padded to whole blocks with the code that stands for 0.
     """
-    bits = weights[0].bits
     # Addition in uint8 wraps around, which turns int8's two's complement into the unsigned code.
-    unsigned = stacked([weight.codes for weight in weights]).view(torch.uint8) + 2 ** (bits - 1)
+    unsigned = codes.view(torch.uint8) + 2 ** (bits - 1)
     unsigned = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[1] % block), value=2 ** (bits - 1))
     if bits == 4:
         unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
     return unsigned.view(unsigned.shape[0], -1, block * bits // 8).numpy()
 
 
-def half_scales(name: str, weights: Sequence[IntegerWeight]) -> NDArray[np.float16]:
-    """The weights' scales, stacked, as float16 [rows, groups]. Raises BadInput for scales that are not exact in it."""
-    scales = stacked([weight.scales for weight in weights])
-    half = scales.half()
-    if not torch.equal(half.float(), scales):
+def half_scales(name: str, weight: IntegerWeight) -> NDArray[np.float16]:
+    """The weight's scales as float16 [rows, groups]. Raises BadInput for scales that are not exact in it."""
+    half = weight.scales.half()
+    if not torch.equal(half.float(), weight.scales):
         raise BadInput(f"{name}: scales are not exact in float16; take them from quant.integers.bf16_grid")
     return half.numpy()
 

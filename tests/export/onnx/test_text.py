@@ -172,8 +172,8 @@ def test_a_weight_that_no_node_uses_is_unequal(tmp_path: Path) -> None:
 
 
 def test_export_fails_when_the_file_does_not_hold_the_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_off(weights: list[IntegerWeight], block: int) -> np.ndarray:
-        packed = pack(weights, block)
+    def one_off(codes: torch.Tensor, bits: int, block: int) -> np.ndarray:
+        packed = pack(codes, bits, block)
         packed[0, 0, 0] ^= 1
         return packed
 
@@ -188,8 +188,7 @@ def test_export_fails_when_the_file_does_not_hold_the_integers(tmp_path: Path, m
 def test_packing_is_what_the_kernels_read(bits: int) -> None:
     """Even columns are in the low nibble, codes are offset by 2^(bits−1), and padding means 0."""
     codes = torch.tensor([[-8, 7, 1, *[0] * 14]], dtype=torch.int8)
-    weight = IntegerWeight(codes, torch.ones(1, 1), bits)
-    packed = pack([weight], 16)
+    packed = pack(codes, bits, 16)
     assert packed.shape == (1, 2, 2 * bits)
     assert packed[0, 0, :2].tolist() == ([0xF0, 0x89] if bits == 4 else [120, 135])
     assert packed[0, 1].tolist() == ([0x88] * 8 if bits == 4 else [128] * 16)
