@@ -8,6 +8,7 @@ same inputs give the same bytes: nothing in a bundle depends on the time, the di
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,16 +26,15 @@ from export.manifest import (
     TokenizerInfo,
     describe_files,
 )
-from export.preflight import SMALL_FILES_BYTES, bundle_bytes, check_disk
 from export.stand_ins import for_target
 from export.target import StandIn, Target, multiplied, references_of
 from export.tokenizer import write_tokenizer
-from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheDtype, CacheLayout, cache_layout
+from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheLayout, cache_layout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.generation_config import GENERATION_CONFIG, stop_ids
 from gemma3.host.atomic import staging
-from gemma3.host.memory import give_back, peak_rss
+from gemma3.host.memory import peak_rss
 from gemma3.tokenizer import (
     END_OF_IMAGE,
     END_OF_TURN,
@@ -42,13 +42,15 @@ from gemma3.tokenizer import (
     START_OF_IMAGE,
     START_OF_TURN,
 )
-from quant.kv import PerChannel
 from quant.quantize import in_recipe
 from quant.recipe import Recipe, Rule
 from quant.source import QuantizedCheckpoint, Source
 from quant.weights import QuantizedWeights
 
 log = logging.getLogger(__name__)
+
+# An upper bound on the proof, the manifest and the tokenizer together.
+SMALL_FILES_BYTES = 64 << 20
 
 
 @dataclass
@@ -73,37 +75,29 @@ def draft_bundle(
     context: int | None = None,
     chunk: int | None = None,
     exact_sfp8: bool = False,
-    kv: CacheDtype = "float32",
-    kv_scales: Mapping[int, PerChannel] | None = None,
 ) -> Iterator[Draft]:
     """Export ``checkpoint`` to each of ``targets``. When the block ends and the draft is sealed, ``out`` appears.
 
     SFP8 weights become 8-bit integers; with ``exact_sfp8`` they keep their codes, which only .onnx can hold.
     ``context`` (positions) defaults to the model's, at most 4096. ``chunk`` (tokens) defaults to 128, at most the
-    context; a multimodal model raises it to an image's tokens. ``kv`` is the dtype of the caches; int8 ones need
-    ``kv_scales``, by layer (see ``quant.kv.calibrate``), and a target that has them. Raises BadInput or DoesNotFit for
-    what cannot be exported, before the export begins where possible, and RuntimeError when the block ends without a
-    seal. After any error nothing is left behind.
+    context; a multimodal model raises it to an image's tokens. Raises BadInput or DoesNotFit for what cannot be
+    exported, before the export begins where possible, and RuntimeError when the block ends without a seal. After any
+    error nothing is left behind.
     """
     config = checkpoint.config
-    layouts = cache_layouts(config, targets, context, chunk, kv)
+    layouts = cache_layouts(config, targets, context, chunk)
     check_activations(targets, checkpoint.recipe)
-    check_kv(targets, kv)
-    assert kv == "float32" or kv_scales is not None, "an int8 cache needs scales"
     with staging(out) as directory:
         tokenizer = tokenizer_info(checkpoint)
         for line in companion_notes(checkpoint):
             log.info("%s", line)
         own_template = tokenizer.chat_template if tokenizer.chat_format == "template" else None
         write_tokenizer(checkpoint.tokenizer, checkpoint.path, directory, own_template)
-        give_back()
         weights: dict[str, QuantizedWeights] = {}
         stand_ins: dict[str, dict[str, StandIn]] = {}
         for target in targets:
-            own, stand_ins[target.name] = for_target(checkpoint.weights, target, exact_sfp8)
-            weights[target.name] = replace(own, kv=kv_scales) if kv == "int8" and kv_scales else own
-        sizes = [bundle_bytes(config, target, weights[target.name].forms) for target in targets]
-        check_disk(out.parent, SMALL_FILES_BYTES + sum(sizes))
+            weights[target.name], stand_ins[target.name] = for_target(checkpoint.weights, target, exact_sfp8)
+        check_disk(directory, config, [(target, weights[target.name]) for target in targets])
         artifacts = {}
         for target in targets:
             own, layout = weights[target.name], layouts[target.name]
@@ -160,9 +154,7 @@ def export_artifact(
     """
     log.info("exporting .%s", target.name)
     started = time.perf_counter()
-    path = directory / target.file
-    report = target.export(config, weights.tensors, layout, eos_ids, path, float_activations, weights.kv)
-    give_back()
+    report = target.export(config, weights.tensors, layout, eos_ids, directory / target.file, float_activations)
     stored = sum((directory / name).stat().st_size for name in report.files)
     log.info(
         "%s: %.1f MB in %.0f s, peak memory of this process so far %.1f GB",
@@ -197,44 +189,16 @@ def float_activations_of(
     return tuple(name for name in multiplied(config, weights.integers) if recipe.rule(name).activations == "float")
 
 
-def stored_kv(
-    bundle: Path, manifest: Manifest, weights: Mapping[str, QuantizedWeights], targets: Mapping[str, Target]
-) -> dict[str, QuantizedWeights]:
-    """``weights``, by format, with the scales of int8 keys and values that the files of ``bundle`` hold.
-
-    Raises BadInput when a file cannot be read.
-    """
-    found = dict(weights)
-    for format, artifact in manifest.artifacts.items():
-        read = targets[format].read_kv
-        if artifact.cache.dtype == "int8" and read is not None:
-            found[format] = replace(found[format], kv=dict(read(bundle / artifact.file)))
-    return found
-
-
-def check_kv(targets: Sequence[Target], kv: CacheDtype) -> None:
-    """Raises BadInput when a target has no caches of the dtype ``kv``."""
-    unable = [target.name for target in targets if kv == "int8" and target.read_kv is None]
-    if unable:
-        raise BadInput(f"a .{unable[0]} has no int8 KV cache; leave out --kv, or choose --format onnx")
-
-
 def check_exportable(
-    source: Source,
-    targets: Sequence[Target],
-    recipe: Recipe,
-    context: int | None,
-    chunk: int | None,
-    kv: CacheDtype = "float32",
+    source: Source, targets: Sequence[Target], recipe: Recipe, context: int | None, chunk: int | None
 ) -> None:
     """Raises what ``draft_bundle`` would raise for ``source`` before it needs quantized weights.
 
     So a caller learns of a bad context, chunk or tokenizer, and of activations that a target cannot keep in floating
     point, before the time-consuming quantization.
     """
-    cache_layouts(source.config, targets, context, chunk, kv)
+    cache_layouts(source.config, targets, context, chunk)
     check_activations(targets, recipe)
-    check_kv(targets, kv)
     tokenizer_info(source)
 
 
@@ -250,16 +214,12 @@ def check_activations(targets: Sequence[Target], recipe: Recipe) -> None:
 
 
 def cache_layouts(
-    config: ModelConfig,
-    targets: Sequence[Target],
-    context: int | None,
-    chunk: int | None,
-    kv: CacheDtype = "float32",
+    config: ModelConfig, targets: Sequence[Target], context: int | None, chunk: int | None
 ) -> dict[str, CacheLayout]:
     """The layout of each target's caches. Raises DoesNotFit or BadInput for a context or chunk that is not possible."""
     context = min(config.max_position_embeddings, DEFAULT_CONTEXT) if context is None else context
     chunk = largest_call(config, context, min(DEFAULT_CHUNK, context) if chunk is None else chunk)
-    return {target.name: cache_layout(config, target.cache_style, context, chunk, kv) for target in targets}
+    return {target.name: cache_layout(config, target.cache_style, context, chunk) for target in targets}
 
 
 def largest_call(config: ModelConfig, context: int, chunk: int) -> int:
@@ -352,3 +312,16 @@ def weights_behind(manifest: Manifest, source: Source, targets: Mapping[str, Tar
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def check_disk(directory: Path, config: ModelConfig, files: Sequence[tuple[Target, QuantizedWeights]]) -> None:
+    """Raises DoesNotFit when the disk of ``directory`` has no room for the bundle."""
+    needed = SMALL_FILES_BYTES + sum(
+        own.ideal_bytes + target.repeated_bytes(config, own.forms) for target, own in files
+    )
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise DoesNotFit(
+            f"{directory.parent}: {free >> 20} MiB free, the bundle needs {needed >> 20} MiB; "
+            "make room or choose another -o"
+        )

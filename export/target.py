@@ -14,28 +14,16 @@ from gemma3.config import ModelConfig
 from gemma3.names import EMBEDDING, head_of
 
 if TYPE_CHECKING:
-    from gemma3.model import RoundHeads
     from quant.activations import Rounding
-    from quant.kv import PerChannel
     from quant.weights import QuantizedWeight, Weights
 
 # The names of a graph's methods: a text-only model has one, a multimodal model three. ExecuTorch's stock runners look
 # for the methods of a .pte by these names.
 FORWARD = "forward"
 VISION_ENCODER, TOKEN_EMBEDDING, TEXT_DECODER = "vision_encoder", "token_embedding", "text_decoder"
-# One call gives the logits of at most so many of its last positions, because a .pte plans memory for them: 8.4 MB for a
-# vocabulary of 262 144.
-MOST_LOGITS = 8
-# A .pte is asked for k rows of logits with the position + (k − 1) · LOGITS_STRIDE.
-LOGITS_STRIDE = 2**32
 
 
-def most_logits(layout: CacheLayout) -> int:
-    """The most rows of logits that one call of a graph gives."""
-    return min(MOST_LOGITS, layout.chunk)
-
-
-TensorDtype = Literal["int64", "float32", "int8"]
+TensorDtype = Literal["int64", "float32"]
 
 
 @dataclass(frozen=True)
@@ -90,26 +78,6 @@ def no_bytes(config: ModelConfig, weights: "Weights") -> int:
     return 0
 
 
-def second_table(config: ModelConfig, weights: "Weights") -> int:
-    """``repeated_bytes`` of a target whose files hold a tied table twice: for the embedding and for the head."""
-    from quant.weights import forms_of, ideal_bytes
-
-    return ideal_bytes([forms_of(weights)[EMBEDDING]]) if config.tie_word_embeddings else 0
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What exporting to a target takes, for ``export.preflight``. The records say how it was measured."""
-
-    base: int = 0  # bytes of its compiler
-    layer_bytes: int = 0  # of the graph of a layer
-    file: float = 0.0  # how many times the file's weights are in memory while it is written
-    tables: float = 0.0  # and how many more times a byte for each value of the largest matrix
-    running: float = 2.0  # how many times they are in memory when it runs
-    layer_seconds: float = 1.0
-    billion_seconds: float = 60.0  # for a billion weights, the proof included
-
-
 class Export(Protocol):
     """A target's exporter."""
 
@@ -121,15 +89,12 @@ class Export(Protocol):
         eos_ids: Sequence[int],
         path: Path,
         float_activations: Collection[str],
-        kv: "Mapping[int, RoundHeads]",
     ) -> ExportReport:
         """Write the graph to ``path``, and the files that belong to it beside it.
 
         ``weights`` are by checkpoint name. The inputs of the weights ``float_activations`` are not rounded; only a
-        target with ``can_keep_float`` gets any. ``kv`` says how keys and values are rounded, by layer; it is empty
-        unless the ``layout`` has another dtype than float32, which only a target with ``read_kv`` gets. The same
-        arguments give the same bytes. Raises BadInput for weights that do not fit the configuration or the target's
-        kernels.
+        target with ``can_keep_float`` gets any. The same arguments give the same bytes. Raises BadInput for weights
+        that do not fit the configuration or the target's kernels.
         """
 
 
@@ -149,13 +114,9 @@ class Target:
     # How its kernels round the input of a linear layer with integer weights: an entry for each kind of kernel that may
     # run the file, by name, with a function that imports it. Empty: they multiply in float32.
     roundings: Mapping[str, Callable[[], "Rounding"]] = field(default_factory=dict)
-    # The scales of int8 keys and values in the file at a path, by layer, once for every place of their use. None: its
-    # caches can only be float32.
-    read_kv: "Callable[[Path], Iterator[tuple[int, PerChannel]]] | None" = None
     can_keep_float: bool = False  # can it keep the activations of chosen weights in floating point?
     # The bytes of weights that the file holds a second time. They come on top of the weights' ideal bytes.
     repeated_bytes: Callable[[ModelConfig, "Weights"], int] = no_bytes
-    cost: Cost = field(default_factory=Cost)
 
 
 FLOAT = "float"  # the name of the reference whose activations are not rounded

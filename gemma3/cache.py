@@ -9,19 +9,17 @@ whole context. There are two styles, because the runtimes differ:
 * ``compacting``: ONNX Runtime's GroupQueryAttention with ``sliding_window_cache``: rows stay in order, and the live
   ones move to the front when the buffer is full. It reads the old rows before it drops them, so W + slack rows are
   enough for any chunk.
-
-An int8 cache holds codes. The graph has their scales, a float32 for each channel of a head, of keys and of values.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from gemma3.config import SLIDING, LayerKind, ModelConfig
+from gemma3.config import LayerKind, ModelConfig
 from gemma3.errors import BadInput, DoesNotFit
 
 CacheStyle = Literal["ring", "compacting"]
-CacheDtype = Literal["float32", "int8"]
-BYTES: dict[CacheDtype, int] = {"float32": 4, "int8": 1}
+CacheDtype = Literal["float32"]
+BYTES: dict[CacheDtype, int] = {"float32": 4}
 # What an export uses when nothing else is asked for: positions in the caches, and tokens in one prefill call.
 DEFAULT_CONTEXT, DEFAULT_CHUNK = 4096, 128
 # Rows beyond the window in a compacting cache. More rows mean fewer moves of the window to the front, but every
@@ -61,49 +59,16 @@ class CacheLayout:
     dtype: CacheDtype = "float32"
 
     def layer_bytes(self, index: int) -> int:
-        """Bytes of the keys and the values of one layer, and of the scales of int8 ones."""
+        """Bytes of the keys and the values of one layer."""
         layer = self.layers[index]
-        scales = BYTES["float32"] if self.dtype == "int8" else 0  # for each channel
-        return 2 * layer.num_key_value_heads * layer.head_dim * (layer.slots * BYTES[self.dtype] + scales)
+        return 2 * layer.num_key_value_heads * layer.slots * layer.head_dim * BYTES[self.dtype]
 
     @property
     def total_bytes(self) -> int:
         return sum(self.layer_bytes(index) for index in range(len(self.layers)))
 
-    def can_rewind(self, written: int, position: int, window: int) -> bool:
-        """Can a sequence go on at ``position`` after the positions before ``written`` have been in the caches?
 
-        Then a call at ``position`` gives the logits that it would give had nothing after it ever been fed. ``window``
-        is the model's sliding window: the query at p attends to p and the window − 1 positions before it.
-
-        * In a ring, position p keeps its slot until p + slots is written, so that one must not have been written for
-          the first position of the window. A slot that still holds a later position counts as one whole ring earlier,
-          which by the same condition is before the window.
-        * In a compacting cache, a call derives from its position alone which position is in the first row. So that one
-          must be the same for ``written`` and ``position``.
-
-        A sequence that begins anew, at 0, reads nothing of what was there.
-        """
-        if position == 0:
-            return True
-        slots = {layer.slots for layer in self.layers if layer.kind == SLIDING}
-        if self.style == "ring":
-            return all(max(0, position - window + 1) + count >= written for count in slots)
-        return all(first_row(count, written, window) == first_row(count, position, window) for count in slots)
-
-
-def first_row(slots: int, end: int, window: int) -> int:
-    """The position in the first row of a compacting cache of ``slots`` rows once ``end`` positions are fed.
-
-    When the rows are full and another one comes, the slots − window + 1 oldest ones are dropped at once.
-    """
-    dropped = slots - min(window, slots) + 1
-    return -(-max(0, end - slots) // dropped) * dropped
-
-
-def cache_layout(
-    config: ModelConfig, style: CacheStyle, context: int, chunk: int, dtype: CacheDtype = "float32"
-) -> CacheLayout:
+def cache_layout(config: ModelConfig, style: CacheStyle, context: int, chunk: int) -> CacheLayout:
     """The layout for at most ``context`` positions, which are fed in chunks of at most ``chunk`` tokens.
 
     A window longer than the context is clamped to it: such a layer holds the whole context. Raises DoesNotFit when the
@@ -134,5 +99,4 @@ def cache_layout(
         layers=tuple(
             LayerCache(spec.kind, slots(spec.window), spec.num_key_value_heads, spec.head_dim) for spec in config.layers
         ),
-        dtype=dtype,
     )

@@ -8,7 +8,7 @@ Sources: the Gemma 3 report (arXiv 2503.19786); equality with transformers is te
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +39,6 @@ class LayerKV:
     values: Tensor
 
 
-# Rounds what a layer's attention reads: queries [B, H, S, D], keys and values [B, K, S, D] → the same shapes.
-RoundHeads = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, heads, S, D] by angles with the given cos and sin [S, D/2]; element i of D pairs with i + D/2."""
     first, second = x.chunk(2, dim=-1)
@@ -50,17 +46,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RMS-normalized queries and keys: x [B, S, E] → [B, S, E].
-
-    With ``round_heads`` the queries, keys and values are rounded before they are used and cached, as the kernels of an
-    exported file with an int8 cache round them.
-    """
+    """Grouped-query attention with RMS-normalized queries and keys: x [B, S, E] → [B, S, E]."""
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         self.head_dim = dim
-        self.round_heads: RoundHeads | None = None
         self.scale = config.query_pre_attn_scalar**-0.5
         self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=False)
@@ -77,8 +68,6 @@ class Attention(nn.Module):
         values = self.v_proj(x).view(split).transpose(1, 2)
         queries = apply_rope(queries, step.cos, step.sin)
         keys = apply_rope(keys, step.cos, step.sin)
-        if self.round_heads is not None:
-            queries, keys, values = self.round_heads(queries, keys, values)
         if kv is not None:
             kv.keys.index_copy_(2, step.slots, keys)
             kv.values.index_copy_(2, step.slots, values)
@@ -144,13 +133,6 @@ class Gemma3(nn.Module):
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = MultiModalProjector(config.vision, config.hidden_size)
 
-    def round_heads(self, roundings: Mapping[int, RoundHeads]) -> None:
-        """From now on the layers round queries, keys and values as ``roundings``, by number, say; others do not."""
-        for index, layer in enumerate(self.model.layers):
-            attention = layer.get_submodule("self_attn")
-            assert isinstance(attention, Attention)
-            attention.round_heads = roundings.get(index)
-
     def encode_images(self, pixels: Tensor) -> Tensor:
         """The soft tokens [N, tokens_per_image, E] of the images ``pixels`` [N, 3, size, size], float32 in 0 … 1."""
         return self.multi_modal_projector(self.vision_tower(pixels))
@@ -183,62 +165,39 @@ class Gemma3(nn.Module):
 
         The arguments are those of ``forward``.
         """
-        x = embed(self.config, self.model.embed_tokens(tokens), tokens, soft_tokens)
-        steps = steps_of(self.config, tokens, x.dtype, start, cache, images=soft_tokens is not None)
-        for index, (spec, layer) in enumerate(zip(self.config.layers, self.model.layers, strict=True)):
-            x = layer(x, steps[spec], None if cache is None else cache[index])
+        x = self.model.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
+        images = None
+        if soft_tokens is not None:
+            assert self.config.vision is not None, "a text-only model has no images"
+            is_image = tokens == self.config.vision.image_token_id
+            assert int(is_image.sum()) == soft_tokens.shape[:-1].numel(), "one soft token for each image token"
+            x = x.masked_scatter(is_image[..., None], soft_tokens.to(x.dtype))
+            images = image_numbers(is_image)
+        specs = self.config.layers
+        steps = {spec: self._step(spec, tokens.shape[1], start, cache, images) for spec in dict.fromkeys(specs)}
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, steps[specs[index]], None if cache is None else cache[index])
         return self.model.norm(x)
 
-
-def embed(config: ModelConfig, rows: Tensor, tokens: Tensor, soft_tokens: Tensor | None = None) -> Tensor:
-    """The first layer's input [B, S, E] from the table's rows [B, S, E] of tokens [B, S].
-
-    ``soft_tokens`` replace the image tokens (see ``Gemma3.forward``).
-    """
-    x = rows * math.sqrt(config.hidden_size)
-    if soft_tokens is None:
-        return x
-    is_image = _is_image(config, tokens)
-    assert int(is_image.sum()) == soft_tokens.shape[:-1].numel(), "one soft token for each image token"
-    return x.masked_scatter(is_image[..., None], soft_tokens.to(x.dtype))
-
-
-def steps_of(
-    config: ModelConfig,
-    tokens: Tensor,
-    dtype: torch.dtype,
-    start: int = 0,
-    cache: Sequence[LayerKV] | None = None,
-    images: bool = False,
-) -> dict[LayerSpec, Step]:
-    """What the layers of each spec share for tokens [B, S] at the positions from ``start`` on, computed in ``dtype``.
-
-    With ``images`` the image tokens among them stand for soft tokens, and those of one image attend to one another.
-    """
-    length, device = tokens.shape[1], tokens.device
-    end = start + length
-    positions = torch.arange(start, end, device=device)
-    numbers = image_numbers(_is_image(config, tokens)) if images else None
-    steps = {}
-    for spec in dict.fromkeys(config.layers):
+    def _step(
+        self, spec: LayerSpec, length: int, start: int, cache: Sequence[LayerKV] | None, images: Tensor | None
+    ) -> Step:
+        end = start + length
+        device = self.model.norm.weight.device
+        positions = torch.arange(start, end, device=device)
         if cache is None:
             slots, key_positions = positions, positions
         else:
-            size = cache[config.layers.index(spec)].keys.shape[2]
+            size = cache[self.config.layers.index(spec)].keys.shape[2]
             slots = positions % size
             key_positions = ring_positions(end, size, device)
-        together = None if numbers is None else same_image(numbers, key_positions - start)
+        together = None if images is None else same_image(images, key_positions - start)
         mask = attention_mask(positions, key_positions, spec.window, together)
-        if numbers is not None:
+        if images is not None:
             mask = mask[:, None]
         cos, sin = rope_angles(spec, positions)
-        steps[spec] = Step(cos.to(dtype), sin.to(dtype), mask, slots)
-    return steps
-
-
-def _is_image(config: ModelConfig, tokens: Tensor) -> Tensor:
-    assert config.vision is not None, "a text-only model has no images"
-    return tokens == config.vision.image_token_id
+        dtype = self.model.norm.weight.dtype
+        return Step(cos.to(dtype), sin.to(dtype), mask, slots)
 
 
 def rope_angles(spec: LayerSpec, positions: Tensor) -> tuple[Tensor, Tensor]:

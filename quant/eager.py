@@ -1,8 +1,8 @@
-"""The quantized eager model, whole: for sessions over it, and for tests of the layer-by-layer one (quant/streamed.py).
+"""The quantized eager model: the reference that an exported file is compared with.
 
 Its weights are the dequantized codes. For runtimes that multiply in int8 (XNNPACK's 8da4w), the input of each linear
 layer with integer weights is first rounded as the runtime rounds it. Weights are dequantized, or widened to float64,
-when they are used, a few rows at a time, so that a model with a vocabulary of 262 144 fits in memory.
+when they are used, a few rows at a time, so that the reference of a model with a vocabulary of 262 144 fits in memory.
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,8 @@ def quantized_model(
 ) -> Gemma3:
     """The eager model of ``config`` with exactly ``weights``, in eval mode, without gradients, computing in ``dtype``.
 
-    For ``rounding`` see ``with_integer_weights``. Keys and values are rounded as ``weights.kv`` says. In float64 every
-    matrix is widened when it is used. Raises BadInput when a weight is missing, is not part of the model, or has
-    another shape.
+    For ``rounding`` see ``with_integer_weights``. In float64 every matrix is widened when it is used. Raises BadInput
+    when a weight is missing, is not part of the model, or has another shape.
     """
     check_shapes(config, weights.shapes)
     model = empty_model(config)
@@ -44,7 +43,6 @@ def quantized_model(
     if dtype != torch.float32:
         by_rows |= {name: floats.pop(name) for name in list(floats) if _is_matrix(model, name)}
     _compute_by_rows(model, by_rows, rounding, dtype)
-    model.round_heads(weights.kv)
     return fill(model, {name: weight.to(dtype) for name, weight in floats.items()})
 
 
@@ -98,7 +96,7 @@ class RowsLinear(nn.Module):
         if self._round is not None:
             x = self._round(x)
         count = len(self.rows.codes if isinstance(self.rows, IntegerWeight) else self.rows)
-        parts = (rows_of(self.rows, slice(start, start + ROWS_AT_ONCE)) for start in range(0, count, ROWS_AT_ONCE))
+        parts = (_rows(self.rows, slice(start, start + ROWS_AT_ONCE)) for start in range(0, count, ROWS_AT_ONCE))
         out = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1)
         return out if self.bias is None else out + self.bias
 
@@ -112,10 +110,10 @@ class RowsEmbedding(nn.Module):
         self._dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return rows_of(self.rows, ids.flatten()).to(self._dtype).view(*ids.shape, -1)
+        return _rows(self.rows, ids.flatten()).to(self._dtype).view(*ids.shape, -1)
 
 
-def rows_of(weight: Matrix, index: slice | Tensor) -> Tensor:
+def _rows(weight: Matrix, index: slice | Tensor) -> Tensor:
     """Some rows of ``weight``: float32, or a float weight's own dtype."""
     if isinstance(weight, Tensor):
         return weight[index]

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Literal
 
 from export.checks import Check
 from export.manifest import Manifest
-from gemma3.cache import CacheDtype
-from gemma3.errors import BadInput
 from quant.recipe import DEFAULT_SCHEME, Activations, Recipe, preset
 from runtime_py.backends import BACKENDS, backend_of
 from runtime_py.backends import open_session as _open_session
@@ -26,7 +24,7 @@ from runtime_py.generate import Sampler
 from runtime_py.proof.prove import prove
 from runtime_py.proof.prove import validate as _validate
 from runtime_py.sessions.protocol import Session
-from runtime_py.text import OpenBundle, generate, prefill
+from runtime_py.text import OpenBundle, generate
 from runtime_py.text import open_bundle as _open_bundle
 
 if TYPE_CHECKING:
@@ -39,7 +37,6 @@ __all__ = [
     "open_bundle",
     "open_checkpoint",
     "open_session",
-    "prefill",
     "quantize",
     "save_checkpoint",
     "validate",
@@ -99,25 +96,19 @@ def export_bundle(
     context: int | None = None,
     chunk: int | None = None,
     exact_sfp8: bool = False,
-    kv: CacheDtype = "float32",
-    kv_data: Sequence[Path] = (),
 ) -> Manifest:
     """Export a checkpoint to ``formats`` (None: all known ones) and prove the files. Then the bundle ``out`` appears.
 
     A full-precision checkpoint is rounded to nearest in ``recipe`` (None: int4-block32); a quantized one keeps its
-    integers. ``activations`` replaces what the recipe says about them (see ``quant.recipe.Rule``). ``kv`` is the dtype
-    of the KV caches; scales of an int8 one are calibrated on the files ``kv_data`` (see ``quant.kv.calibrate``). The
-    other arguments are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what cannot be
-    exported, and VerificationFailed when a file does not agree with its reference. After any error nothing is left
-    behind.
+    integers. ``activations`` replaces what the recipe says about them (see ``quant.recipe.Rule``). The other arguments
+    are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what cannot be exported, and
+    VerificationFailed when a file does not agree with its reference. After any error nothing is left behind.
     """
     from gemma3.host.atomic import refuse_target
 
     out = Path(out)
     refuse_target(out)
-    from export.bundle import cache_layouts, check_exportable, draft_bundle, seal
-    from export.preflight import preflight
-    from quant.kv import calibrate
+    from export.bundle import check_exportable, draft_bundle, seal
     from quant.quantize import in_recipe
     from quant.source import QuantizedCheckpoint
 
@@ -126,22 +117,9 @@ def export_bundle(
     wanted = recipe or (source.recipe if isinstance(source, QuantizedCheckpoint) else preset(DEFAULT_SCHEME))
     if activations is not None:
         wanted = wanted.with_activations(activations)
-    check_exportable(source, targets, wanted, context, chunk, kv)
-    if kv_data and kv != "int8":
-        raise BadInput("--kv-data is for the scales of an int8 KV cache; add --kv int8 or leave it out")
-    preflight(source, targets, wanted, cache_layouts(source.config, targets, context, chunk, kv), out.parent)
+    check_exportable(source, targets, wanted, context, chunk)
     quantized = in_recipe(source, wanted)
-    scales = calibrate(quantized, kv_data) if kv == "int8" else None
-    with draft_bundle(
-        quantized,
-        out,
-        targets=targets,
-        context=context,
-        chunk=chunk,
-        exact_sfp8=exact_sfp8,
-        kv=kv,
-        kv_scales=scales,
-    ) as draft:
+    with draft_bundle(quantized, out, targets=targets, context=context, chunk=chunk, exact_sfp8=exact_sfp8) as draft:
         manifest = seal(draft, prove(draft))
     return manifest
 
@@ -165,26 +143,6 @@ def open_session(bundle: str | Path, format: str | None = None, threads: int | N
     return _open_session(Path(bundle), format, threads)
 
 
-def open_bundle(
-    bundle: str | Path,
-    format: str | None = None,
-    threads: int | None = None,
-    *,
-    prefix: str | Path | None = None,
-    lookup: bool = False,
-    draft: str | Path | None = None,
-) -> OpenBundle:
-    """A session over one graph of ``bundle`` and its tokenizer, for ``generate`` and ``prefill``.
-
-    ``prefix`` is a file that ``prefill`` wrote: chats begin with it, and ``format`` None is the file's. ``lookup`` and
-    ``draft``, another bundle, let the session guess ahead (docs/speculation.md). The other arguments are as above.
-    Raises as ``runtime_py.text.open_bundle`` does.
-    """
-    return _open_bundle(
-        Path(bundle),
-        format,
-        threads,
-        prefix=None if prefix is None else Path(prefix),
-        lookup=lookup,
-        draft=None if draft is None else Path(draft),
-    )
+def open_bundle(bundle: str | Path, format: str | None = None, threads: int | None = None) -> OpenBundle:
+    """A session over one graph of ``bundle`` and its tokenizer, for ``generate``. The arguments are as above."""
+    return _open_bundle(Path(bundle), format, threads)

@@ -34,9 +34,6 @@ class Backend:
     target: Target
     import_runtime: Callable[[], OpenGraph]  # imports the runtime; returns the function that opens a graph
     extra_checks: tuple[ExtraCheck, ...] = ()
-    # What a call that gives the logits of 1 + d tokens takes beyond a step, as a share of it: (a, b) for a + b · d. It
-    # decides how long guesses are (docs/speculation.md).
-    extra_cost: tuple[float, float] = (0.0, 0.5)
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -120,30 +117,11 @@ def _exact_text(subject: Subject) -> list[Check]:
     return check_exact_text(subject)
 
 
-def _rows(subject: Subject) -> list[Check]:
-    from runtime_py.proof.rows import check_rows
-
-    session = open_graph(subject.directory, subject.manifest, backend_of(subject.format), None)
-    return check_rows(session, subject.plan, subject.references, subject.format)
-
-
-register(
-    Backend(
-        PTE,
-        import_runtime=_pte_runtime,
-        extra_checks=(ExtraCheck(_rows), ExtraCheck(_single_steps)),
-        extra_cost=(0.35, 0.12),
-    )
-)
+register(Backend(PTE, import_runtime=_pte_runtime, extra_checks=(ExtraCheck(_single_steps),)))
 register(
     Backend(
         ONNX,
         import_runtime=_onnx_runtime,
-        extra_checks=(
-            ExtraCheck(_rows),
-            ExtraCheck(_exact_vision, draft_only=True),
-            ExtraCheck(_exact_text, draft_only=True),
-        ),
-        extra_cost=(0.05, 0.22),
+        extra_checks=(ExtraCheck(_exact_vision, draft_only=True), ExtraCheck(_exact_text, draft_only=True)),
     )
 )

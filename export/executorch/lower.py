@@ -2,8 +2,6 @@
 
     forward(tokens int64 [1, S], start_pos int64 [1]) → logits float32 [1, 1, V] of the last token; 1 ≤ S ≤ chunk
 
-With a start_pos of the position + (k − 1) · LOGITS_STRIDE it returns the logits [1, k, V] of the last k tokens instead.
-
 A multimodal model has three methods in the same file, which ExecuTorch's multimodal runners look for by name. The last
 of the E + 1 channels says whether an embedding belongs to an image:
 
@@ -11,8 +9,7 @@ of the E + 1 channels says whether an embedding belongs to an image:
     token_embedding(tokens int64 [1, S]) → embeddings float32 [1, S, E + 1]
     text_decoder(embeddings float32 [1, S, E + 1], start_pos int64 [1]) → logits float32 [1, 1, V]
 
-The constant methods are those that ExecuTorch's stock runners ask for, and two for readers of
-our own: get_most_logits, the largest k, and tie_word_embeddings.
+The constant methods are those that ExecuTorch's stock runners ask for, and one for export/executorch/read_back.py.
 
 ``to_edge_transform_and_lower``, the usual way to lower a model, traces the whole model four times and runs XNNPACK's 17
 graph passes (for images, batch norms, stock attention) over every delegate: 128 s for six tiny layers. The way below
@@ -22,52 +19,33 @@ takes under 20 s, for these reasons:
 * One of XNNPACK's passes runs instead of 17 (see export/executorch/partition.py).
 * Activations are two-dimensional in the model. Tracing a linear layer with a three-dimensional input of dynamic length
   costs several symbolic reshapes.
-
-Every step on the way copies all constants of a program. So the matrices of a model are hollow (see ``layers.Later``)
-until XNNPACK's backend packs them, one delegate after another. The bytes of the file are in memory once.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir._serialize._serialize import serialize_for_executorch
-from executorch.exir.lowered_backend_module import get_lowered_submodules
 from executorch.exir.passes import MemoryPlanningPass
-from executorch.exir.schema import BackendDelegate, DelegateCall, ExecutionPlan, KernelCall
+from executorch.exir.schema import BackendDelegate, DelegateCall, ExecutionPlan
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ExportGraphSignature
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from export.executorch.caches import cache_shapes
-from export.executorch.file import WRITES, PteFile, cache_shapes_pte, early_reads, kernel_counts
-from export.executorch.layers import fill, flatten, later
+from export.executorch.file import PteFile, cache_shapes_pte, kernel_counts
 from export.executorch.partition import LevelPartitioner
 from export.executorch.text import ExecutorchModel, TokenEmbedding
 from export.executorch.vision import VisionEncoder
-from export.target import (
-    FORWARD,
-    TEXT_DECODER,
-    TOKEN_EMBEDDING,
-    VISION_ENCODER,
-    ExportReport,
-    Method,
-    TensorSpec,
-    most_logits,
-    second_table,
-)
+from export.target import FORWARD, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER, ExportReport, Method, TensorSpec
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
-from gemma3.host.memory import give_back
-from quant.weights import Weights
+from gemma3.names import EMBEDDING
+from quant.weights import Weights, forms_of, ideal_bytes
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +55,11 @@ def export_pte(
 ) -> ExportReport:
     """Write the .pte ``path``. It is the target's exporter (see ``export.target.Export``).
 
-    ``weights`` are by checkpoint name, and asked for one at a time: float tensors (written as float32), or
-    IntegerWeight of 4 bits, or of 8 bits per channel. Linear layers with integer weights round their input to int8 per
-    token. ``layout`` must be of the ring style, and its chunk must be at least an image's soft tokens. Raises BadInput
-    for weights that XNNPACK has no kernel for and for a smaller chunk, and VerificationFailed when the file's caches
-    are not the layout's, or are read before they are written. The same arguments give the same bytes.
+    ``weights`` are by checkpoint name: float tensors (written as float32), or IntegerWeight of 4 bits, or of 8 bits per
+    channel. Linear layers with integer weights round their input to int8 per token. ``layout`` must be of the ring
+    style, and its chunk must be at least an image's soft tokens. Raises BadInput for weights that XNNPACK has no kernel
+    for and for a smaller chunk, and VerificationFailed when the file's caches are not the layout's. The same arguments
+    give the same bytes.
     """
     if config.vision and layout.chunk < config.vision.tokens_per_image:
         raise BadInput(
@@ -94,74 +72,62 @@ def export_pte(
     del programs
     with path.open("wb") as stream:
         executorch.write_to_file(stream)
-    forget(executorch)
     del executorch
-    give_back()
 
     file = PteFile(path)
-    expected = [list(shape) for layer in layout.layers for shape in cache_shapes(layer)]
+    expected = [list(layer.by_slot) for layer in layout.layers for _ in ("keys", "values")]
     if cache_shapes_pte(file) != expected:
         raise VerificationFailed(f"{path}: its caches are {cache_shapes_pte(file)}, the layout asks for {expected}")
-    early = {plan.name: calls for plan in file.networks if (calls := early_reads(plan))}
-    if early:
-        raise VerificationFailed(f"{path}: these calls of its methods read a cache before the step writes it: {early}")
     details = {
-        "second_table_bytes": second_table(config, weights),
+        "second_table_bytes": second_table_bytes(config, weights),
         "delegates": sum(len(plan.delegates) for plan in file.networks),
         "undelegated": kernel_counts(file),  # operator → calls
     }
     return ExportReport(methods_of(config, path.name), (path.name,), details=details)
 
 
-@dataclass(frozen=True)
-class Traced:
-    """The traced graph of a method, and the model that fills its hollow buffers."""
-
-    program: ExportedProgram
-    model: nn.Module
+def second_table_bytes(config: ModelConfig, weights: Weights) -> int:
+    """Bytes of a tied table's second copy. In a .pte, the embedding and the head cannot share one table."""
+    return ideal_bytes([forms_of(weights)[EMBEDDING]]) if config.tie_word_embeddings else 0
 
 
-def trace(config: ModelConfig, weights: Weights, layout: CacheLayout) -> dict[str, Traced]:
+def trace(config: ModelConfig, weights: Weights, layout: CacheLayout) -> dict[str, ExportedProgram]:
     """The traced graph of each method, by name. The number of tokens is symbolic, from 1 to the layout's chunk."""
     length = min(3, layout.chunk)
     tokens, start_pos = torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    held = later(weights)
     if config.vision is None:
-        return {FORWARD: _trace(ExecutorchModel(config, held, layout), (tokens, start_pos), layout.chunk)}
+        return {FORWARD: _trace(ExecutorchModel(config, weights, layout), (tokens, start_pos), layout.chunk)}
     embeddings = torch.zeros(1, length, config.hidden_size + 1)
     return {
         **trace_encoder(config, weights),
-        TOKEN_EMBEDDING: _trace(TokenEmbedding(config, held), (tokens,), layout.chunk),
-        TEXT_DECODER: _trace(ExecutorchModel(config, held, layout), (embeddings, start_pos), layout.chunk),
+        TOKEN_EMBEDDING: _trace(TokenEmbedding(config, weights), (tokens,), layout.chunk),
+        TEXT_DECODER: _trace(ExecutorchModel(config, weights, layout), (embeddings, start_pos), layout.chunk),
     }
 
 
-def trace_encoder(config: ModelConfig, weights: Weights) -> dict[str, Traced]:
+def trace_encoder(config: ModelConfig, weights: Weights) -> dict[str, ExportedProgram]:
     """The traced graph of the vision model's method alone, by name."""
     assert config.vision is not None
     size = config.vision.image_size
-    return {VISION_ENCODER: _trace(VisionEncoder(config, later(weights)), (torch.zeros(1, 3, size, size),), 1)}
+    return {VISION_ENCODER: _trace(VisionEncoder(config, weights), (torch.zeros(1, 3, size, size),), 1)}
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> Traced:
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> ExportedProgram:
     """The traced graph. If ``longest`` is over 1, axis 1 of the first input is dynamic: 1 to ``longest`` tokens."""
     dynamic = None
     if longest > 1:
         dynamic = ({1: Dim("length", min=1, max=longest)}, *(None for _ in inputs[1:]))
-    return Traced(torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic, strict=False), model)
+    return torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic, strict=False)
 
 
 def methods_of(config: ModelConfig, file: str) -> tuple[Method, ...]:
-    """The methods of the .pte ``file``. The dimension "length" may be 1 to the chunk.
-
-    "logits_to_keep" is 1, unless start_pos asks for more (see ``ExecutorchModel``).
-    """
+    """The methods of the .pte ``file``. The dimension "length" may be 1 to the chunk."""
 
     def method(name: str, inputs: list[TensorSpec], output: TensorSpec) -> Method:
         return Method(name, file, tuple(inputs), (output,))
 
     tokens, start = TensorSpec("tokens", "int64", (1, "length")), TensorSpec("start_pos", "int64", (1,))
-    logits = TensorSpec("logits", "float32", (1, "logits_to_keep", config.vocab_size))
+    logits = TensorSpec("logits", "float32", (1, 1, config.vocab_size))
     if config.vision is None:
         return (method(FORWARD, [tokens, start], logits),)
     size, channels = config.vision.image_size, config.hidden_size + 1
@@ -195,14 +161,14 @@ class CachesApart(MemoryPlanningPass):  # type: ignore[misc]
         return result
 
 
-def lower(programs: ExportedProgram | dict[str, Traced], constants: dict[str, Any]) -> Any:
+def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dict[str, Any]) -> Any:
     """The methods in ExecuTorch's final form, with XNNPACK's part delegated: an ExecutorchProgramManager.
 
     ``constants`` are the values of the constant methods, by name. A single program becomes the method "forward".
     """
-    methods = programs if isinstance(programs, dict) else {FORWARD: Traced(programs, nn.Module())}
+    methods = programs if isinstance(programs, dict) else {FORWARD: programs}
     edge = to_edge(
-        {name: method.program for name, method in methods.items()},
+        methods,
         constant_methods=constants,
         compile_config=EdgeCompileConfig(
             # The validity check would refuse the caches' custom operators, which are not in the edge dialect.
@@ -217,55 +183,14 @@ def lower(programs: ExportedProgram | dict[str, Traced], constants: dict[str, An
         # So that a session can read the caches by name.
         emit_mutable_buffer_names=True,
     )
-    models = {name: method.model for name, method in methods.items()}
-    for name, model in models.items():
-        flatten(edge.exported_program(name).state_dict, model)
-    with filling(models):
-        edge = edge.to_backend({name: LevelPartitioner(apart=name == VISION_ENCODER) for name in methods})
-    give_back()
-    for name, model in models.items():  # what XNNPACK did not get: the embedding table
-        fill(edge.exported_program(name).state_dict, model)
-    manager = edge.to_executorch(config)
-    plans = manager.executorch_program.execution_plan
-    changed = [unite_equal_delegates(plan) for plan in plans] + [name_only_caches(plan) for plan in plans]
-    if any(changed):
+    partitioners = {name: LevelPartitioner(apart=name == VISION_ENCODER) for name in methods}
+    manager = edge.to_backend(partitioners).to_executorch(config)
+    united = [unite_equal_delegates(plan) for plan in manager.executorch_program.execution_plan]
+    if any(united):
         manager._pte_data, _ = serialize_for_executorch(
             manager._emitter_output, config, manager._data_serializer, manager._named_data
         )
     return manager
-
-
-def forget(manager: Any) -> None:
-    """Drop the constants of a lowered program, because caches of the compiler keep its graphs alive."""
-    for name in manager.methods:
-        program = manager.exported_program(name)
-        program.state_dict.clear()
-        for _, delegate, _ in get_lowered_submodules(program.graph_module):
-            delegate.named_data_store_output.buffers.clear()
-
-
-@contextmanager
-def filling(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    """In the block, XNNPACK's backend gets each delegate's constants filled by the method's model, and drops them.
-
-    The backend takes the programs of all delegates at once, so this cannot be done before it is called.
-    """
-
-    def preprocess_all(programs: Mapping[str, Sequence[ExportedProgram]], specs: Mapping[str, Sequence[Any]]) -> Any:
-        results: dict[str, list[Any]] = {}
-        for method, delegates in programs.items():
-            results[method] = []
-            for program, spec in zip(delegates, specs[method], strict=True):
-                fill(program.state_dict, models[method])
-                results[method].append(XnnpackBackend.preprocess(program, spec))
-                program.state_dict.clear()
-        return results
-
-    XnnpackBackend.preprocess_multimethod = staticmethod(preprocess_all)
-    try:
-        yield
-    finally:
-        del XnnpackBackend.preprocess_multimethod  # the inherited one is back
 
 
 def unite_equal_delegates(plan: ExecutionPlan) -> bool:
@@ -285,19 +210,6 @@ def unite_equal_delegates(plan: ExecutionPlan) -> bool:
     return len(kept) < len(every)
 
 
-def name_only_caches(plan: ExecutionPlan) -> bool:
-    """Take the names of caches from their views, so that a name means one tensor. Returns whether there were views."""
-    instructions = (instruction.instr_args for instruction in plan.chains[0].instructions)
-    calls = [call for call in instructions if isinstance(call, KernelCall)]
-    caches = {call.args[1] for call in calls if plan.operators[call.op_index].name.startswith(WRITES)}
-    changed = False
-    for index, value in enumerate(plan.values):
-        info = getattr(value.val, "extra_tensor_info", None)
-        if info is not None and info.fully_qualified_name and index not in caches:
-            value.val.extra_tensor_info, changed = None, True
-    return changed
-
-
 def constant_methods(config: ModelConfig, layout: CacheLayout, eos_ids: Sequence[int]) -> dict[str, Any]:
     """The values of the constant methods by name. The stock runners' name for the chunk is get_max_seq_len."""
     return {
@@ -309,8 +221,6 @@ def constant_methods(config: ModelConfig, layout: CacheLayout, eos_ids: Sequence
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": layout.chunk > 1,
-        # Not for stock runners: how many rows of logits a session may ask for, and what read_back.py needs to name the
-        # head's weight.
-        "get_most_logits": most_logits(layout),
+        # Not for stock runners: read_back.py needs it to name the head's weight.
         "tie_word_embeddings": config.tie_word_embeddings,
     }

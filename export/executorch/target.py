@@ -1,15 +1,14 @@
 """The .pte target: one ExecuTorch program with XNNPACK delegates."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.target import Cost, ExportReport, Target, second_table
+from export.target import ExportReport, Target
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 
 if TYPE_CHECKING:
-    from gemma3.model import RoundHeads
     from quant.activations import Rounding
     from quant.weights import QuantizedWeight, Weights
 
@@ -21,7 +20,6 @@ def _export(
     eos_ids: Sequence[int],
     path: Path,
     float_activations: Collection[str],
-    kv: "Mapping[int, RoundHeads]",
 ) -> ExportReport:
     from export.executorch.lower import export_pte
 
@@ -33,6 +31,12 @@ def _read_back(path: Path) -> "Iterator[tuple[str, QuantizedWeight]]":
     from export.executorch.read_back import read_back_pte
 
     return read_back_pte(path)
+
+
+def _second_table(config: ModelConfig, weights: "Weights") -> int:
+    from export.executorch.lower import second_table_bytes
+
+    return second_table_bytes(config, weights)
 
 
 def _per_token() -> "Rounding":
@@ -52,13 +56,5 @@ PTE = Target(
     export=_export,
     read_back=_read_back,
     roundings={"int8-per-token": _per_token},
-    repeated_bytes=second_table,
-    cost=Cost(
-        base=150 << 20,
-        layer_bytes=6 << 20,
-        file=1.0,
-        running=1.75,
-        layer_seconds=4.0,
-        billion_seconds=200.0,
-    ),
+    repeated_bytes=_second_table,
 )

@@ -10,10 +10,6 @@ differences, besides those of export/executorch/layers.py, and their reasons:
   4.2e-7 at position 131 072.
 * The caches are buffers that custom operators write in place. Sliding-window layers keep a ring. One mask and one set
   of slots per step serve all of them, and there is no state besides the keys and values.
-* XNNPACK computes the attention of sliding-window layers, over the whole ring, because a ring is short. Full-attention
-  layers use ``llama.custom_sdpa``, which reads only as many keys as there are.
-* 1/√d, by which scores are multiplied, is part of the gain of the queries' norm. That is exact for powers of two, such
-  as 1/16 in all Gemma 3 models but the 27B, and elsewhere as exact as another multiplication.
 
 A multimodal model consists of three networks: ``TokenEmbedding`` and ``ExecutorchModel`` here, and the vision model in
 export/executorch/vision.py. Its embeddings have an additional channel, 1 for a soft token of an image and 0 for text,
@@ -33,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.executorch.caches import cache_shapes
 from export.executorch.layers import (
     GELU_A,
     GELU_B,
@@ -46,7 +41,6 @@ from export.executorch.layers import (
     rope_half,
     rows,
 )
-from export.target import LOGITS_STRIDE, most_logits
 from gemma3 import names
 from gemma3.cache import CacheLayout, LayerCache
 from gemma3.config import FULL, SLIDING, LayerKind, LayerSpec, ModelConfig
@@ -63,36 +57,25 @@ class ImageFlag:
 
 
 @dataclass(frozen=True)
-class RingStep:
-    """What the sliding-window layers share in one call."""
-
-    key_slots: Tensor  # int64 [K · D, S]: the ring slots of the new positions, once for each channel of the keys
-    value_slots: Tensor  # int64 [K, S]: the same once for each head
-    mask: Tensor  # float32 [S, 1, R]: 0 where s attends to slot r, else −∞
-
-
-@dataclass(frozen=True)
 class Step:
     """What all layers of one kind share in one call."""
 
     start: int  # the first new position; a symbol while tracing
     cos: Tensor  # [1, S, 1, D/2]
     sin: Tensor  # [1, S, 1, D/2]
-    ring: RingStep | None = None  # sliding-window layers only
+    slots: Tensor | None = None  # int64 [1, S]: the ring slots of the new positions (sliding-window layers)
+    mask: Tensor | None = None  # float32 [S, R]: 0 where s attends to slot r, else −∞ (sliding-window layers)
     image: ImageFlag | None = None  # None: a text-only model
 
 
 class HeadProjection(nn.Module):
-    """Projects to heads, normalizes each head over D and applies RoPE, all on the two halves of D separately.
+    """Projects to heads, normalizes each head over D and applies RoPE, all on the two halves of D separately."""
 
-    The result is multiplied by ``scale``.
-    """
-
-    def __init__(self, weight: Weight, norm: Tensor, heads: int, dim: int, eps: float, scale: float = 1.0) -> None:
+    def __init__(self, weight: Weight, norm: Tensor, heads: int, dim: int, eps: float) -> None:
         super().__init__()
         self.heads, self.half_dim, self.eps = heads, dim // 2, eps
         self.halves = nn.ModuleList(Linear(rows(weight, rope_half(heads, dim, half))) for half in (0, 1))
-        first_gain, second_gain = (scale * (1.0 + norm.float())).chunk(2)
+        first_gain, second_gain = (1.0 + norm.float()).chunk(2)
         self.register_buffer("first_gain", first_gain.clone())
         self.register_buffer("second_gain", second_gain.clone())
         self.mean = Mean(dim // 2, dim)
@@ -108,24 +91,25 @@ class HeadProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention and its cache: x [S, E] → [S, E]; keys and values as export/executorch/caches.py says."""
+    """Attention and its cache: x [S, E] → [S, E]; keys and values float32 [1, slots, K, D] each."""
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, cache: LayerCache, weights: Weights, name: str) -> None:
         super().__init__()
         heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         eps = config.rms_norm_eps
-        self.kv_heads, self.groups, self.head_dim = kv_heads, heads // kv_heads, dim
-        scale = config.query_pre_attn_scalar**-0.5
+        self.kind = spec.kind
+        self.kv_heads, self.head_dim = kv_heads, dim
+        self.scale = config.query_pre_attn_scalar**-0.5
         self.query = HeadProjection(
-            weights[f"{name}.q_proj.weight"], floating(weights, f"{name}.q_norm.weight"), heads, dim, eps, scale
+            weights[f"{name}.q_proj.weight"], floating(weights, f"{name}.q_norm.weight"), heads, dim, eps
         )
         self.key = HeadProjection(
             weights[f"{name}.k_proj.weight"], floating(weights, f"{name}.k_norm.weight"), kv_heads, dim, eps
         )
         self.value = Linear(weights[f"{name}.v_proj.weight"])
         self.output = Linear(weights[f"{name}.o_proj.weight"])
-        for part, shape in zip(("keys", "values"), cache_shapes(cache), strict=True):
-            self.register_buffer(part, torch.zeros(shape), persistent=False)
+        self.register_buffer("keys", torch.zeros(cache.by_slot), persistent=False)
+        self.register_buffer("values", torch.zeros(cache.by_slot), persistent=False)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         first_query, second_query, first_key, second_key, values = project(
@@ -134,34 +118,25 @@ class Attention(nn.Module):
         queries = self.query(first_query, second_query, step)
         keys = self.key(first_key, second_key, step)
         values = values.view(1, -1, self.kv_heads, self.head_dim)
-        attend = self.attend if step.ring is None else self.attend_in_ring
-        out = attend(queries, keys, values, step).view(-1, queries.shape[2] * self.head_dim)
+        out = self.attend(queries, keys, values, step).view(-1, queries.shape[2] * self.head_dim)
         return project(out, self.output)[0]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
         """Write the new keys and values [1, S, K, D] to the cache. Returns the heads' outputs [1, S, H, D]."""
         operators = torch.ops.llama
         cached_keys, cached_values = self.get_buffer("keys"), self.get_buffer("values")
-        operators.update_cache(keys, cached_keys, step.start)
-        operators.update_cache(values, cached_values, step.start)
-        if step.image is not None:
-            return self.attend_to_text_or_image(queries, step.start, step.image)
-        return operators.custom_sdpa(queries, cached_keys, cached_values, step.start, None, 0.0, True, 1.0)
-
-    def attend_in_ring(self, queries: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
-        """``attend`` for a sliding-window layer, [S, K, H/K, D]: one product takes all queries of a key/value head."""
-        assert step.ring is not None
-        heads, groups, dim = self.kv_heads, self.groups, self.head_dim
-        cached_keys, cached_values = self.get_buffer("keys"), self.get_buffer("values")
-        write = torch.ops.llama.update_cache_with_indices
-        write(keys.view(-1, heads * dim).permute(1, 0).view(heads * dim, -1, 1, 1), cached_keys, 0, step.ring.key_slots)
-        write(by_head(values, heads, 1, dim), cached_values, 0, step.ring.value_slots)
-        slots = step.ring.mask.shape[-1]
-        per_head = by_head(queries, heads, groups, dim).view(heads, -1, dim)
-        scores = torch.bmm(per_head, cached_keys.view(heads, dim, slots)).view(heads, -1, groups, slots)
-        weights = (scores + step.ring.mask).softmax(-1).view(heads, -1, slots)
-        out = torch.bmm(weights, cached_values.view(heads, slots, dim))
-        return out.view(heads, -1, groups, dim).permute(1, 0, 2, 3).contiguous()
+        if self.kind == SLIDING:
+            operators.update_cache_with_indices(keys, cached_keys, step.start, step.slots)
+            operators.update_cache_with_indices(values, cached_values, step.start, step.slots)
+            # With a mask the operator reads the whole ring, so its own start position and causal mask are not used.
+            start, mask, causal = 0, step.mask, False
+        else:
+            operators.update_cache(keys, cached_keys, step.start)
+            operators.update_cache(values, cached_values, step.start)
+            start, mask, causal = step.start, None, True
+            if step.image is not None:
+                return self.attend_to_text_or_image(queries, step.start, step.image)
+        return operators.custom_sdpa(queries, cached_keys, cached_values, start, mask, 0.0, causal, self.scale)
 
     def attend_to_text_or_image(self, queries: Tensor, start: int, image: ImageFlag) -> Tensor:
         """Causal attention for text; for an image, attention to everything up to the end of the call.
@@ -171,16 +146,9 @@ class Attention(nn.Module):
         """
         cached = (self.get_buffer("keys"), self.get_buffer("values"))
         sdpa = torch.ops.llama.custom_sdpa
-        causal = sdpa(queries, *cached, start * (1 - image.number), None, 0.0, True, 1.0)
-        whole = sdpa(queries, *cached, start * image.number, None, 0.0, False, 1.0)
+        causal = sdpa(queries, *cached, start * (1 - image.number), None, 0.0, True, self.scale)
+        whole = sdpa(queries, *cached, start * image.number, None, 0.0, False, self.scale)
         return causal * (1.0 - image.factor) + whole * image.factor
-
-
-def by_head(x: Tensor, heads: int, groups: int, dim: int) -> Tensor:
-    """[heads, S, groups, dim] from x [1, S, heads · groups, dim]."""
-    if heads == 1:
-        return x.view(1, -1, groups, dim)
-    return x.view(-1, heads, groups, dim).permute(1, 0, 2, 3).contiguous()
 
 
 class MLP(nn.Module):
@@ -229,21 +197,17 @@ def image_flag(embeddings: Tensor) -> ImageFlag:
 
 
 class ExecutorchModel(nn.Module):
-    """Inputs at the positions from start_pos (int64 [1]) on → logits float32 [1, k, V] of the last k positions.
+    """Inputs at the positions from start_pos (int64 [1]) on → logits float32 [1, 1, V] of the last position.
 
     The inputs of a text-only model are tokens int64 [1, S]. Those of a multimodal model are embeddings float32
     [1, S, E + 1], all of text or of one whole image; the last channel of the first one says which.
-
-    start_pos is the first position + (k − 1) · LOGITS_STRIDE. A position alone asks for one row, as the stock runners
-    do. An input of its own, or a start_pos of k numbers, would be more direct, but these runners pass exactly two
-    inputs, and they take a start_pos of a dynamic length for a list of all positions.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
         super().__init__()
         assert layout.style == "ring"
         self.config = config
-        self.context, self.most_logits = layout.context, most_logits(layout)
+        self.context = layout.context
         if config.vision is None:
             self.embedding = Embedding(weights[names.EMBEDDING])
         self.layers = nn.ModuleList(
@@ -261,11 +225,6 @@ class ExecutorchModel(nn.Module):
 
     def forward(self, inputs: Tensor, start_pos: Tensor) -> Tensor:
         length = inputs.shape[1]
-        count = cast(int, (start_pos[0] // LOGITS_STRIDE).item()) + 1
-        torch._check(count >= 1)  # type: ignore[no-untyped-call]
-        torch._check(count <= self.most_logits)  # type: ignore[no-untyped-call]
-        torch._check(count <= length)  # type: ignore[no-untyped-call]
-        start_pos = start_pos % LOGITS_STRIDE
         start = cast(int, start_pos[0].item())
         torch._check_is_size(start)  # type: ignore[no-untyped-call]
         torch._check(start + length <= self.context)  # type: ignore[no-untyped-call]
@@ -279,8 +238,7 @@ class ExecutorchModel(nn.Module):
             x = inputs[0, :, :-1]
         for layer, spec in zip(self.layers, self.config.layers, strict=True):
             x = layer(x, steps[spec.kind])
-        last = x.narrow(0, length - count, count)
-        return project(self.norm(last), self.head)[0].unsqueeze(0)
+        return project(self.norm(x[-1:]), self.head)[0].unsqueeze(0)
 
     def step(self, kind: LayerKind, start: int, positions: Tensor, last: Tensor, image: ImageFlag | None) -> Step:
         """What the layers of ``kind`` share in a call at ``positions`` [S], which ends at the position ``last`` [1]."""
@@ -296,9 +254,7 @@ class ExecutorchModel(nn.Module):
         slot_positions = last - (last + ring - torch.arange(ring)) % ring
         same_image = None if image is None else ((slot_positions >= positions[0]) & (image.factor > 0)).unsqueeze(0)
         visible = attention_mask(positions, slot_positions, window, same_image)
-        mask = torch.where(visible & (slot_positions >= 0), 0.0, float("-inf")).unsqueeze(1)
-        heads, dim = self.specs[kind].num_key_value_heads, self.specs[kind].head_dim
-        return Step(start, cos, sin, RingStep(slots.expand(heads * dim, -1), slots.expand(heads, -1), mask), image)
+        return Step(start, cos, sin, slots, torch.where(visible & (slot_positions >= 0), 0.0, float("-inf")), image)
 
 
 class TokenEmbedding(nn.Module):

@@ -1,10 +1,9 @@
 """The layers of which the ONNX graphs of the text model and the vision model are built, and their weights.
 
-Graphs are built from the forms of weights. The values are asked for one weight at a time, and go to the external data
-file a few rows at a time. An integer weight keeps its own codes and scales. MatMulNBits holds code + 2^(bits−1)
-with an implicit zero point of the same value, an even column in the low nibble, and float16 scales, in which the
-quantizer's scales are exact. The table that embedding and head share is in the file once; two initializers of different
-shapes refer to it.
+Graphs are built from the forms of weights. Their values are asked for once, one weight at a time, and go to the external
+data file a few rows at a time. An integer weight keeps its own codes and scales. MatMulNBits holds code + 2^(bits−1) with an implicit zero point of the same
+value, an even column in the low nibble, and float16 scales, in which the quantizer's scales are exact. The table that
+embedding and head share is in the file once; two initializers of different shapes refer to it.
 """
 
 import json
@@ -23,7 +22,7 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from export.onnx.file import WEIGHTS_KEY, data_file
-from export.target import TensorDtype, TensorSpec
+from export.target import TensorSpec
 from gemma3.errors import BadInput
 from quant.integers import VALUES_AT_ONCE, IntegerWeight, blocks_of_rows
 from quant.sfp8 import DECODE, Sfp8Weight
@@ -39,14 +38,8 @@ FAST_BLOCKS = (128, 64, 32)
 # MatMulNBits' accuracy levels: 4 rounds its input to int8 by block and multiplies in int8; 1 multiplies the dequantized
 # weights in float32.
 INT8_LEVEL, FLOAT_LEVEL = 4, 1
-DTYPES: dict[ir.DataType, TensorDtype] = {
-    ir.DataType.INT64: "int64",
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.INT8: "int8",
-}
 ALIGNMENT = 64  # bytes of a CPU cache line, so that weights used directly from the mapped file are aligned
 SFP8_SCALE = ".scale"
-ATTENTION, KV_SCALES = "GroupQueryAttention", (12, 13)  # the operator, and its inputs k_scale and v_scale
 
 
 class WeightFile:
@@ -111,8 +104,7 @@ def _specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
         assert value.name is not None
         assert value.shape is not None
         shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-        assert value.dtype is not None
-        specs.append(TensorSpec(value.name, DTYPES[value.dtype], shape))
+        specs.append(TensorSpec(value.name, "int64" if value.dtype == ir.DataType.INT64 else "float32", shape))
     return tuple(specs)
 
 
@@ -184,10 +176,6 @@ class GraphBuilder:
         assert isinstance(weight, Tensor)
         return self.float_matrix([name], [weight])
 
-    def values(self, name: str, array: Tensor) -> ir.Value:
-        """The initializer ``name``, stored with the weights."""
-        return self._stored(name, array.shape, [array.numpy()])
-
     def norm(self, x: ir.Value, eps: float, name: str) -> ir.Value:
         """x / rms(x) · (1 + weight), over the last axis."""
         weight = self.take(name)
@@ -249,14 +237,13 @@ class GraphBuilder:
         for name in names:
             weight = self._weights[name]
             assert isinstance(weight, Tensor)
-            count = max(1, VALUES_AT_ONCE // math.prod(weight.shape[1:]))
-            for start in range(0, len(weight), count):
-                yield weight[start : start + count].float().numpy()
+            for part in weight.split(max(1, VALUES_AT_ONCE // math.prod(weight.shape[1:]))):
+                yield part.float().numpy()
 
     def integer_matrix(
         self, names: Sequence[str], weights: Sequence[IntegerWeight], block: int
     ) -> tuple[ir.Value, ir.Value]:
-        """The stacked weights' codes uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks].
+        """The weights, given as forms, stacked: codes uint8 [rows, blocks, bytes of a block], scales float32 [rows, blocks].
 
         If a row has one scale, the file holds it once. It is repeated for each block when the graph is loaded.
         """
