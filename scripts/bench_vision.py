@@ -180,7 +180,7 @@ def main() -> None:
     weights = {name: weight.float() for name, weight in random_weights(described, 0, PARTS).items()}
     stored: dict[str, dict[str, Weight]] = {
         "fp32": dict(weights),
-        "int8": quantize_weights(weights.items(), INT8).tensors,
+        "int8": dict(quantize_weights(weights.items(), INT8).tensors),
     }
 
     name = f"transformers ({arguments.attention})"

@@ -4,8 +4,9 @@
     python -m scripts.random_checkpoint 4b DIRECTORY --layers 6 --vision-layers 2
     python -m scripts.random_checkpoint 270m DIRECTORY --as-trained 8
 
-The files are those of Hugging Face: config.json as released, model.safetensors in bfloat16, and a tokenizer.model with
-the real vocabulary size, Gemma's special ids and made-up words. The same arguments give the same weights.
+The files are those of Hugging Face: config.json as released, model.safetensors in bfloat16 (several files with an index
+from 5 GB on), and a tokenizer.model with the real vocabulary size, Gemma's special ids and made-up words. The same
+arguments give the same weights.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import copy
 import itertools
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,11 @@ COMMON: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 262144,
 }
-SHAPES = {
-    "270m": COMMON | {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
-    "1b": COMMON | {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
-    "4b": {
+
+
+def multimodal(**text: int) -> dict[str, Any]:
+    """The configuration of a multimodal model with these sizes of its text model."""
+    return {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "boi_token_index": 255999,
         "eoi_token_index": 256000,
@@ -68,10 +71,8 @@ SHAPES = {
         "mm_tokens_per_image": 256,
         "model_type": "gemma3",
         "text_config": {
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
+            **text,
             "model_type": "gemma3_text",
-            "num_hidden_layers": 34,
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
             "sliding_window": 1024,
         },
@@ -86,14 +87,43 @@ SHAPES = {
             "patch_size": 14,
             "vision_use_head": False,
         },
-    },
+    }
+
+
+SHAPES = {
+    "270m": COMMON | {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
+    "1b": COMMON | {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
+    "4b": multimodal(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34),
+    "12b": multimodal(
+        hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=8
+    ),
+    "27b": multimodal(
+        hidden_size=5376,
+        intermediate_size=21504,
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=168,
+    ),
 }
 PIECES = 262_144  # of the released vocabulary; a multimodal model's image token comes after them
 IMAGE_PIECES = {255_999: "<start_of_image>", 256_000: "<end_of_image>"}
 
 
+SHARD_BYTES = 5_000_000_000
+DRAWN_AT_ONCE = 1 << 29  # values of a table that are in float32 together
+
+
 def random_weights(config: dict[str, Any], seed: int, prefixes: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
-    """bfloat16 weights whose names begin with one of ``prefixes``.
+    """bfloat16 weights whose names begin with one of ``prefixes``. See ``weights_in_order``."""
+    return dict(weights_in_order(config, seed, prefixes))
+
+
+def weights_in_order(
+    config: dict[str, Any], seed: int, prefixes: tuple[str, ...] = ("",)
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """bfloat16 weights by name, made one after another.
 
     Their size keeps the variance of activations in every matrix product; the standard deviation of logits is about 1.
     """
@@ -101,15 +131,59 @@ def random_weights(config: dict[str, Any], seed: int, prefixes: tuple[str, ...] 
         shapes = {name: tensor.shape for name, tensor in Gemma3(parse_config(config)).state_dict().items()}
     del shapes["lm_head.weight"]  # tied
     generator = torch.Generator().manual_seed(seed)
-    weights = {}
     for name, shape in shapes.items():
         if not name.startswith(prefixes):
             continue
         deviation = 0.1 if "norm" in name or name.endswith("bias") else shape[1:].numel() ** -0.5
         # An RMSNorm's weight is an offset from 1, a LayerNorm's is not.
         mean = 1.0 if name.startswith("vision_tower") and "norm" in name and name.endswith("weight") else 0.0
-        weights[name] = torch.empty(shape).normal_(mean, deviation, generator=generator).to(torch.bfloat16)
-    return weights
+        weight = torch.empty(shape, dtype=torch.bfloat16)
+        rows = max(1, DRAWN_AT_ONCE // shape[1:].numel())
+        for start in range(0, len(weight), rows):
+            part = weight[start : start + rows]
+            part.copy_(torch.empty(part.shape).normal_(mean, deviation, generator=generator))
+        yield name, weight
+
+
+def save_weights(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    directory: Path,
+    rename: Callable[[str], str] = str,
+    change: Callable[[dict[str, torch.Tensor]], None] | None = None,
+) -> None:
+    """Write ``weights`` under new names as model.safetensors, or as files of about SHARD_BYTES with an index.
+
+    Only one file's weights are in memory. Vectors come last; ``change`` may change them in place.
+    """
+    shards: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    vectors: dict[str, torch.Tensor] = {}
+
+    def save() -> None:
+        shards.append(list(held))
+        save_file(held, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        held.clear()
+
+    for name, weight in weights:
+        if weight.dim() == 1:
+            vectors[name] = weight
+            continue
+        if held and sum(one.nbytes for one in held.values()) + weight.nbytes > SHARD_BYTES:
+            save()
+        held[rename(name)] = weight
+    if change is not None:
+        change(vectors)
+    held |= {rename(name): weight for name, weight in vectors.items()}
+    save()
+    if len(shards) == 1:
+        (directory / "shard-1").rename(directory / "model.safetensors")
+        return
+    files = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+    for index, file in enumerate(files, 1):
+        (directory / f"shard-{index}").rename(directory / file)
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    content = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1)
+    (directory / "model.safetensors.index.json").write_text(content + "\n")
 
 
 def as_trained(weights: dict[str, torch.Tensor], deviation: float, seed: int = 0) -> None:
@@ -201,14 +275,14 @@ def main() -> None:
             parser.error(f"{arguments.shape} is a text-only model; leave out --vision-layers")
         config["vision_config"]["num_hidden_layers"] = arguments.vision_layers
     arguments.directory.mkdir(parents=True)
-    weights = random_weights(config, arguments.seed)
-    if arguments.as_trained is not None:
-        as_trained(weights, arguments.as_trained, arguments.seed)
+    weights = weights_in_order(config, arguments.seed)
+    deviation, trained = arguments.as_trained, None
+    if deviation is not None:
+        trained = partial(as_trained, deviation=deviation, seed=arguments.seed)
+    save_weights(weights, arguments.directory, as_released if multimodal else str, trained)
     if multimodal:
-        weights = {as_released(name): weight for name, weight in weights.items()}
         added = json.dumps({"<image_soft_token>": config["image_token_index"]})
         (arguments.directory / "added_tokens.json").write_text(added + "\n")
-    save_file(weights, arguments.directory / "model.safetensors", metadata={"format": "pt"})
     (arguments.directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer = made_up_tokenizer(PIECES, IMAGE_PIECES if multimodal else None)
     (arguments.directory / "tokenizer.model").write_bytes(tokenizer)

@@ -7,6 +7,10 @@
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
 import executorch.kernels.quantized  # noqa: F401  (registers the operators used below)
 import torch
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 
 from gemma3.errors import BadInput
 from quant.integers import IntegerWeight
-from quant.weights import QuantizedWeight, Weight, Weights
+from quant.weights import QuantizedWeight, Weight, Weights, forms_of
 
 GROUP_MULTIPLE = 32  # XNNPACK's blockwise int4 takes group sizes that are multiples of 32
 # GELU(x) ≈ x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))), which is x · sigmoid(x · (A + B·x²)), because
@@ -25,15 +29,73 @@ GELU_A = 2.0 * math.sqrt(2.0 / math.pi)
 GELU_B = GELU_A * 0.044715
 
 
+@dataclass(frozen=True)
+class Later:
+    """A weight that is read when its values are needed. It stands for one in ``Weights``.
+
+    Layers made of it have hollow buffers: memory that is reserved and never touched, so that it takes no room. So a
+    whole model can be traced and partitioned, which copies every buffer several times (see ``flatten``). ``fill`` puts
+    the values in. ``hollow`` has the buffer of each tensor of ``form``, so that a tied table is one buffer.
+    """
+
+    form: Weight
+    read: Callable[[], Weight]
+    hollow: dict[Tensor, Tensor] = field(default_factory=dict)
+
+
+def later(weights: Weights) -> Weights:
+    """``weights`` as they stand for themselves until they are needed."""
+    held = {name: Later(form, partial(weights.__getitem__, name)) for name, form in forms_of(weights).items()}
+    return cast(Weights, held)
+
+
+def form(weight: Weight) -> Weight:
+    """``weight``, or the form of one that is read later."""
+    return weight.form if isinstance(weight, Later) else weight
+
+
+class Holder(nn.Module):
+    """A layer with buffers that are made of one weight by a function ``make``. ``hollow`` names the hollow ones."""
+
+    hollow: tuple[str, ...] = ()
+    filled: Callable[[], dict[str, Tensor]]  # of one with hollow buffers: their values
+
+    def hold(self, weight: Weight, make: Callable[[Weight], dict[str, Tensor]]) -> None:
+        held = make(form(weight))
+        if isinstance(weight, Later):
+            self.hollow, self.filled = tuple(held), lambda: make(weight.read())
+            for name, tensor in held.items():
+                held[name] = weight.hollow.setdefault(tensor, torch.empty(tensor.shape, dtype=tensor.dtype))
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor)
+
+
+def flatten(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Make ``model``'s hollow buffers in ``state`` a single value each, expanded to the shape: copies stay as small."""
+    for name, tensor in state.items():
+        path, _, buffer = name.rpartition(".")
+        layer = model.get_submodule(path)
+        if isinstance(layer, Holder) and buffer in layer.hollow:
+            state[name] = torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape)
+
+
+def fill(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Put the values of ``model``'s hollow buffers into ``state``, which has some of its buffers by name."""
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in state):
+        layer = model.get_submodule(path)
+        if isinstance(layer, Holder) and layer.hollow:
+            values = {f"{path}.{name}": value for name, value in layer.filled().items()}
+            state.update({name: value for name, value in values.items() if name in state})
+
+
 def rows(weight: Weight, index: Tensor) -> Weight:
     """The rows ``index`` (int64) of a weight. An integer weight keeps the codes and scales of these rows.
 
     Raises BadInput for a kind of quantized weight other than integers.
     """
-    if isinstance(weight, Tensor):
-        return weight[index]
-    integers = as_integers(weight)
-    return IntegerWeight(integers.codes[index], integers.scales[index], integers.bits)
+    if isinstance(weight, Later):
+        return cast(Weight, Later(rows(weight.form, index), lambda: rows(weight.read(), index)))
+    return weight[index] if isinstance(weight, Tensor) else as_integers(weight).rows(index)
 
 
 def rope_half(heads: int, dim: int, half: int) -> Tensor:
@@ -57,7 +119,7 @@ def require_whole_groups(weight: IntegerWeight) -> None:
         )
 
 
-class Linear(nn.Module):
+class Linear(Holder):
     """The weight [N, K] of a linear layer, and its bias [N] in float32.
 
     The weight is float32, or integers that XNNPACK multiplies with int8 activations. XNNPACK recognizes integers by the
@@ -68,11 +130,13 @@ class Linear(nn.Module):
     def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.bias = None if bias is None else nn.Buffer(bias.float())
-        self.integer = not isinstance(weight, Tensor)
-        if isinstance(weight, Tensor):
-            self.register_buffer("weight", weight.float())
-            return
-        weight = as_integers(weight)
+        kind = form(weight)
+        self.integer = not isinstance(kind, Tensor)
+        if not isinstance(kind, Tensor):
+            self._check(as_integers(kind))
+        self.hold(weight, _linear_buffers)
+
+    def _check(self, weight: IntegerWeight) -> None:
         self.bits = weight.bits
         self.group_size = None if weight.per_channel else weight.group_size
         if weight.bits not in (4, 8) or (weight.bits == 8 and not weight.per_channel):
@@ -86,10 +150,6 @@ class Linear(nn.Module):
                 "or one scale a channel"
             )
         require_whole_groups(weight)
-        scales = weight.scales.flatten() if weight.per_channel else weight.scales
-        self.register_buffer("codes", weight.codes)
-        self.register_buffer("scales", scales)
-        self.register_buffer("zero_points", torch.zeros_like(scales, dtype=torch.int8))
 
     def value(self) -> Tensor:
         """The weight [N, K] in float32, in a graph behind a dequantize operator if it is of integers."""
@@ -105,6 +165,14 @@ class Linear(nn.Module):
                 *stored, low, high, torch.int8, self.group_size, torch.float32
             )
         return value
+
+
+def _linear_buffers(weight: Weight) -> dict[str, Tensor]:
+    if isinstance(weight, Tensor):
+        return {"weight": weight.float()}
+    integers = as_integers(weight)
+    scales = integers.scales.flatten() if integers.per_channel else integers.scales
+    return {"codes": integers.codes, "scales": scales, "zero_points": torch.zeros_like(scales, dtype=torch.int8)}
 
 
 def round_activations(x: Tensor) -> Tensor:
@@ -145,7 +213,7 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(self.mean(x * x) + self.eps) * self.get_buffer("gain")
 
 
-class Embedding(nn.Module):
+class Embedding(Holder):
     """The rows of the table for tokens int64 [...]: float32 [..., E], without the embedding scale sqrt(E).
 
     Raises BadInput for a table that the kernels cannot read.
@@ -154,18 +222,11 @@ class Embedding(nn.Module):
     def __init__(self, table: Weight) -> None:
         super().__init__()
         self.bits = 32
-        if isinstance(table, Tensor):
-            self.register_buffer("table", table.float())
-            return
-        table = as_integers(table)
-        self.bits = table.bits
-        require_whole_groups(table)
-        self.register_buffer("table", table.codes if table.bits == 8 else pack_embedding(table.codes))
-        # The kernel reads float16 scales too, in which every scale that quant.integers allows is exact.
-        scales = (table.scales.flatten() if table.per_channel else table.scales).half()
-        if not torch.equal(scales.float().view(table.scales.shape), table.scales):
-            raise BadInput("the embedding table's scales are not exact in float16; use quant.integers.bf16_grid")
-        self.register_buffer("scales", scales)
+        kind = form(table)
+        if not isinstance(kind, Tensor):
+            self.bits = as_integers(kind).bits
+            require_whole_groups(as_integers(kind))
+        self.hold(table, _table_buffers)
 
     def forward(self, tokens: Tensor) -> Tensor:
         table = self.get_buffer("table")
@@ -177,6 +238,17 @@ class Embedding(nn.Module):
         return operator(table, self.get_buffer("scales"), None, low, high, tokens, dtype=torch.float32)
 
 
+def _table_buffers(table: Weight) -> dict[str, Tensor]:
+    """Raises BadInput for scales that are not exact in float16, which the kernel reads."""
+    if isinstance(table, Tensor):
+        return {"table": table.float()}
+    integers = as_integers(table)
+    scales = (integers.scales.flatten() if integers.per_channel else integers.scales).half()
+    if not scales.is_meta and not torch.equal(scales.float().view(integers.scales.shape), integers.scales):
+        raise BadInput("the embedding table's scales are not exact in float16; use quant.integers.bf16_grid")
+    return {"table": integers.codes if integers.bits == 8 else pack_embedding(integers.codes), "scales": scales}
+
+
 def pack_embedding(codes: Tensor) -> Tensor:
     """Codes int8 [V, E] as embedding_4bit reads them: uint8 [V, E/2], the even column in the high nibble, 8 added."""
     nibbles = (codes + 8).to(torch.uint8)
@@ -186,6 +258,8 @@ def pack_embedding(codes: Tensor) -> Tensor:
 def floating(weights: Weights, name: str) -> Tensor:
     """A weight that the network uses in float32. Raises BadInput when a recipe has quantized it."""
     weight = weights[name]
+    if isinstance(weight, Later):
+        weight = weight.read()
     if not isinstance(weight, Tensor):
         raise BadInput(f"{name} is quantized, but only linear layers and the table can be; add a rule 'float32' for it")
     return weight

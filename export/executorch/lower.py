@@ -19,14 +19,20 @@ takes under 20 s, for these reasons:
 * One of XNNPACK's passes runs instead of 17 (see export/executorch/partition.py).
 * Activations are two-dimensional in the model. Tracing a linear layer with a three-dimensional input of dynamic length
   costs several symbolic reshapes.
+
+Every step on the way copies all constants of a program. So the matrices of a model are hollow (see ``layers.Later``)
+until XNNPACK's backend packs them, one delegate after another. The bytes of the file are in memory once.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.passes import MemoryPlanningPass
@@ -37,6 +43,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from export.executorch.file import PteFile, cache_shapes_pte, kernel_counts
+from export.executorch.layers import fill, flatten, later
 from export.executorch.partition import LevelPartitioner
 from export.executorch.text import ExecutorchModel, TokenEmbedding
 from export.executorch.vision import VisionEncoder
@@ -55,11 +62,11 @@ def export_pte(
 ) -> ExportReport:
     """Write the .pte ``path``. It is the target's exporter (see ``export.target.Export``).
 
-    ``weights`` are by checkpoint name: float tensors (written as float32), or IntegerWeight of 4 bits, or of 8 bits per
-    channel. Linear layers with integer weights round their input to int8 per token. ``layout`` must be of the ring
-    style, and its chunk must be at least an image's soft tokens. Raises BadInput for weights that XNNPACK has no kernel
-    for and for a smaller chunk, and VerificationFailed when the file's caches are not the layout's. The same arguments
-    give the same bytes.
+    ``weights`` are by checkpoint name, and asked for one at a time: float tensors (written as float32), or
+    IntegerWeight of 4 bits, or of 8 bits per channel. Linear layers with integer weights round their input to int8 per
+    token. ``layout`` must be of the ring style, and its chunk must be at least an image's soft tokens. Raises BadInput
+    for weights that XNNPACK has no kernel for and for a smaller chunk, and VerificationFailed when the file's caches
+    are not the layout's. The same arguments give the same bytes.
     """
     if config.vision and layout.chunk < config.vision.tokens_per_image:
         raise BadInput(
@@ -91,33 +98,42 @@ def second_table_bytes(config: ModelConfig, weights: Weights) -> int:
     return ideal_bytes([forms_of(weights)[EMBEDDING]]) if config.tie_word_embeddings else 0
 
 
-def trace(config: ModelConfig, weights: Weights, layout: CacheLayout) -> dict[str, ExportedProgram]:
+@dataclass(frozen=True)
+class Traced:
+    """The traced graph of a method, and the model that fills its hollow buffers."""
+
+    program: ExportedProgram
+    model: nn.Module
+
+
+def trace(config: ModelConfig, weights: Weights, layout: CacheLayout) -> dict[str, Traced]:
     """The traced graph of each method, by name. The number of tokens is symbolic, from 1 to the layout's chunk."""
     length = min(3, layout.chunk)
     tokens, start_pos = torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    held = later(weights)
     if config.vision is None:
-        return {FORWARD: _trace(ExecutorchModel(config, weights, layout), (tokens, start_pos), layout.chunk)}
+        return {FORWARD: _trace(ExecutorchModel(config, held, layout), (tokens, start_pos), layout.chunk)}
     embeddings = torch.zeros(1, length, config.hidden_size + 1)
     return {
         **trace_encoder(config, weights),
-        TOKEN_EMBEDDING: _trace(TokenEmbedding(config, weights), (tokens,), layout.chunk),
-        TEXT_DECODER: _trace(ExecutorchModel(config, weights, layout), (embeddings, start_pos), layout.chunk),
+        TOKEN_EMBEDDING: _trace(TokenEmbedding(config, held), (tokens,), layout.chunk),
+        TEXT_DECODER: _trace(ExecutorchModel(config, held, layout), (embeddings, start_pos), layout.chunk),
     }
 
 
-def trace_encoder(config: ModelConfig, weights: Weights) -> dict[str, ExportedProgram]:
+def trace_encoder(config: ModelConfig, weights: Weights) -> dict[str, Traced]:
     """The traced graph of the vision model's method alone, by name."""
     assert config.vision is not None
     size = config.vision.image_size
-    return {VISION_ENCODER: _trace(VisionEncoder(config, weights), (torch.zeros(1, 3, size, size),), 1)}
+    return {VISION_ENCODER: _trace(VisionEncoder(config, later(weights)), (torch.zeros(1, 3, size, size),), 1)}
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> ExportedProgram:
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> Traced:
     """The traced graph. If ``longest`` is over 1, axis 1 of the first input is dynamic: 1 to ``longest`` tokens."""
     dynamic = None
     if longest > 1:
         dynamic = ({1: Dim("length", min=1, max=longest)}, *(None for _ in inputs[1:]))
-    return torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic, strict=False)
+    return Traced(torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic, strict=False), model)
 
 
 def methods_of(config: ModelConfig, file: str) -> tuple[Method, ...]:
@@ -161,14 +177,14 @@ class CachesApart(MemoryPlanningPass):  # type: ignore[misc]
         return result
 
 
-def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dict[str, Any]) -> Any:
+def lower(programs: ExportedProgram | dict[str, Traced], constants: dict[str, Any]) -> Any:
     """The methods in ExecuTorch's final form, with XNNPACK's part delegated: an ExecutorchProgramManager.
 
     ``constants`` are the values of the constant methods, by name. A single program becomes the method "forward".
     """
-    methods = programs if isinstance(programs, dict) else {FORWARD: programs}
+    methods = programs if isinstance(programs, dict) else {FORWARD: Traced(programs, nn.Module())}
     edge = to_edge(
-        methods,
+        {name: method.program for name, method in methods.items()},
         constant_methods=constants,
         compile_config=EdgeCompileConfig(
             # The validity check would refuse the caches' custom operators, which are not in the edge dialect.
@@ -183,14 +199,44 @@ def lower(programs: ExportedProgram | dict[str, ExportedProgram], constants: dic
         # So that a session can read the caches by name.
         emit_mutable_buffer_names=True,
     )
-    partitioners = {name: LevelPartitioner(apart=name == VISION_ENCODER) for name in methods}
-    manager = edge.to_backend(partitioners).to_executorch(config)
+    models = {name: method.model for name, method in methods.items()}
+    for name, model in models.items():
+        flatten(edge.exported_program(name).state_dict, model)
+    with filling(models):
+        edge = edge.to_backend({name: LevelPartitioner(apart=name == VISION_ENCODER) for name in methods})
+    for name, model in models.items():  # what XNNPACK did not get: the embedding table
+        fill(edge.exported_program(name).state_dict, model)
+    manager = edge.to_executorch(config)
     united = [unite_equal_delegates(plan) for plan in manager.executorch_program.execution_plan]
     if any(united):
         manager._pte_data, _ = serialize_for_executorch(
             manager._emitter_output, config, manager._data_serializer, manager._named_data
         )
     return manager
+
+
+@contextmanager
+def filling(models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """In the block, XNNPACK's backend gets each delegate's constants filled by the method's model, and drops them.
+
+    The backend takes the programs of all delegates at once, so this cannot be done before it is called.
+    """
+
+    def preprocess_all(programs: Mapping[str, Sequence[ExportedProgram]], specs: Mapping[str, Sequence[Any]]) -> Any:
+        results: dict[str, list[Any]] = {}
+        for method, delegates in programs.items():
+            results[method] = []
+            for program, spec in zip(delegates, specs[method], strict=True):
+                fill(program.state_dict, models[method])
+                results[method].append(XnnpackBackend.preprocess(program, spec))
+                program.state_dict.clear()
+        return results
+
+    XnnpackBackend.preprocess_multimethod = staticmethod(preprocess_all)
+    try:
+        yield
+    finally:
+        del XnnpackBackend.preprocess_multimethod  # the inherited one is back
 
 
 def unite_equal_delegates(plan: ExecutionPlan) -> bool:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.executorch.layers import GELU_A, GELU_B, Linear, Mean, RMSNorm, as_integers, floating, project
+from export.executorch.layers import GELU_A, GELU_B, Later, Linear, Mean, RMSNorm, as_integers, floating, project
 from gemma3 import names
 from gemma3.config import ModelConfig, VisionConfig
 from gemma3.names import PROJECTOR, VISION_TOWER
@@ -138,6 +138,8 @@ def aliases(weights: Weights, prefix: str) -> dict[str, Weight]:
 
 
 def alias(weight: Weight) -> Weight:
+    if isinstance(weight, Later):
+        return cast(Weight, Later(weight.form, weight.read))
     if isinstance(weight, Tensor):
         return weight.detach()
     integers = as_integers(weight)

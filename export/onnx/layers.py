@@ -1,9 +1,10 @@
 """The layers of which the ONNX graphs of the text model and the vision model are built, and their weights.
 
-Graphs are built from the forms of weights. Their values are asked for once, one weight at a time, and go to the external
-data file a few rows at a time. An integer weight keeps its own codes and scales. MatMulNBits holds code + 2^(bits−1) with an implicit zero point of the same
-value, an even column in the low nibble, and float16 scales, in which the quantizer's scales are exact. The table that
-embedding and head share is in the file once; two initializers of different shapes refer to it.
+Graphs are built from the forms of weights. The values are asked for one weight at a time, and go to the external data
+file a few rows at a time. An integer weight keeps its own codes and scales. MatMulNBits holds code + 2^(bits−1)
+with an implicit zero point of the same value, an even column in the low nibble, and float16 scales, in which the
+quantizer's scales are exact. The table that embedding and head share is in the file once; two initializers of different
+shapes refer to it.
 """
 
 import json
@@ -237,13 +238,14 @@ class GraphBuilder:
         for name in names:
             weight = self._weights[name]
             assert isinstance(weight, Tensor)
-            for part in weight.split(max(1, VALUES_AT_ONCE // math.prod(weight.shape[1:]))):
-                yield part.float().numpy()
+            count = max(1, VALUES_AT_ONCE // math.prod(weight.shape[1:]))
+            for start in range(0, len(weight), count):
+                yield weight[start : start + count].float().numpy()
 
     def integer_matrix(
         self, names: Sequence[str], weights: Sequence[IntegerWeight], block: int
     ) -> tuple[ir.Value, ir.Value]:
-        """The weights, given as forms, stacked: codes uint8 [rows, blocks, bytes of a block], scales float32 [rows, blocks].
+        """The stacked weights' codes uint8 [rows, blocks, bytes of a block], and scales, float32 [rows, blocks].
 
         If a row has one scale, the file holds it once. It is repeated for each block when the graph is loaded.
         """

@@ -254,7 +254,7 @@ def test_refuses_what_the_runtime_cannot_run(tmp_path: Path) -> None:
 def test_refuses_weights_that_are_not_the_models(tmp_path: Path) -> None:
     config = tiny_config()
     layout = cache_layout(config, "compacting", 128, 8)
-    tensors = quantized_weights(config, "int4-block32", "int8").tensors
+    tensors = dict(quantized_weights(config, "int4-block32", "int8").tensors)
     extra = tensors | {"model.layers.7.mlp.up_proj.weight": torch.zeros(1)}
     with pytest.raises(BadInput, match=r"1 weights are not part of this model, the first is model\.layers\.7"):
         export_onnx(config, extra, layout, tmp_path / "model.onnx")
