@@ -8,7 +8,6 @@ same inputs give the same bytes: nothing in a bundle depends on the time, the di
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from export.manifest import (
     TokenizerInfo,
     describe_files,
 )
+from export.preflight import SMALL_FILES_BYTES, bundle_bytes, check_disk
 from export.stand_ins import for_target
 from export.target import StandIn, Target, multiplied, references_of
 from export.tokenizer import write_tokenizer
@@ -48,9 +48,6 @@ from quant.source import QuantizedCheckpoint, Source
 from quant.weights import QuantizedWeights
 
 log = logging.getLogger(__name__)
-
-# An upper bound on the proof, the manifest and the tokenizer together.
-SMALL_FILES_BYTES = 64 << 20
 
 
 @dataclass
@@ -97,7 +94,8 @@ def draft_bundle(
         stand_ins: dict[str, dict[str, StandIn]] = {}
         for target in targets:
             weights[target.name], stand_ins[target.name] = for_target(checkpoint.weights, target, exact_sfp8)
-        check_disk(directory, config, [(target, weights[target.name]) for target in targets])
+        sizes = [bundle_bytes(config, target, weights[target.name].forms) for target in targets]
+        check_disk(out.parent, SMALL_FILES_BYTES + sum(sizes))
         artifacts = {}
         for target in targets:
             own, layout = weights[target.name], layouts[target.name]
@@ -312,16 +310,3 @@ def weights_behind(manifest: Manifest, source: Source, targets: Mapping[str, Tar
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-
-
-def check_disk(directory: Path, config: ModelConfig, files: Sequence[tuple[Target, QuantizedWeights]]) -> None:
-    """Raises DoesNotFit when the disk of ``directory`` has no room for the bundle."""
-    needed = SMALL_FILES_BYTES + sum(
-        own.ideal_bytes + target.repeated_bytes(config, own.forms) for target, own in files
-    )
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise DoesNotFit(
-            f"{directory.parent}: {free >> 20} MiB free, the bundle needs {needed >> 20} MiB; "
-            "make room or choose another -o"
-        )

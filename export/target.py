@@ -78,6 +78,26 @@ def no_bytes(config: ModelConfig, weights: "Weights") -> int:
     return 0
 
 
+def second_table(config: ModelConfig, weights: "Weights") -> int:
+    """``repeated_bytes`` of a target whose files hold a tied table twice: for the embedding and for the head."""
+    from quant.weights import forms_of, ideal_bytes
+
+    return ideal_bytes([forms_of(weights)[EMBEDDING]]) if config.tie_word_embeddings else 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What exporting to a target takes, for ``export.preflight``. The records say how it was measured."""
+
+    base: int = 0  # bytes of its compiler
+    layer_bytes: int = 0  # of the graph of a layer
+    file: float = 0.0  # how many times the file's weights are in memory while it is written
+    tables: float = 0.0  # and how many more times a byte for each value of the largest matrix
+    running: float = 2.0  # how many times they are in memory when it runs
+    layer_seconds: float = 1.0
+    billion_seconds: float = 60.0  # for a billion weights, the proof included
+
+
 class Export(Protocol):
     """A target's exporter."""
 
@@ -117,6 +137,7 @@ class Target:
     can_keep_float: bool = False  # can it keep the activations of chosen weights in floating point?
     # The bytes of weights that the file holds a second time. They come on top of the weights' ideal bytes.
     repeated_bytes: Callable[[ModelConfig, "Weights"], int] = no_bytes
+    cost: Cost = field(default_factory=Cost)
 
 
 FLOAT = "float"  # the name of the reference whose activations are not rounded

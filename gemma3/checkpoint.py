@@ -152,7 +152,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if plain in stored:
                 raise BadInput(f"{path}: tensor {plain} is stored twice (as {stored[plain]} and {name})")
             stored[plain], owner[plain], paths[plain] = name, file, file_path
-    expected = _expected(config, has_head=names.HEAD in stored)
+    expected = weight_shapes(config, has_head=names.HEAD in stored)
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         raise BadInput(
@@ -211,7 +211,7 @@ def fill(model: Gemma3, state: Mapping[str, Tensor]) -> Gemma3:
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises BadInput when a weight of ``config``'s model is missing, is not part of it, or has another shape."""
-    expected = _expected(config, has_head=names.HEAD in shapes)
+    expected = weight_shapes(config, has_head=names.HEAD in shapes)
     for name in sorted(expected.keys() ^ shapes.keys()):
         problem = "is missing" if name in expected else "is not part of the model"
         raise BadInput(f"weight {name} {problem} that config.json describes; they are not of one checkpoint")
@@ -220,8 +220,8 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
             raise BadInput(f"weight {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}")
 
 
-def _expected(config: ModelConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every stored tensor."""
+def weight_shapes(config: ModelConfig, has_head: bool = True) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every weight. Without ``has_head``, a tied model's head is left out."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Gemma3(config).state_dict().items()}
     if config.tie_word_embeddings and not has_head:

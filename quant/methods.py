@@ -1,13 +1,14 @@
 """Quantizes weights by a recipe: each gets a scheme and a verdict. A method chooses the integers."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from gemma3.errors import BadInput
 from quant.integers import IntegerWeight, require_finite, round_to_nearest
 from quant.recipe import OPTIONAL_PATTERNS, SCHEMES, Integers, Recipe, Scheme, Sfp8, Verdict
-from quant.sfp8 import encode_weight
+from quant.sfp8 import Sfp8Weight, encode_weight
 from quant.weights import OnDemand, QuantizedWeights, Weight, form_of
 
 # (name, weight [rows, columns], scheme) → the integers of the weight, and in a few words how they were chosen.
@@ -49,6 +50,20 @@ def round_on_demand(names: Iterable[str], read: Callable[[str], Tensor], recipe:
         return _apply(name, read(name), SCHEMES[recipe.rule(name).scheme], rtn)[0]
 
     return QuantizedWeights(OnDemand(forms, make), verdicts)
+
+
+def form_in(scheme: Scheme, shape: Sequence[int]) -> Weight:
+    """The form of a weight of this shape in ``scheme``. Of a shape that the scheme cannot store, that of a float."""
+    if scheme is None or len(shape) != 2:
+        return torch.empty(*shape, device="meta")
+    rows, columns = shape
+    if isinstance(scheme, Sfp8):
+        codes = torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+        return Sfp8Weight(codes, torch.empty(rows if scheme.per_channel else 1, 1, device="meta"))
+    size = min(scheme.group_size or columns, columns)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device="meta")
+    scales = torch.empty(rows, -(-columns // size), device="meta")
+    return IntegerWeight(codes, scales, scheme.bits, size if columns % size else None)
 
 
 def _quantized(

@@ -119,14 +119,16 @@ class QuantizedWeights:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each weight, by name; of a quantized one, that of its codes."""
-        return {
-            name: tuple(form.shape if isinstance(form, Tensor) else form.codes.shape)
-            for name, form in self.forms.items()
-        }
+        return {name: shape_of(form) for name, form in self.forms.items()}
 
     @property
     def ideal_bytes(self) -> int:
         return ideal_bytes(self.forms.values())
+
+
+def shape_of(weight: Weight) -> tuple[int, ...]:
+    """The shape of a weight; of a quantized one, that of its codes."""
+    return tuple(weight.shape if isinstance(weight, Tensor) else weight.codes.shape)
 
 
 def ideal_bytes(weights: Iterable[Weight]) -> int:

@@ -108,7 +108,8 @@ def export_bundle(
 
     out = Path(out)
     refuse_target(out)
-    from export.bundle import check_exportable, draft_bundle, seal
+    from export.bundle import cache_layouts, check_exportable, draft_bundle, seal
+    from export.preflight import preflight
     from quant.quantize import in_recipe
     from quant.source import QuantizedCheckpoint
 
@@ -118,6 +119,7 @@ def export_bundle(
     if activations is not None:
         wanted = wanted.with_activations(activations)
     check_exportable(source, targets, wanted, context, chunk)
+    preflight(source, targets, wanted, cache_layouts(source.config, targets, context, chunk), out.parent)
     quantized = in_recipe(source, wanted)
     with draft_bundle(quantized, out, targets=targets, context=context, chunk=chunk, exact_sfp8=exact_sfp8) as draft:
         manifest = seal(draft, prove(draft))

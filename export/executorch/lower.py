@@ -47,12 +47,20 @@ from export.executorch.layers import fill, flatten, later
 from export.executorch.partition import LevelPartitioner
 from export.executorch.text import ExecutorchModel, TokenEmbedding
 from export.executorch.vision import VisionEncoder
-from export.target import FORWARD, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER, ExportReport, Method, TensorSpec
+from export.target import (
+    FORWARD,
+    TEXT_DECODER,
+    TOKEN_EMBEDDING,
+    VISION_ENCODER,
+    ExportReport,
+    Method,
+    TensorSpec,
+    second_table,
+)
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
-from gemma3.names import EMBEDDING
-from quant.weights import Weights, forms_of, ideal_bytes
+from quant.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -86,16 +94,11 @@ def export_pte(
     if cache_shapes_pte(file) != expected:
         raise VerificationFailed(f"{path}: its caches are {cache_shapes_pte(file)}, the layout asks for {expected}")
     details = {
-        "second_table_bytes": second_table_bytes(config, weights),
+        "second_table_bytes": second_table(config, weights),
         "delegates": sum(len(plan.delegates) for plan in file.networks),
         "undelegated": kernel_counts(file),  # operator → calls
     }
     return ExportReport(methods_of(config, path.name), (path.name,), details=details)
-
-
-def second_table_bytes(config: ModelConfig, weights: Weights) -> int:
-    """Bytes of a tied table's second copy. In a .pte, the embedding and the head cannot share one table."""
-    return ideal_bytes([forms_of(weights)[EMBEDDING]]) if config.tie_word_embeddings else 0
 
 
 @dataclass(frozen=True)

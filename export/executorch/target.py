@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.target import ExportReport, Target
+from export.target import Cost, ExportReport, Target, second_table
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 
@@ -33,12 +33,6 @@ def _read_back(path: Path) -> "Iterator[tuple[str, QuantizedWeight]]":
     return read_back_pte(path)
 
 
-def _second_table(config: ModelConfig, weights: "Weights") -> int:
-    from export.executorch.lower import second_table_bytes
-
-    return second_table_bytes(config, weights)
-
-
 def _per_token() -> "Rounding":
     """XNNPACK's 8da4w and 8da8w kernels."""
     from quant.activations import per_token
@@ -56,5 +50,14 @@ PTE = Target(
     export=_export,
     read_back=_read_back,
     roundings={"int8-per-token": _per_token},
-    repeated_bytes=_second_table,
+    repeated_bytes=second_table,
+    cost=Cost(
+        base=150 << 20,
+        layer_bytes=8 << 20,
+        file=1.0,
+        tables=-1.0,
+        running=1.7,
+        layer_seconds=2.0,
+        billion_seconds=200.0,
+    ),
 )

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.target import FLOAT, ExportReport, Target
+from export.target import FLOAT, Cost, ExportReport, Target
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 
@@ -62,4 +62,5 @@ ONNX = Target(
     # The last one: ARM processors without dot products have no such kernels, and multiply in float32.
     roundings={"int8-per-block": _per_block, "int8-kleidiai": _kleidiai, FLOAT: _float},
     can_keep_float=True,
+    cost=Cost(tables=2.0, layer_seconds=0.3, billion_seconds=200.0),
 )

@@ -140,6 +140,33 @@ def test_damaged_shards(tmp_path: Path) -> None:
     assert len(refusal(path)) < 400
 
 
+@pytest.mark.parametrize("at", [3, 8, 9, 40, 500])
+def test_a_flipped_byte_in_a_header(tmp_path: Path, at: int) -> None:
+    path = write(tmp_path, SHAPES["like-270m"], state("like-270m"), shards=3)
+    shard = path / "model-00002-of-00003.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[at] ^= 0x55
+    shard.write_bytes(content)
+    assert len(refusal(path).splitlines()) == 1
+
+
+@pytest.mark.parametrize("left", [0, 7, 100, 3000, -1])
+def test_a_shard_that_ends_early(tmp_path: Path, left: int) -> None:
+    """The header says how long the file must be, so no weight has to be read to find this."""
+    path = write(tmp_path, SHAPES["like-270m"], state("like-270m"), shards=3)
+    shard = path / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:left])
+    assert f"{shard.name}: not a readable safetensors file" in refusal(path)
+
+
+def test_an_index_that_leaves_a_shard_out(tmp_path: Path) -> None:
+    path = write(tmp_path, SHAPES["like-270m"], state("like-270m"), shards=3)
+    index = path / "model.safetensors.index.json"
+    files = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {name: "model-00001-of-00003.safetensors" for name in files}}))
+    assert "missing; config.json expects 93 tensors; download it again" in refusal(path)
+
+
 def test_names_that_torch_compile_made(tmp_path: Path) -> None:
     tensors = state("like-270m")
     expected = open_checkpoint(write(tmp_path / "plain", SHAPES["like-270m"], tensors)).names
