@@ -1,6 +1,7 @@
 """The .onnx file compared with the eager network for every kind of shape, and its bytes with what they should be."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from export.target import TensorSpec, rounding_of
 from gemma3.cache import COMPACTING_SLACK, cache_layout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
+from gemma3.names import EMBEDDING
 from quant.eager import quantized_model
 from quant.integers import IntegerWeight, round_to_nearest
+from quant.weights import OnDemand, Weight
 from runtime_py.api import export_bundle
 from runtime_py.sessions.onnx import OnnxSession
 from tests.bundles import write_checkpoint
@@ -295,3 +298,23 @@ def test_stock_onnxruntime_genai_runs_the_text_model(config: ModelConfig, tmp_pa
         generator.generate_next_token()
         ids.append(int(expected.argmax()))
         assert generator.get_sequence(0)[-1] == ids[-1]
+
+
+def test_each_weight_is_asked_for_once(tmp_path: Path) -> None:
+    """Making a weight takes time, and keeping it takes memory."""
+    config = tiny_config("like-4b")
+    asked: Counter[str] = Counter()
+    held = quantized_weights(config, "int4-block32", "int8")
+
+    def make(name: str) -> Weight:
+        asked[name] += 1
+        return held.tensors[name]
+
+    weights = OnDemand(held.forms, make)
+    layout = cache_layout(config, "compacting", 128, chunk=8)
+    export_onnx(config, weights, layout, tmp_path / "model.onnx")
+    assert asked == Counter(held.tensors.keys())
+    asked.clear()
+    counts = compare_integers(weights, ONNX, tmp_path / "model.onnx")
+    assert counts.total_unequal == 0
+    assert asked == Counter([*held.integers, EMBEDDING])  # the tied table is in two places
