@@ -34,7 +34,7 @@ from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.generation_config import GENERATION_CONFIG, stop_ids
 from gemma3.host.atomic import staging
-from gemma3.host.memory import peak_rss
+from gemma3.host.memory import give_back, peak_rss
 from gemma3.tokenizer import (
     END_OF_IMAGE,
     END_OF_TURN,
@@ -90,6 +90,7 @@ def draft_bundle(
             log.info("%s", line)
         own_template = tokenizer.chat_template if tokenizer.chat_format == "template" else None
         write_tokenizer(checkpoint.tokenizer, checkpoint.path, directory, own_template)
+        give_back()
         weights: dict[str, QuantizedWeights] = {}
         stand_ins: dict[str, dict[str, StandIn]] = {}
         for target in targets:
@@ -153,6 +154,7 @@ def export_artifact(
     log.info("exporting .%s", target.name)
     started = time.perf_counter()
     report = target.export(config, weights.tensors, layout, eos_ids, directory / target.file, float_activations)
+    give_back()
     stored = sum((directory / name).stat().st_size for name in report.files)
     log.info(
         "%s: %.1f MB in %.0f s, peak memory of this process so far %.1f GB",

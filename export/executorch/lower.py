@@ -60,6 +60,7 @@ from export.target import (
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, VerificationFailed
+from gemma3.host.memory import give_back
 from quant.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ def export_pte(
     del programs
     with path.open("wb") as stream:
         executorch.write_to_file(stream)
-    del executorch
+    del executorch  # the bytes of the whole file
+    give_back()
 
     file = PteFile(path)
     expected = [list(layer.by_slot) for layer in layout.layers for _ in ("keys", "values")]
@@ -207,6 +209,7 @@ def lower(programs: ExportedProgram | dict[str, Traced], constants: dict[str, An
         flatten(edge.exported_program(name).state_dict, model)
     with filling(models):
         edge = edge.to_backend({name: LevelPartitioner(apart=name == VISION_ENCODER) for name in methods})
+    give_back()
     for name, model in models.items():  # what XNNPACK did not get: the embedding table
         fill(edge.exported_program(name).state_dict, model)
     manager = edge.to_executorch(config)

@@ -1,10 +1,11 @@
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from gemma3.host.memory import Room, memory_room, peak_rss
+from gemma3.host.memory import Room, give_back, memory_room, peak_rss
 
 
 def test_a_large_array_shows_and_stays() -> None:
@@ -14,6 +15,26 @@ def test_a_large_array_shows_and_stays() -> None:
     assert peak_rss() >= before + (64 << 20)
     del block
     assert peak_rss() >= before + (64 << 20)
+
+
+def test_cycles_are_given_back() -> None:
+    gone = []
+
+    class Node:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            gone.append(self)
+
+    gc.disable()  # so that it is no collection by chance
+    try:
+        Node()
+        assert not gone
+        give_back()
+        assert len(gone) == 1
+    finally:
+        gc.enable()
 
 
 def test_a_parents_memory_does_not_count() -> None:
