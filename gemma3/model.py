@@ -165,39 +165,62 @@ class Gemma3(nn.Module):
 
         The arguments are those of ``forward``.
         """
-        x = self.model.embed_tokens(tokens) * math.sqrt(self.config.hidden_size)
-        images = None
-        if soft_tokens is not None:
-            assert self.config.vision is not None, "a text-only model has no images"
-            is_image = tokens == self.config.vision.image_token_id
-            assert int(is_image.sum()) == soft_tokens.shape[:-1].numel(), "one soft token for each image token"
-            x = x.masked_scatter(is_image[..., None], soft_tokens.to(x.dtype))
-            images = image_numbers(is_image)
-        specs = self.config.layers
-        steps = {spec: self._step(spec, tokens.shape[1], start, cache, images) for spec in dict.fromkeys(specs)}
-        for index, layer in enumerate(self.model.layers):
-            x = layer(x, steps[specs[index]], None if cache is None else cache[index])
+        x = embed(self.config, self.model.embed_tokens(tokens), tokens, soft_tokens)
+        steps = steps_of(self.config, tokens, x.dtype, start, cache, images=soft_tokens is not None)
+        for index, (spec, layer) in enumerate(zip(self.config.layers, self.model.layers, strict=True)):
+            x = layer(x, steps[spec], None if cache is None else cache[index])
         return self.model.norm(x)
 
-    def _step(
-        self, spec: LayerSpec, length: int, start: int, cache: Sequence[LayerKV] | None, images: Tensor | None
-    ) -> Step:
-        end = start + length
-        device = self.model.norm.weight.device
-        positions = torch.arange(start, end, device=device)
+
+def embed(config: ModelConfig, rows: Tensor, tokens: Tensor, soft_tokens: Tensor | None = None) -> Tensor:
+    """The first layer's input [B, S, E] from the table's rows [B, S, E] of tokens [B, S].
+
+    ``soft_tokens`` replace the image tokens (see ``Gemma3.forward``).
+    """
+    x = rows * math.sqrt(config.hidden_size)
+    if soft_tokens is None:
+        return x
+    is_image = _is_image(config, tokens)
+    assert int(is_image.sum()) == soft_tokens.shape[:-1].numel(), "one soft token for each image token"
+    return x.masked_scatter(is_image[..., None], soft_tokens.to(x.dtype))
+
+
+def steps_of(
+    config: ModelConfig,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    start: int = 0,
+    cache: Sequence[LayerKV] | None = None,
+    images: bool = False,
+) -> dict[LayerSpec, Step]:
+    """What the layers of each spec share for tokens [B, S] at the positions from ``start`` on, computed in ``dtype``.
+
+    With ``images`` the image tokens among them stand for soft tokens, and those of one image attend to one another.
+    """
+    length, device = tokens.shape[1], tokens.device
+    end = start + length
+    positions = torch.arange(start, end, device=device)
+    numbers = image_numbers(_is_image(config, tokens)) if images else None
+    steps = {}
+    for spec in dict.fromkeys(config.layers):
         if cache is None:
             slots, key_positions = positions, positions
         else:
-            size = cache[self.config.layers.index(spec)].keys.shape[2]
+            size = cache[config.layers.index(spec)].keys.shape[2]
             slots = positions % size
             key_positions = ring_positions(end, size, device)
-        together = None if images is None else same_image(images, key_positions - start)
+        together = None if numbers is None else same_image(numbers, key_positions - start)
         mask = attention_mask(positions, key_positions, spec.window, together)
-        if images is not None:
+        if numbers is not None:
             mask = mask[:, None]
         cos, sin = rope_angles(spec, positions)
-        dtype = self.model.norm.weight.dtype
-        return Step(cos.to(dtype), sin.to(dtype), mask, slots)
+        steps[spec] = Step(cos.to(dtype), sin.to(dtype), mask, slots)
+    return steps
+
+
+def _is_image(config: ModelConfig, tokens: Tensor) -> Tensor:
+    assert config.vision is not None, "a text-only model has no images"
+    return tokens == config.vision.image_token_id
 
 
 def rope_angles(spec: LayerSpec, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ class RowsLinear(nn.Module):
         if self._round is not None:
             x = self._round(x)
         count = len(self.rows.codes if isinstance(self.rows, IntegerWeight) else self.rows)
-        parts = (_rows(self.rows, slice(start, start + ROWS_AT_ONCE)) for start in range(0, count, ROWS_AT_ONCE))
+        parts = (rows_of(self.rows, slice(start, start + ROWS_AT_ONCE)) for start in range(0, count, ROWS_AT_ONCE))
         out = torch.cat([F.linear(x, part.to(x.dtype)) for part in parts], dim=-1)
         return out if self.bias is None else out + self.bias
 
@@ -110,10 +110,10 @@ class RowsEmbedding(nn.Module):
         self._dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return _rows(self.rows, ids.flatten()).to(self._dtype).view(*ids.shape, -1)
+        return rows_of(self.rows, ids.flatten()).to(self._dtype).view(*ids.shape, -1)
 
 
-def _rows(weight: Matrix, index: slice | Tensor) -> Tensor:
+def rows_of(weight: Matrix, index: slice | Tensor) -> Tensor:
     """Some rows of ``weight``: float32, or a float weight's own dtype."""
     if isinstance(weight, Tensor):
         return weight[index]

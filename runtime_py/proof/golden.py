@@ -40,6 +40,46 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Row:
+    """The reference's logits at one position: M columns of the vocabulary that all rows have, and K of its own."""
+
+    position: int
+    columns: NDArray[np.int32]  # [M]
+    values: NDArray[np.float32]  # [M]
+    top_columns: NDArray[np.int32]  # [K]
+    top_values: NDArray[np.float32]  # [K]
+    log_sum_exp: float  # over the whole vocabulary
+    argmax: int
+
+    def compare(self, logits: Logits) -> Difference:
+        """Compare the ``logits`` [V] of a file at this position.
+
+        KL(p‖q) = Σ p log(p/q) is summed as Σ [p log(p/q) − p + q], which is the same because p and q sum to 1. All its
+        terms are ≥ 0, so the random columns estimate the sum over the omitted columns with little variance.
+        """
+        random = ~np.isin(self.columns, self.top_columns)
+        columns = np.concatenate((self.top_columns, self.columns[random]))
+        expected = np.concatenate((self.top_values, self.values[random])).astype(np.float64)
+        delta = logits[columns].astype(np.float64) - expected
+        log_p = expected - self.log_sum_exp
+        log_q = expected + delta - log_sum_exp(logits)
+        terms = np.exp(log_p) * (log_p - log_q) - np.exp(log_p) + np.exp(log_q)
+        own, stands_for = len(self.top_columns), np.ones(len(columns))
+        if len(columns) > own:
+            stands_for[own:] = (len(logits) - own) / (len(columns) - own)
+        return Difference(
+            position=self.position,
+            max_abs=float(np.abs(delta).max()),
+            sum_abs=float(np.abs(delta).sum()),
+            sum_squares=float((delta**2).sum()),
+            reference_squares=float((expected**2).sum()),
+            count=len(columns),
+            kl=float(terms @ stands_for),
+            same_top=bool(np.argmax(logits) == self.argmax),
+        )
+
+
+@dataclass(frozen=True)
 class ReferenceLogits:
     """The reference's logits at P positions of ``ids``, and for a multimodal model its soft tokens.
 
@@ -88,7 +128,7 @@ class ReferenceLogits:
             columns=np.arange(len(self.columns), dtype=np.int32),
             top_columns=nothing.astype(np.int32),
             top_values=nothing,
-            log_sum_exp=np.asarray([log_sum_exp(row.astype(np.float64)) for row in self.values], np.float32),
+            log_sum_exp=np.asarray([log_sum_exp(row) for row in self.values], np.float32),
             argmax=self.values.argmax(axis=1).astype(np.int32),
         )
 
@@ -100,37 +140,20 @@ class ReferenceLogits:
         return np.asarray(largest[:, 1] - largest[:, 0], np.float32)
 
     def compare(self, position: int, logits: Logits) -> Difference | None:
-        """Compare the ``logits`` [V] of a file after the id at ``position``. None if the reference has no row for it.
-
-        KL(p‖q) = Σ p log(p/q) is summed as Σ [p log(p/q) − p + q], which is the same because p and q sum to 1. All its
-        terms are ≥ 0, so the random columns estimate the sum over the omitted columns with little variance.
-        """
+        """Compare the ``logits`` [V] of a file at ``position``. None if the reference has no row for it."""
         found = np.flatnonzero(self.positions == position)
         if len(found) == 0:
             return None
-        row = found[0]
-        top = self.top_columns[row]
-        random = ~np.isin(self.columns, top)
-        columns = np.concatenate((top, self.columns[random]))
-        expected = np.concatenate((self.top_values[row], self.values[row][random])).astype(np.float64)
-        wide = logits.astype(np.float64)
-        delta = wide[columns] - expected
-        log_p = expected - float(self.log_sum_exp[row])
-        log_q = wide[columns] - log_sum_exp(wide)
-        terms = np.exp(log_p) * (log_p - log_q) - np.exp(log_p) + np.exp(log_q)
-        stands_for = np.ones(len(columns))
-        if len(columns) > len(top):
-            stands_for[len(top) :] = (len(logits) - len(top)) / (len(columns) - len(top))
-        return Difference(
-            position=position,
-            max_abs=float(np.abs(delta).max()),
-            sum_abs=float(np.abs(delta).sum()),
-            sum_squares=float((delta**2).sum()),
-            reference_squares=float((expected**2).sum()),
-            count=len(columns),
-            kl=float(terms @ stands_for),
-            same_top=bool(np.argmax(logits) == self.argmax[row]),
-        )
+        at = found[0]
+        return Row(
+            position,
+            self.columns,
+            self.values[at],
+            self.top_columns[at],
+            self.top_values[at],
+            float(self.log_sum_exp[at]),
+            int(self.argmax[at]),
+        ).compare(logits)
 
 
 def relative_rms(seen: SoftTokens, expected: SoftTokens) -> float:
@@ -143,9 +166,11 @@ def relative_rms(seen: SoftTokens, expected: SoftTokens) -> float:
     return math.sqrt(squares / size) if size else math.inf if squares else 0.0
 
 
-def log_sum_exp(logits: NDArray[np.float64]) -> float:
-    peak = float(logits.max())
-    return peak + float(np.log(np.exp(logits - peak).sum()))
+def log_sum_exp(logits: Logits) -> float:
+    """log Σ exp(logit), in float64."""
+    wide = logits.astype(np.float64)
+    peak = float(wide.max())
+    return peak + float(np.log(np.exp(wide - peak).sum()))
 
 
 class Recorder:
@@ -154,17 +179,21 @@ class Recorder:
     def __init__(self, ids: Iterable[int], vocab_size: int) -> None:
         self._ids = np.asarray(list(ids), np.int32)
         if vocab_size <= FULL_VOCABULARY:
-            self._columns, self._top = np.arange(vocab_size), 0
+            self._columns, self._top = np.arange(vocab_size, dtype=np.int32), 0
         else:
             random = np.random.default_rng(SEED)
-            self._columns, self._top = np.sort(random.choice(vocab_size, COLUMNS, replace=False)), TOP
-        self._rows: dict[int, tuple[Logits, NDArray[np.int64], Logits, float, int]] = {}
+            columns = random.choice(vocab_size, COLUMNS, replace=False)
+            self._columns, self._top = np.sort(columns).astype(np.int32), TOP
+        self._rows: dict[int, Row] = {}
 
-    def add(self, position: int, logits: Logits) -> None:
+    def add(self, position: int, logits: Logits) -> Row:
         """Add the row of ``position`` from the ``logits``, float32 [V], after the id at that position."""
-        top = np.sort(np.argpartition(-logits, self._top)[: self._top])
-        total = log_sum_exp(logits.astype(np.float64))
-        self._rows[position] = (logits[self._columns], top, logits[top], total, int(np.argmax(logits)))
+        top = np.sort(np.argpartition(-logits, self._top)[: self._top]).astype(np.int32)
+        total = float(np.float32(log_sum_exp(logits)))
+        values = logits[self._columns]
+        row = Row(position, self._columns, values, top, logits[top], total, int(np.argmax(logits)))
+        self._rows[position] = row
+        return row
 
     def reference(
         self, images: NDArray[np.uint8] | None = None, soft_tokens: SoftTokens | None = None
@@ -174,16 +203,16 @@ class Recorder:
         What limits are derived from is 0.
         """
         positions = sorted(self._rows)
-        values, tops, top_values, totals, argmax = zip(*(self._rows[position] for position in positions), strict=True)
+        rows = [self._rows[position] for position in positions]
         return ReferenceLogits(
             ids=self._ids,
             positions=np.asarray(positions, np.int32),
-            columns=self._columns.astype(np.int32),
-            values=np.stack(values),
-            top_columns=np.stack(tops).astype(np.int32),
-            top_values=np.stack(top_values),
-            log_sum_exp=np.asarray(totals, np.float32),
-            argmax=np.asarray(argmax, np.int32),
+            columns=self._columns,
+            values=np.stack([row.values for row in rows]),
+            top_columns=np.stack([row.top_columns for row in rows]),
+            top_values=np.stack([row.top_values for row in rows]),
+            log_sum_exp=np.asarray([row.log_sum_exp for row in rows], np.float32),
+            argmax=np.asarray([row.argmax for row in rows], np.int32),
             float_error=np.zeros(len(positions), np.float32),
             noise_kl=np.zeros(len(positions), np.float32),
             cost_kl=np.zeros(len(positions), np.float32),

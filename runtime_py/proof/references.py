@@ -1,25 +1,29 @@
-"""Computes fresh references: the logits of each artifact's quantized eager model along a plan."""
+"""Computes fresh references: the logits of each artifact's quantized eager model along a plan.
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+All references of artifacts with the same weights are computed together, layer by layer (quant/streamed.py): in float32,
+in float64, with each rounding, and with changed inputs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from export.manifest import Artifact, Manifest
 from export.target import FLOAT, Target, rounding_of
 from gemma3.cache import cache_layout
-from gemma3.model import Gemma3
+from gemma3.config import ModelConfig
+from gemma3.images import network_input
+from quant.activations import Rounding
 from quant.eager import quantized_model
+from quant.streamed import Streamed, Variant
 from quant.weights import QuantizedWeights
 from runtime_py.proof.golden import FULL_VOCABULARY, Difference, Recorder, ReferenceLogits, reference_keys, relative_rms
 from runtime_py.proof.plan import Plan, plan_images
 from runtime_py.sessions.eager import EagerSession
-from runtime_py.sessions.protocol import Logits, Session, SoftTokens, every_position
+from runtime_py.sessions.protocol import Logits, SoftTokens
 
 DRAWS = 4  # how many times the noise of a small model is measured, with other changes each time
 
@@ -38,153 +42,125 @@ class FreshReferences:
 def fresh_references(
     manifest: Manifest, plan: Plan, weights: Mapping[str, QuantizedWeights], targets: Mapping[str, Target]
 ) -> FreshReferences:
-    """Compute the references of all artifacts. ``weights`` and ``targets`` are by format.
-
-    No more than one eager model is in memory at a time, and none together with a runtime's.
-    """
+    """Compute the references of all artifacts. ``weights`` and ``targets`` are by format. Needs no runtime."""
     images = plan_images(manifest)
+    keys = reference_keys(manifest)
     golden: dict[str, ReferenceLogits] = {}
     exact: dict[str, ReferenceLogits] = {}
-    for format, keys in reference_keys(manifest).items():
-        artifact = manifest.artifacts[format]
-        twin = next((one for one in exact if manifest.artifacts[one].stand_ins == artifact.stand_ins), None)
-        exact[format] = exact[twin] if twin else float_reference(manifest, weights[format], plan, images)
-        for name, key in keys.items():
-            if key in golden:
-                continue
-            if name == FLOAT:
-                golden[key] = exact[format]
-                continue
-            session = eager_session(manifest, artifact, weights[format], targets[format], name)
-            reference = rounded_reference(session, plan, exact[format])
-            # The noise of one rounding is about that of another, so it is measured once for each format.
-            first = next((golden[other] for other in keys.values() if other in golden), None)
-            if first is None:
-                golden[key] = with_noise(reference, session, plan)
-            else:
-                golden[key] = replace(reference, noise_kl=first.noise_kl, soft_noise=first.soft_noise)
-            del session  # before the next model is made
+    for formats in same_weights(manifest):
+        roundings: dict[str, Rounding] = {}
+        measured_by: dict[str, str] = {}  # key → the key of the reference whose noise it has
+        for format in formats:
+            rounded = {key: name for name, key in keys[format].items() if name != FLOAT}
+            for key, name in rounded.items():
+                chosen = manifest.artifacts[format].float_activations
+                roundings.setdefault(key, rounding_of(targets[format], name, chosen))
+                # The noise of one rounding is about that of another, so it is measured once for each format.
+                measured_by.setdefault(key, next((one for one in rounded if one in measured_by), key))
+        noisy = frozenset(measured_by.values())
+        found = references(manifest.model, weights[formats[0]], plan, images, roundings, noisy)
+        for key in roundings:
+            source = found[measured_by[key]]
+            golden[key] = replace(found[key], noise_kl=source.noise_kl, soft_noise=source.soft_noise)
+        for format in formats:
+            exact[format] = found[FLOAT]
+            if FLOAT in keys[format]:
+                golden[keys[format][FLOAT]] = found[FLOAT]
     return FreshReferences(golden, exact)
 
 
-def eager_session(
-    manifest: Manifest,
-    artifact: Artifact,
+def same_weights(manifest: Manifest) -> list[list[str]]:
+    """The formats of a bundle, those whose files hold the same weights together: they have the same stand-ins."""
+    groups: list[list[str]] = []
+    for format, artifact in manifest.artifacts.items():
+        for group in groups:
+            if manifest.artifacts[group[0]].stand_ins == artifact.stand_ins:
+                group.append(format)
+                break
+        else:
+            groups.append([format])
+    return groups
+
+
+def references(
+    config: ModelConfig,
     weights: QuantizedWeights,
-    target: Target,
-    name: str,
-    dtype: torch.dtype = torch.float32,
+    plan: Plan,
+    images: NDArray[np.uint8],
+    roundings: Mapping[str, Rounding] | None = None,
+    noisy: frozenset[str] = frozenset(),
+) -> dict[str, ReferenceLogits]:
+    """The reference FLOAT with its float error, and one for each of ``roundings`` with what that costs, by its key.
+
+    Those of the keys ``noisy`` have their noise too. It is the distance between the reference and the same model after
+    the inputs of the text model and of the vision model's layers are randomly changed by one unit in the last place. A
+    small model has few values near a rounding boundary, and one draw may miss them all, so its noise is the largest of
+    several draws.
+    """
+    variants, origins = [Variant(), Variant(torch.float64)], {1: 0}  # a variant is compared with its origin
+    numbers = {FLOAT: 0}
+    draws = {key: range(0) for key in roundings or {}}
+    for key, rounding in (roundings or {}).items():
+        numbers[key] = number = len(variants)
+        origins[number] = 0
+        variants.append(Variant(rounding=rounding))
+        if key in noisy:
+            draws[key] = range(number + 1, number + 1 + (DRAWS if config.vocab_size <= FULL_VOCABULARY else 1))
+            origins |= dict.fromkeys(draws[key], number)
+            variants += [Variant(rounding=rounding, nudge=seed) for seed in range(len(draws[key]))]
+
+    model = Streamed(config, weights, variants)
+    soft_tokens = encode(model, images)
+    changes = {
+        number: [relative_rms(*pair) for pair in zip(soft_tokens[number], soft_tokens[origin], strict=True)]
+        for number, origin in origins.items()
+    }
+    recorders = {number: Recorder(plan.ids, config.vocab_size) for number in numbers.values()}
+    differences: dict[int, list[Difference]] = {number: [] for number in origins}
+    for position, logits in zip(plan.positions, logits_along(model, plan, soft_tokens), strict=True):
+        rows = {number: recorder.add(position, logits[number]) for number, recorder in recorders.items()}
+        for number, origin in origins.items():
+            differences[number].append(rows[origin].compare(logits[number]))
+
+    kl = {number: np.asarray([one.kl for one in found], np.float32) for number, found in differences.items()}
+    found = {key: recorders[number].reference(images, soft_tokens[number]) for key, number in numbers.items()}
+    error = np.asarray([one.max_abs for one in differences[1]], np.float32)
+    found[FLOAT] = replace(found[FLOAT], float_error=error, soft_noise=np.asarray(changes[1], np.float32))
+    for key, tries in draws.items():
+        number = numbers[key]
+        found[key] = replace(found[key], cost_kl=kl[number], soft_cost=np.asarray(changes[number], np.float32))
+        if tries:
+            noise = max((kl[one] for one in tries), key=lambda one: float(one.sum()))
+            soft_noise = np.asarray([change for one in tries for change in changes[one]], np.float32)
+            found[key] = replace(found[key], noise_kl=noise, soft_noise=soft_noise)
+    return found
+
+
+def encode(model: Streamed, images: NDArray[np.uint8]) -> list[SoftTokens]:
+    """The soft tokens of ``images`` [I, S, S, 3] in each variant: float32 [I, T, E], or [0, 0, 0] without images."""
+    if not len(images):
+        return [np.zeros((0, 0, 0), np.float32) for _ in model.variants]
+    pixels = torch.from_numpy(np.concatenate([network_input(image) for image in images]))
+    return [one.numpy() for one in model.soft_tokens(pixels)]
+
+
+def logits_along(model: Streamed, plan: Plan, soft_tokens: Sequence[SoftTokens]) -> Iterator[list[Logits]]:
+    """The logits of each variant of ``model`` at one of the plan's positions after the other.
+
+    ``soft_tokens`` [I, T, E] are those of each variant.
+    """
+    tokens = torch.tensor([plan.ids])
+    numbers = list(plan.image_numbers)
+    images = [torch.from_numpy(one[numbers])[None] for one in soft_tokens] if numbers else None
+    hidden = model.hidden(tokens, images)
+    for logits in model.logits([one[0, list(plan.positions)] for one in hidden]):
+        yield [one.numpy() for one in logits]
+
+
+def eager_session(
+    manifest: Manifest, artifact: Artifact, weights: QuantizedWeights, target: Target, name: str
 ) -> EagerSession:
     """The quantized eager model of ``artifact``, with its ``weights``. It rounds as its reference ``name`` does."""
     rounding = rounding_of(target, name, artifact.float_activations)
-    return _session(manifest, quantized_model(manifest.model, weights, rounding, dtype))
-
-
-def _session(manifest: Manifest, model: Gemma3) -> EagerSession:
+    model = quantized_model(manifest.model, weights, rounding)
     return EagerSession(model, cache_layout(manifest.model, "ring", manifest.context, manifest.chunk))
-
-
-def float_reference(
-    manifest: Manifest, weights: QuantizedWeights, plan: Plan, images: NDArray[np.uint8]
-) -> ReferenceLogits:
-    """The reference with float activations. Its float error is measured with the same model in float64."""
-    reference = record(_session(manifest, quantized_model(manifest.model, weights)), plan, images)
-    wide = _session(manifest, quantized_model(manifest.model, weights, dtype=torch.float64))
-    return with_float_error(reference, wide, plan)
-
-
-def record(session: EagerSession, plan: Plan, images: NDArray[np.uint8] | None = None) -> ReferenceLogits:
-    """The logits of ``session``, which must be at position 0, at the plan's positions, and the images' soft tokens."""
-    images = np.zeros((0, 0, 0, 3), np.uint8) if images is None else images
-    recorder, soft_tokens = Recorder(plan.ids, session.vocab_size), encode(session, images)
-    for position, logits in _fed(session, plan, soft_tokens):
-        recorder.add(position, logits)
-    return recorder.reference(images, soft_tokens)
-
-
-def with_float_error(reference: ReferenceLogits, wide: EagerSession, plan: Plan) -> ReferenceLogits:
-    """``reference`` with its distance from ``wide``, which runs the same model in float64."""
-    soft_tokens = encode(wide, reference.images)
-    differences = _differences(reference, _fed(wide, plan, soft_tokens))
-    return replace(
-        reference,
-        float_error=np.asarray([one.max_abs for one in differences], np.float32),
-        soft_noise=_changes(reference, soft_tokens),
-    )
-
-
-def rounded_reference(session: EagerSession, plan: Plan, exact: ReferenceLogits) -> ReferenceLogits:
-    """As ``record``, for a ``session`` that rounds activations, with what that costs against ``exact``."""
-    recorder, soft_tokens = Recorder(plan.ids, session.vocab_size), encode(session, exact.images)
-
-    def recorded() -> Iterator[tuple[int, Logits]]:
-        for position, logits in _fed(session, plan, soft_tokens):
-            recorder.add(position, logits)
-            yield position, logits
-
-    costs = np.asarray([one.kl for one in _differences(exact, recorded())], np.float32)
-    reference = recorder.reference(exact.images, soft_tokens)
-    return replace(reference, cost_kl=costs, soft_cost=_changes(exact, soft_tokens))
-
-
-def with_noise(reference: ReferenceLogits, session: EagerSession, plan: Plan) -> ReferenceLogits:
-    """``reference`` with its noise, measured with ``session``, which runs the same model.
-
-    The noise is the distance between the reference and the same model after the inputs of the text model and of the
-    vision model's layers are randomly changed by one unit in the last place. A small model has few values near a
-    rounding boundary, and one draw may miss them all, so its noise is the largest of several draws.
-    """
-    draws: list[list[float]] = []
-    changes: list[NDArray[np.float32]] = []
-    with nudged(session.model):
-        for _ in range(DRAWS if session.vocab_size <= FULL_VOCABULARY else 1):
-            session.reset()
-            soft_tokens = encode(session, reference.images)
-            changes.append(_changes(reference, soft_tokens))
-            draws.append([one.kl for one in _differences(reference, _fed(session, plan, soft_tokens))])
-    return replace(reference, noise_kl=np.asarray(max(draws, key=sum), np.float32), soft_noise=np.concatenate(changes))
-
-
-@contextmanager
-def nudged(model: Gemma3) -> Iterator[None]:
-    """In the block, ``model`` randomly changes its embeddings, and its vision model's, by one unit in the last place.
-
-    Each call draws other changes.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def nudge(_: torch.nn.Module, __: Any, output: Tensor) -> Tensor:
-        signs = torch.randint(-1, 2, output.shape, generator=generator)
-        return output * (1 + torch.finfo(torch.float32).eps * signs)
-
-    vision = model.config.vision is not None
-    embeddings = [model.model.embed_tokens, *([model.vision_tower.vision_model.embeddings] if vision else [])]
-    hooks = [module.register_forward_hook(nudge) for module in embeddings]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def encode(session: Session, images: NDArray[np.uint8]) -> SoftTokens:
-    """The soft tokens of all ``images`` [I, S, S, 3]: float32 [I, T, E], or [0, 0, 0] without images."""
-    encoded = [session.encode_image(image) for image in images]
-    return np.stack(encoded) if encoded else np.zeros((0, 0, 0), np.float32)
-
-
-def _fed(session: EagerSession, plan: Plan, soft_tokens: SoftTokens) -> Iterator[tuple[int, Logits]]:
-    """Feed the plan to ``session``, from position 0. Yields (position, logits) at the plan's positions."""
-    images = plan.images_to_feed(list(soft_tokens))
-    return every_position(session, plan.ids, images, frozenset(plan.positions))
-
-
-def _differences(reference: ReferenceLogits, fed: Iterable[tuple[int, Logits]]) -> list[Difference]:
-    found = (reference.compare(position, logits) for position, logits in fed)
-    return [one for one in found if one is not None]
-
-
-def _changes(reference: ReferenceLogits, soft_tokens: SoftTokens) -> NDArray[np.float32]:
-    """float32 [I]: the relative RMS difference of each image's soft tokens."""
-    pairs = zip(soft_tokens, reference.soft_tokens, strict=True)
-    return np.asarray([relative_rms(*pair) for pair in pairs], np.float32)

@@ -8,7 +8,7 @@ well as in float32. So these figures show whether anything else differs.
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
@@ -19,12 +19,16 @@ from torch import Tensor
 
 from export.checks import Check
 from export.executorch.target import PTE
-from export.target import FLOAT
-from gemma3.model import Gemma3, LayerKV
+from export.target import FLOAT, rounding_of
+from gemma3.config import LayerSpec, ModelConfig
+from gemma3.model import LayerKV, attention_mask, rope_angles
+from gemma3.model import Step as ModelStep
+from quant.activations import Rounding
+from quant.streamed import Streamed, Variant
+from quant.weights import QuantizedWeights
 from runtime_py.proof.golden import FULL_VOCABULARY, Difference, Recorder, ReferenceLogits
 from runtime_py.proof.limits import COST, KL_MAX, KL_MEAN, NOISE, PEAK_NOISE, judged, limits_of
 from runtime_py.proof.plan import GOLDEN_NEAR, Plan, near
-from runtime_py.proof.references import eager_session
 from runtime_py.proof.subject import Subject
 from runtime_py.sessions.protocol import Call, Logits, calls
 from runtime_py.sessions.pte import PteSession
@@ -62,8 +66,7 @@ def check_single_steps(subject: Subject) -> list[Check]:
     roundings carry further on. The steps past the window are also counted by themselves, because many faults show only
     there.
 
-    A small model is compared after every id. A large one is compared only around the plan's landmarks, because each
-    comparison takes two steps of the eager model.
+    A small model is compared after every id, a large one only around the plan's landmarks.
     """
     if not subject.rounds:
         return []
@@ -72,13 +75,12 @@ def check_single_steps(subject: Subject) -> list[Check]:
     if manifest.model.vocab_size > FULL_VOCABULARY:
         compared = set(near(plan.landmarks.values(), GOLDEN_NEAR, len(plan.ids)))
     log.info("validating .%s from its own cache at %d positions", subject.format, len(compared))
-    session = PteSession(subject.path, subject.artifact.cache, manifest.model, None)
     (name, reference), *_ = subject.references.items()
-    model, wide = (
-        eager_session(manifest, subject.artifact, subject.weights, PTE, name, dtype).model
-        for dtype in (torch.float32, torch.float64)
-    )
-    found = list(steps(session, model, wide, plan, compared, reference.images))
+    session = PteSession(subject.path, subject.artifact.cache, manifest.model, None)
+    fed = feed(session, plan, compared, reference.images)
+    del session  # its memory is needed for the reference
+    rounding = rounding_of(PTE, name, subject.artifact.float_activations)
+    found = steps(fed, manifest.model, subject.weights, rounding)
     agreement = limits_of(subject.exact, FLOAT, 1).max_abs
     assert agreement is not None
     mean_limit, max_limit = step_limits([step.wide.kl for step in found], reference)
@@ -125,67 +127,123 @@ def agreeing(found: Sequence[Step], agreement: float) -> tuple[float, float]:
     return mean(file), max(0.0, AGREEING * (expected - SPREAD * deviation))
 
 
-def steps(
-    session: PteSession,
-    model: Gemma3,
-    wide: Gemma3,
-    plan: Plan,
-    compared: Collection[int],
-    images: NDArray[np.uint8] | tuple[()] = (),
-) -> Iterator[Step]:
-    """Feed ``plan`` to a new ``session``, text one id at a time. Yields the steps at the positions ``compared``.
+@dataclass(frozen=True)
+class Fed:
+    """What a file made of a plan's ids.
 
-    There ``model`` and ``wide``, the same in float64, make the same step from copies of the file's cache. All are fed
-    the soft tokens that the file computes from ``images``.
+    ``calls`` are the compared ones, by the position of the last id, with the soft tokens that the file computed, and
+    ``logits``, float32 [V], those after them. ``keys`` and ``values`` are what the cache of each layer got at every
+    position of ``ids``, float32 [T, K, D].
     """
+
+    ids: Sequence[int]
+    calls: dict[int, Call]
+    logits: dict[int, Logits]
+    keys: list[NDArray[np.float32]]
+    values: list[NDArray[np.float32]]
+
+
+def feed(session: PteSession, plan: Plan, compared: Collection[int], images: NDArray[np.uint8] | tuple[()] = ()) -> Fed:
+    """Feed ``plan`` to a new ``session``: the ids at the positions ``compared`` one at a time, others in chunks."""
+    config = session.config
+    rows = [(len(plan.ids), spec.num_key_value_heads, spec.head_dim) for spec in config.layers]
+    keys, values = ([np.zeros(shape, np.float32) for shape in rows] for _ in range(2))
+    fed = Fed(plan.ids, {}, {}, keys, values)
     to_feed = plan.images_to_feed([session.encode_image(image) for image in images])
-    for call in calls(session, plan.ids, to_feed, text_chunk=1):
-        given = () if call.image is None else (call.image,)
-        last = session.position + len(call.ids) - 1
-        if last not in compared:
-            session.prefill(call.ids, given)
-            continue
-        logits, rows = eager_step(model, session, call)
-        wide_logits, wide_rows = eager_step(wide, session, call)
-        recorder = Recorder(plan.ids, session.vocab_size)
-        recorder.add(last, logits)
-        reference = recorder.reference()
-        file = reference.compare(last, session.prefill(call.ids, given))
-        in_float64 = reference.compare(last, wide_logits)
-        assert file is not None
-        assert in_float64 is not None
-        file_rows = rows_at(file_cache(session, model.config.num_layers), last)
-        yield Step(file, in_float64, same(file_rows, rows), same(wide_rows, rows))
+    for call in joined(calls(session, plan.ids, to_feed, text_chunk=1), compared, session.chunk):
+        logits = session.prefill(call.ids, () if call.image is None else (call.image,))
+        positions = range(session.position - len(call.ids), session.position)
+        for layer in range(config.num_layers):
+            part = slice(positions.start, positions.stop)
+            keys[layer][part], values[layer][part] = session.rows(layer, positions)
+        if positions[-1] in compared:
+            fed.calls[positions[-1]], fed.logits[positions[-1]] = call, logits
+    return fed
 
 
-@torch.inference_mode()
-def eager_step(model: Gemma3, session: PteSession, call: Call) -> tuple[Logits, list[Tensor]]:
-    """The logits [V] of ``model`` after ``call``, fed to a copy of the session's cache, and ``rows_at`` its end.
+def joined(single: Iterable[Call], compared: Collection[int], chunk: int) -> Iterator[Call]:
+    """``single`` calls of one id or an image each, with neighbouring text joined up to ``chunk`` ids.
 
-    All are float32.
+    A call that ends at a position ``compared`` stays as it is.
     """
-    cache = file_cache(session, model.config.num_layers, model.model.norm.weight.dtype)
-    soft_tokens = None if call.image is None else torch.from_numpy(call.image[None])
-    logits = model(torch.tensor([call.ids]), cache, session.position, last_only=True, soft_tokens=soft_tokens)
-    last: Logits = logits[0, 0].float().numpy()
-    return last, rows_at(cache, session.position + len(call.ids) - 1)
+    waiting: list[int] = []
+    position = 0
+    for call in single:
+        position += len(call.ids)
+        alone = call.image is not None or position - 1 in compared
+        if waiting and (alone or len(waiting) == chunk):
+            yield Call(waiting)
+            waiting = []
+        if alone:
+            yield call
+        else:
+            waiting = [*waiting, *call.ids]
+    if waiting:
+        yield Call(waiting)
 
 
-def rows_at(cache: Sequence[LayerKV], position: int) -> list[Tensor]:
-    """The keys and values of each layer at ``position``, which must be the last one fed: float32 [2 · K · D]."""
-    parts = ((part[0, :, position % part.shape[2]] for part in (kv.keys, kv.values)) for kv in cache)
-    return [torch.cat([part.flatten() for part in pair]).float() for pair in parts]
+def steps(fed: Fed, config: ModelConfig, weights: QuantizedWeights, rounding: Rounding) -> list[Step]:
+    """The compared calls of ``fed``, each against the reference's from the same cache, in float32 and in float64.
+
+    All of them go through the reference together. In each layer, the new positions of a call attend to what the file's
+    cache got at the positions before the call, and to one another.
+    """
+    variants = (Variant(rounding=rounding), Variant(torch.float64, rounding))
+    model = Streamed(config, weights, variants)
+    length, count = len(fed.ids), sum(len(call.ids) for call in fed.calls.values())
+    ends = torch.tensor(list(fed.calls))
+    sizes = torch.tensor([len(call.ids) for call in fed.calls.values()])
+    number = torch.arange(len(sizes)).repeat_interleave(sizes)  # of the call that each new position is in
+    last = sizes.cumsum(0) - 1  # where each call's last position is among the new ones
+    positions = torch.arange(count) - last[number] + ends[number]
+    is_image = torch.tensor([call.image is not None for call in fed.calls.values()])[number]
+    own = number[:, None] == number  # [S, S]: in the same call
+    before = torch.arange(length) <= (ends - sizes)[number][:, None]  # [S, T]: before the call
+    available = torch.cat((before, own), dim=1)
+    together = torch.cat((torch.zeros_like(before), own & is_image[:, None]), dim=1)
+    key_positions = torch.cat((torch.arange(length), positions))
+
+    def step(spec: LayerSpec, dtype: torch.dtype) -> ModelStep:
+        mask = attention_mask(positions, key_positions, spec.window, together) & available
+        cos, sin = rope_angles(spec, positions)
+        return ModelStep(cos.to(dtype), sin.to(dtype), mask, torch.arange(length, length + count))
+
+    def cache(layer: int, dtype: torch.dtype) -> LayerKV:
+        """What the file's cache got, with room for the new positions after it."""
+        pair = (torch.from_numpy(one[layer]).to(dtype).transpose(0, 1) for one in (fed.keys, fed.values))
+        return LayerKV(*(torch.nn.functional.pad(one, (0, 0, 0, count))[None] for one in pair))
+
+    shared = {(spec, one.dtype): step(spec, one.dtype) for spec in dict.fromkeys(config.layers) for one in variants}
+    tokens = torch.tensor([[token for call in fed.calls.values() for token in call.ids]])
+    images = [call.image for call in fed.calls.values() if call.image is not None]
+    given = [torch.from_numpy(np.stack(images))[None]] * len(variants) if images else None
+    x = model.embed(tokens, given)
+    agree: tuple[list[Tensor], list[Tensor]] = ([], [])  # of the file and of float64, for each layer: bool [calls]
+    for index, which, layer in model.layers():
+        kv = cache(index, x[which].dtype)
+        x[which] = layer(x[which], shared[config.layers[index], x[which].dtype], kv)
+        rows = rows_at(kv, length + last)
+        if which == 0:
+            expected = rows
+            agree[0].append(same(rows_at(kv, ends), rows))
+        else:
+            agree[1].append(same(rows, expected))
+    file_layers, wide_layers = (torch.stack(one, dim=1).tolist() for one in agree)
+    logits = model.logits(model.norm([one[0, last] for one in x]))
+    found, recorder = [], Recorder(fed.ids, config.vocab_size)
+    for index, (position, (narrow, wide)) in enumerate(zip(fed.calls, logits, strict=True)):
+        reference = recorder.add(position, narrow.numpy())
+        file, in_float64 = reference.compare(fed.logits[position]), reference.compare(wide.numpy())
+        found.append(Step(file, in_float64, tuple(file_layers[index]), tuple(wide_layers[index])))
+    return found
 
 
-def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[bool, ...]:
-    """For each layer, do the keys and values agree (see SAME)?"""
-    return tuple(
-        bool(torch.linalg.vector_norm(one - other) <= SAME * torch.linalg.vector_norm(other))
-        for one, other in zip(found, expected, strict=True)
-    )
+def rows_at(kv: LayerKV, slots: Tensor) -> Tensor:
+    """The keys and values in ``slots`` [n] of a layer, float32 [n, 2 · K · D]."""
+    return torch.cat([part[0, :, slots].transpose(0, 1).flatten(1) for part in (kv.keys, kv.values)], dim=1).float()
 
 
-def file_cache(session: PteSession, layers: int, dtype: torch.dtype = torch.float32) -> list[LayerKV]:
-    """Copies of the file's caches, in the shape in which gemma3.model keeps them: [1, K, slots, D]."""
-    pairs = (session.cache(layer) for layer in range(layers))
-    return [LayerKV(*(torch.from_numpy(one).transpose(1, 2).to(dtype).contiguous() for one in pair)) for pair in pairs]
+def same(found: Tensor, expected: Tensor) -> Tensor:
+    """bool [n]: do the keys and values [n, 2 · K · D] agree (see SAME)?"""
+    distance, size = (torch.linalg.vector_norm(one, dim=1) for one in (found - expected, expected))
+    return distance <= SAME * size

@@ -75,6 +75,7 @@ class PteSession:
                 raise BadInput(
                     f"{path}: {name} is {declared}, expected {value}; the file is not the one of this layout"
                 )
+        self.config = config
         self.context = layout.context
         self.chunk = layout.chunk
         self.vocab_size = config.vocab_size
@@ -82,10 +83,11 @@ class PteSession:
         self.position = 0
         self.logits: Logits = np.empty(0, np.float32)
 
-    def cache(self, layer: int) -> tuple[Logits, Logits]:
-        """Copies of the current keys and values of one layer, float32 [1, slots, K, D] each."""
+    def rows(self, layer: int, positions: range) -> tuple[Logits, Logits]:
+        """Copies of one layer's keys and values at ``positions``, which its cache must still hold: [n, K, D] each."""
         names = (f"layers.{layer}.attention.keys", f"layers.{layer}.attention.values")
-        keys, values = (self._decoder.get_attribute(name).numpy().copy() for name in names)
+        caches = [self._decoder.get_attribute(name).numpy()[0] for name in names]  # [slots, K, D], not copied
+        keys, values = (cache[[position % len(cache) for position in positions]] for cache in caches)
         return keys, values
 
     def reset(self) -> None:
