@@ -24,11 +24,12 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -44,6 +45,8 @@ if QUIET:
 if TYPE_CHECKING:
     from quant.recipe import Recipe
     from runtime_py.generate import Sampler
+    from runtime_py.sessions.protocol import Session
+    from runtime_py.text import OpenBundle
 
 app = typer.Typer(
     help="Gemma 3 on phones: quantize, export to ExecuTorch and ONNX, prove the files against the eager model.",
@@ -122,6 +125,14 @@ TopP = Annotated[
     float | None,
     typer.Option("--top-p", help="Sample from the most likely tokens that reach this probability together; 1 is off."),
 ]
+Lookup = Annotated[
+    bool,
+    typer.Option("--lookup", help="Guess ahead by what repeats in the text, and check several tokens in one call."),
+]
+Draft = Annotated[
+    Path | None,
+    typer.Option("--draft", metavar="BUNDLE", help="Guess ahead with this smaller model, of the same tokenizer."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
 Images = Annotated[
     list[Path] | None,
@@ -129,6 +140,13 @@ Images = Annotated[
 ]
 PanAndScan = Annotated[
     bool, typer.Option("--pan-and-scan", help="Also feed up to 4 crops of each image that is far from square.")
+]
+SystemFile = Annotated[
+    Path | None, typer.Option("--system", metavar="FILE", help="A system text, with which the chat begins.")
+]
+PrefixFile = Annotated[
+    Path | None,
+    typer.Option("--prefix", metavar="FILE", help="Begin the chat where `gemma-edge prefill` ended, which wrote FILE."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -400,11 +418,48 @@ def validate(
 
 
 @app.command()
+def prefill(
+    bundle: Bundle,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write; must not exist.")],
+    system: SystemFile = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="PATH", help="An image that opens the user's first turn.")
+    ] = None,
+    pan_and_scan: PanAndScan = False,
+    format: Format = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Read the beginning of a chat once, and write the state after it to a file, for chat and generate --prefix.
+
+    The beginning is a system text (instructions, tools, a document) and images that open the user's first turn.
+    """
+    from gemma3.host.atomic import refuse_target
+    from runtime_py import text
+
+    refuse_target(out)
+    words = read_system(system)
+    if words is None and not image:
+        raise BadInput("there is nothing to prefill; give --system or --image")
+    with whole(out):
+        started = time.perf_counter()
+        opened = text.open_bundle(bundle, format, threads)
+        tokens = text.prefill(opened, out, system=words, images=image or [], pan_and_scan=pan_and_scan)
+    seconds, size = time.perf_counter() - started, out.stat().st_size
+    if as_json:
+        fields = {"file": str(out), "format": opened.origin.format, "tokens": tokens, "bytes": size}
+        print(json.dumps({**fields, "seconds": seconds}))
+    log.info("%s: %d tokens of .%s, %.1f MB, %.1f s", out, tokens, opened.origin.format, size / 1e6, seconds)
+
+
+@app.command()
 def generate(
     bundle: Bundle,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     format: Format = None,
     chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt as a user's turn.")] = False,
+    system: SystemFile = None,
+    prefix: PrefixFile = None,
     image: Images = None,
     pan_and_scan: PanAndScan = False,
     max_new_tokens: MaxNew = None,
@@ -413,6 +468,8 @@ def generate(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
+    lookup: Lookup = False,
+    draft: Draft = None,
     threads: Threads = None,
 ) -> None:
     """Continue a text and print it as it is generated.
@@ -424,7 +481,9 @@ def generate(
     if not prompt:
         raise BadInput("the prompt is empty; give at least one character")
     sampler = sampler_of(bundle, sampling, temperature, top_k, top_p, seed)
-    opened = text.open_bundle(bundle, format, threads)
+    if (system or prefix) and not chat:
+        raise BadInput(f"{system or prefix}: the beginning of a chat; pass --chat as well")
+    opened = open_chat(bundle, format, threads, system, prefix, lookup=lookup, draft=draft)
     stream = text.generate(
         opened,
         prompt,
@@ -439,12 +498,15 @@ def generate(
     print()
     if stream.reason == "context":
         print(f"stopped: the context of {opened.session.context} tokens is full", file=sys.stderr)
+    report_guesses(opened.session)
 
 
 @app.command()
 def chat(
     bundle: Bundle,
     format: Format = None,
+    system: SystemFile = None,
+    prefix: PrefixFile = None,
     image: Images = None,
     pan_and_scan: PanAndScan = False,
     max_new_tokens: MaxNew = None,
@@ -453,24 +515,27 @@ def chat(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
+    lookup: Lookup = False,
+    draft: Draft = None,
     threads: Threads = None,
 ) -> None:
     """Chat with a bundle. Each line is a turn.
 
-    /image PATH adds an image to the next turn, as --image does to the first. /reset starts over, Ctrl-D ends the chat.
+    /image PATH adds an image to the next turn, as --image does to the first. /reset starts over, after --system or
+    --prefix. Ctrl-D ends the chat.
     """
-    from runtime_py import text
     from runtime_py.conversation import Conversation
     from runtime_py.pictures import read_pictures
 
     sampler = sampler_of(bundle, sampling, temperature, top_k, top_p, seed)
-    opened = text.open_bundle(bundle, format, threads)
+    opened = open_chat(bundle, format, threads, system, prefix, lookup=lookup, draft=draft)
     session = opened.session
     conversation = Conversation(
         session,
         opened.tokenizer,
         sampler,
         chat=opened.chat,
+        prefix=opened.prefix,
         stop_ids=opened.eos_ids,
         max_new_tokens=max_new_tokens,
     )
@@ -495,6 +560,7 @@ def chat(
             print(f"error: {error}; type /reset to start over", file=sys.stderr)
         if conversation.reason == "context":
             print(f"the context of {session.context} tokens is full; type /reset to start over", file=sys.stderr)
+    report_guesses(session)
 
 
 @app.command()
@@ -683,6 +749,37 @@ def recipe_of(scheme: str | None, embedding: str | None, file: Path | None) -> "
     return preset(scheme or DEFAULT_SCHEME, embedding) if scheme or embedding else None
 
 
+def open_chat(
+    bundle: Path,
+    format: str | None,
+    threads: int | None,
+    system: Path | None,
+    prefix: Path | None,
+    *,
+    lookup: bool,
+    draft: Path | None,
+) -> "OpenBundle":
+    """The bundle, for chats that begin as the options say, and that guess ahead. Raises BadInput."""
+    from runtime_py.prefix import Prefix
+    from runtime_py.text import open_bundle
+
+    if system is not None and prefix is not None:
+        raise BadInput(f"{prefix}: has a system text of its own; leave out --system")
+    words = read_system(system)
+    opened = open_bundle(bundle, format, threads, prefix=prefix, lookup=lookup, draft=draft)
+    return opened if words is None else replace(opened, prefix=Prefix(words))
+
+
+def read_system(path: Path | None) -> str | None:
+    """The text of ``--system``, without whitespace around it. Raises BadInput."""
+    from gemma3.host.files import read_text
+
+    text = None if path is None else read_text(path, "give a text file").strip()
+    if text == "":
+        raise BadInput(f"{path}: is empty; write a system text into it, or leave --system out")
+    return text
+
+
 def sampler_of(
     bundle: Path, sampling: str, temperature: float | None, top_k: int | None, top_p: float | None, seed: int
 ) -> "Sampler":
@@ -698,6 +795,14 @@ def sampler_of(
         proposed.top_p if top_p is None else top_p,
         seed,
     )
+
+
+def report_guesses(session: "Session") -> None:
+    """On stderr, how many guesses were right, if the session guesses ahead."""
+    from runtime_py.sessions.speculative import SpeculativeSession
+
+    if isinstance(session, SpeculativeSession):
+        print(f"guessed ahead: {session.counts}", file=sys.stderr)
 
 
 @contextmanager

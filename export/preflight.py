@@ -3,6 +3,7 @@
 The figures follow from the sizes of the weights. What sets the peak of memory:
 
 * the libraries (BASE), and for a target its compiler and the graph of each layer;
+* of a small model, its tokenizer;
 * reading the largest matrix, nearly always the embedding table: its stored values, mapped, and a byte a code;
 * how often a target holds its file, and the codes of the largest matrix, while it writes the file or reads it back;
 * running the file for the proof: its mapped bytes, the kernels' packed copy of the matrices, and the caches.
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 # An upper bound on the proof, the manifest and the tokenizer together.
 SMALL_FILES_BYTES = 64 << 20
 BASE = 800 << 20  # a process with torch
+TOKEN_BYTES = 2900  # of a process that compares and writes the tokenizer's files, for each token of the vocabulary
 START_SECONDS = 10.0
 TOO_MUCH = 1.25
 
@@ -99,7 +101,7 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
     reading = table if isinstance(source, QuantizedCheckpoint) else table * (1 + source.tensor(name).element_size())
     billions = sum(map(_count, forms.values())) / 1e9
     layers = config.num_layers + (config.vision.num_hidden_layers if config.vision else 0)
-    seconds, memory, disk = START_SECONDS, 0, SMALL_FILES_BYTES
+    seconds, memory, disk = START_SECONDS, BASE + TOKEN_BYTES * config.vocab_size, SMALL_FILES_BYTES
     for target in targets:
         cost, size = (
             target.cost,

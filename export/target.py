@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 # for the methods of a .pte by these names.
 FORWARD = "forward"
 VISION_ENCODER, TOKEN_EMBEDDING, TEXT_DECODER = "vision_encoder", "token_embedding", "text_decoder"
+# One call gives the logits of at most so many of its last positions, because a .pte plans memory for them: 8.4 MB for a
+# vocabulary of 262 144.
+MOST_LOGITS = 8
+# A .pte is asked for k rows of logits with the position + (k − 1) · LOGITS_STRIDE.
+LOGITS_STRIDE = 2**32
+
+
+def most_logits(layout: CacheLayout) -> int:
+    """The most rows of logits that one call of a graph gives."""
+    return min(MOST_LOGITS, layout.chunk)
 
 
 TensorDtype = Literal["int64", "float32"]

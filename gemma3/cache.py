@@ -14,7 +14,7 @@ whole context. There are two styles, because the runtimes differ:
 from dataclasses import dataclass
 from typing import Literal
 
-from gemma3.config import LayerKind, ModelConfig
+from gemma3.config import SLIDING, LayerKind, ModelConfig
 from gemma3.errors import BadInput, DoesNotFit
 
 CacheStyle = Literal["ring", "compacting"]
@@ -66,6 +66,36 @@ class CacheLayout:
     @property
     def total_bytes(self) -> int:
         return sum(self.layer_bytes(index) for index in range(len(self.layers)))
+
+    def can_rewind(self, written: int, position: int, window: int) -> bool:
+        """Can a sequence go on at ``position`` after the positions before ``written`` have been in the caches?
+
+        Then a call at ``position`` gives the logits that it would give had nothing after it ever been fed. ``window``
+        is the model's sliding window: the query at p attends to p and the window − 1 positions before it.
+
+        * In a ring, position p keeps its slot until p + slots is written, so that one must not have been written for
+          the first position of the window. A slot that still holds a later position counts as one whole ring earlier,
+          which by the same condition is before the window.
+        * In a compacting cache, a call derives from its position alone which position is in the first row. So that one
+          must be the same for ``written`` and ``position``.
+
+        A sequence that begins anew, at 0, reads nothing of what was there.
+        """
+        if position == 0:
+            return True
+        slots = {layer.slots for layer in self.layers if layer.kind == SLIDING}
+        if self.style == "ring":
+            return all(max(0, position - window + 1) + count >= written for count in slots)
+        return all(_first_row(count, written, window) == _first_row(count, position, window) for count in slots)
+
+
+def _first_row(slots: int, end: int, window: int) -> int:
+    """The position in the first row of a compacting cache of ``slots`` rows once ``end`` positions are fed.
+
+    When the rows are full and another one comes, the slots − window + 1 oldest ones are dropped at once.
+    """
+    dropped = slots - min(window, slots) + 1
+    return -(-max(0, end - slots) // dropped) * dropped
 
 
 def cache_layout(config: ModelConfig, style: CacheStyle, context: int, chunk: int) -> CacheLayout:

@@ -24,7 +24,7 @@ from runtime_py.generate import Sampler
 from runtime_py.proof.prove import prove
 from runtime_py.proof.prove import validate as _validate
 from runtime_py.sessions.protocol import Session
-from runtime_py.text import OpenBundle, generate
+from runtime_py.text import OpenBundle, generate, prefill
 from runtime_py.text import open_bundle as _open_bundle
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "open_bundle",
     "open_checkpoint",
     "open_session",
+    "prefill",
     "quantize",
     "save_checkpoint",
     "validate",
@@ -145,6 +146,26 @@ def open_session(bundle: str | Path, format: str | None = None, threads: int | N
     return _open_session(Path(bundle), format, threads)
 
 
-def open_bundle(bundle: str | Path, format: str | None = None, threads: int | None = None) -> OpenBundle:
-    """A session over one graph of ``bundle`` and its tokenizer, for ``generate``. The arguments are as above."""
-    return _open_bundle(Path(bundle), format, threads)
+def open_bundle(
+    bundle: str | Path,
+    format: str | None = None,
+    threads: int | None = None,
+    *,
+    prefix: str | Path | None = None,
+    lookup: bool = False,
+    draft: str | Path | None = None,
+) -> OpenBundle:
+    """A session over one graph of ``bundle`` and its tokenizer, for ``generate`` and ``prefill``.
+
+    ``prefix`` is a file that ``prefill`` wrote: chats begin with it, and ``format`` None is the file's. ``lookup`` and
+    ``draft``, another bundle, let the session guess ahead (docs/speculation.md). The other arguments are as above.
+    Raises as ``runtime_py.text.open_bundle`` does.
+    """
+    return _open_bundle(
+        Path(bundle),
+        format,
+        threads,
+        prefix=None if prefix is None else Path(prefix),
+        lookup=lookup,
+        draft=None if draft is None else Path(draft),
+    )

@@ -34,6 +34,9 @@ class Backend:
     target: Target
     import_runtime: Callable[[], OpenGraph]  # imports the runtime; returns the function that opens a graph
     extra_checks: tuple[ExtraCheck, ...] = ()
+    # What a call that gives the logits of several tokens takes for each after the first, as a share of a step. By it,
+    # drafts get their length.
+    row_cost: float = 0.5
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -117,11 +120,27 @@ def _exact_text(subject: Subject) -> list[Check]:
     return check_exact_text(subject)
 
 
-register(Backend(PTE, import_runtime=_pte_runtime, extra_checks=(ExtraCheck(_single_steps),)))
+def _rows(subject: Subject) -> list[Check]:
+    from runtime_py.proof.rows import check_rows
+
+    session = open_graph(subject.directory, subject.manifest, backend_of(subject.format), None)
+    return check_rows(session, subject.plan, subject.references, subject.format)
+
+
+register(
+    Backend(
+        PTE, import_runtime=_pte_runtime, extra_checks=(ExtraCheck(_rows), ExtraCheck(_single_steps)), row_cost=0.28
+    )
+)
 register(
     Backend(
         ONNX,
         import_runtime=_onnx_runtime,
-        extra_checks=(ExtraCheck(_exact_vision, draft_only=True), ExtraCheck(_exact_text, draft_only=True)),
+        extra_checks=(
+            ExtraCheck(_rows),
+            ExtraCheck(_exact_vision, draft_only=True),
+            ExtraCheck(_exact_text, draft_only=True),
+        ),
+        row_cost=0.35,
     )
 )

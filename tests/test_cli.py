@@ -1,6 +1,8 @@
+import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import cli
 from export.manifest import GOLDEN, MANIFEST, PLAN, FileEntry, sha256_of
 from runtime_py import api, text
+from scripts.random_checkpoint import made_up_tokenizer
 from tests.bundles import CONFIG, EXPORT, SEEING_CONFIG, Cli, Run, copy_bundle, rewrite_tensors, write_checkpoint
 
 
@@ -591,6 +594,58 @@ def test_a_full_context_does_not_end_the_chat(gemma_edge: Cli, bundle: Path, mon
     assert "over the context of 96" in result.err
     assert "/reset" in result.err
     assert result.out.count("\n") >= 1
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1", "--seed", "4")])
+def test_guessing_ahead_gives_the_same_text(
+    gemma_edge: Cli, bundle: Path, tmp_path: Path, sampling: tuple[str, ...]
+) -> None:
+    """By lookup, and by a draft model: the model itself, which is right when it is greedy, but as if it were small."""
+    command = ("generate", bundle, "aaa bbb aaa bbb aaa", "-n", "40", *sampling)
+    plain = gemma_edge(*command)
+    draft = copy_bundle(bundle, tmp_path / "draft")
+    manifest = json.loads((draft / MANIFEST).read_text())
+    manifest["artifacts"]["onnx"]["bytes"] //= 10
+    (draft / MANIFEST).write_text(json.dumps(manifest))
+    for guess in (("--lookup",), ("--draft", draft)):
+        result = gemma_edge(*command, *guess)
+        assert result.code == 0, result.err
+        assert result.out == plain.out
+        found = re.fullmatch(
+            r"guessed ahead: (\d+) of (\d+) drafted tokens accepted, 39 tokens in (\d+) calls\n", result.err
+        )
+        assert found, result.err
+        accepted, drafted, calls = map(int, found.groups())
+        assert accepted == 39 - calls
+        assert accepted <= drafted
+        if guess[0] == "--draft" and not sampling:
+            assert calls <= 20
+
+
+def test_a_chat_that_guesses_ahead(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(*options: str) -> Run:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nhello again\n/reset\nhello\n"))
+        return gemma_edge("chat", bundle, "-n", "12", *options)
+
+    plain, guessing = say(), say("--lookup")
+    assert guessing.code == 0, guessing.err
+    assert guessing.out == plain.out
+    assert "guessed ahead: " in guessing.err
+
+
+def test_guesses_that_cannot_be_used(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
+    command = ("generate", bundle, "a")
+    assert_refused(gemma_edge(*command, "--lookup", "--draft", bundle), 3, "--lookup and --draft", "choose one")
+    assert_refused(gemma_edge(*command, "--draft", tmp_path / "absent"), 3, "absent")
+    other = copy_bundle(bundle, tmp_path / "other")
+    tokenizer = other / "tokenizer.model"
+    tokenizer.write_bytes(made_up_tokenizer(641))
+    manifest = json.loads((other / MANIFEST).read_text())
+    sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    manifest["files"]["tokenizer.model"] = {"size": tokenizer.stat().st_size, "sha256": sha256}
+    own, manifest["tokenizer"]["sha256"] = manifest["tokenizer"]["sha256"], sha256
+    (other / MANIFEST).write_text(json.dumps(manifest))
+    assert_refused(gemma_edge(*command, "--draft", other), 3, sha256[:12], own[:12], "same tokenizer")
 
 
 # Bench

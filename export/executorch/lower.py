@@ -2,6 +2,8 @@
 
     forward(tokens int64 [1, S], start_pos int64 [1]) → logits float32 [1, 1, V] of the last token; 1 ≤ S ≤ chunk
 
+With a start_pos of the position + (k − 1) · LOGITS_STRIDE it returns the logits [1, k, V] of the last k tokens instead.
+
 A multimodal model has three methods in the same file, which ExecuTorch's multimodal runners look for by name. The last
 of the E + 1 channels says whether an embedding belongs to an image:
 
@@ -9,7 +11,8 @@ of the E + 1 channels says whether an embedding belongs to an image:
     token_embedding(tokens int64 [1, S]) → embeddings float32 [1, S, E + 1]
     text_decoder(embeddings float32 [1, S, E + 1], start_pos int64 [1]) → logits float32 [1, 1, V]
 
-The constant methods are those that ExecuTorch's stock runners ask for, and one for export/executorch/read_back.py.
+The constant methods are those that ExecuTorch's stock runners ask for, and two for readers of
+our own: get_most_logits, the largest k, and tie_word_embeddings.
 
 ``to_edge_transform_and_lower``, the usual way to lower a model, traces the whole model four times and runs XNNPACK's 17
 graph passes (for images, batch norms, stock attention) over every delegate: 128 s for six tiny layers. The way below
@@ -35,6 +38,7 @@ import torch
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir._serialize._serialize import serialize_for_executorch
+from executorch.exir.lowered_backend_module import get_lowered_submodules
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.schema import BackendDelegate, DelegateCall, ExecutionPlan
 from torch import Tensor, nn
@@ -55,6 +59,7 @@ from export.target import (
     ExportReport,
     Method,
     TensorSpec,
+    most_logits,
     second_table,
 )
 from gemma3.cache import CacheLayout
@@ -88,7 +93,8 @@ def export_pte(
     del programs
     with path.open("wb") as stream:
         executorch.write_to_file(stream)
-    del executorch  # the bytes of the whole file
+    forget(executorch)
+    del executorch
     give_back()
 
     file = PteFile(path)
@@ -142,13 +148,16 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], longest: int) -> Traced
 
 
 def methods_of(config: ModelConfig, file: str) -> tuple[Method, ...]:
-    """The methods of the .pte ``file``. The dimension "length" may be 1 to the chunk."""
+    """The methods of the .pte ``file``. The dimension "length" may be 1 to the chunk.
+
+    "logits_to_keep" is 1, unless start_pos asks for more (see ``ExecutorchModel``).
+    """
 
     def method(name: str, inputs: list[TensorSpec], output: TensorSpec) -> Method:
         return Method(name, file, tuple(inputs), (output,))
 
     tokens, start = TensorSpec("tokens", "int64", (1, "length")), TensorSpec("start_pos", "int64", (1,))
-    logits = TensorSpec("logits", "float32", (1, 1, config.vocab_size))
+    logits = TensorSpec("logits", "float32", (1, "logits_to_keep", config.vocab_size))
     if config.vision is None:
         return (method(FORWARD, [tokens, start], logits),)
     size, channels = config.vision.image_size, config.hidden_size + 1
@@ -221,6 +230,15 @@ def lower(programs: ExportedProgram | dict[str, Traced], constants: dict[str, An
     return manager
 
 
+def forget(manager: Any) -> None:
+    """Drop the constants of a lowered program, because caches of the compiler keep its graphs alive."""
+    for name in manager.methods:
+        program = manager.exported_program(name)
+        program.state_dict.clear()
+        for _, delegate, _ in get_lowered_submodules(program.graph_module):
+            delegate.named_data_store_output.buffers.clear()
+
+
 @contextmanager
 def filling(models: Mapping[str, nn.Module]) -> Iterator[None]:
     """In the block, XNNPACK's backend gets each delegate's constants filled by the method's model, and drops them.
@@ -273,6 +291,8 @@ def constant_methods(config: ModelConfig, layout: CacheLayout, eos_ids: Sequence
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": layout.chunk > 1,
-        # Not for stock runners: read_back.py needs it to name the head's weight.
+        # Not for stock runners: how many rows of logits a session may ask for, and what read_back.py needs to name the
+        # head's weight.
+        "get_most_logits": most_logits(layout),
         "tie_word_embeddings": config.tie_word_embeddings,
     }

@@ -4,7 +4,9 @@ ExecuTorch's own partitioner merges sets of nodes in no fixed order, so two runs
 number of delegates and in the bytes of the file.
 """
 
-from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs
+from unittest.mock import patch
+
+from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs, xnnpack_config
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
 from executorch.exir.backend.compile_spec_schema import CompileSpec
@@ -54,7 +56,11 @@ class LevelPartitioner(Partitioner):  # type: ignore[misc]
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag each delegated node with its delegate."""
         nodes = [node for node in exported_program.graph.nodes if node.op == "call_function"]
-        members = {node: self.members(node, exported_program) for node in nodes}
+        # XNNPACK takes no empty tensors, so its configurations refuse a length that depends on data (the number of rows
+        # of logits) without asking for its bounds. Ours is at least 1, which their next question, for the number of
+        # elements, finds.
+        with patch.object(xnnpack_config, "has_free_unbacked_symbols", lambda value: False):
+            members = {node: self.members(node, exported_program) for node in nodes}
         delegated = {member for group in members.values() for member in group}
         levels: dict[Node, int] = {}
         by_tag: dict[str, list[Node]] = {}

@@ -53,11 +53,10 @@ PTE = Target(
     repeated_bytes=second_table,
     cost=Cost(
         base=150 << 20,
-        layer_bytes=8 << 20,
+        layer_bytes=6 << 20,
         file=1.0,
-        tables=-1.0,
-        running=1.7,
-        layer_seconds=2.0,
+        running=1.75,
+        layer_seconds=4.0,
         billion_seconds=200.0,
     ),
 )

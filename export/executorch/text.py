@@ -41,6 +41,7 @@ from export.executorch.layers import (
     rope_half,
     rows,
 )
+from export.target import LOGITS_STRIDE, most_logits
 from gemma3 import names
 from gemma3.cache import CacheLayout, LayerCache
 from gemma3.config import FULL, SLIDING, LayerKind, LayerSpec, ModelConfig
@@ -197,17 +198,21 @@ def image_flag(embeddings: Tensor) -> ImageFlag:
 
 
 class ExecutorchModel(nn.Module):
-    """Inputs at the positions from start_pos (int64 [1]) on → logits float32 [1, 1, V] of the last position.
+    """Inputs at the positions from start_pos (int64 [1]) on → logits float32 [1, k, V] of the last k positions.
 
     The inputs of a text-only model are tokens int64 [1, S]. Those of a multimodal model are embeddings float32
     [1, S, E + 1], all of text or of one whole image; the last channel of the first one says which.
+
+    start_pos is the first position + (k − 1) · LOGITS_STRIDE. A position alone asks for one row, as the stock runners
+    do. An input of its own, or a start_pos of k numbers, would be more direct, but these runners pass exactly two
+    inputs, and they take a start_pos of a dynamic length for a list of all positions.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
         super().__init__()
         assert layout.style == "ring"
         self.config = config
-        self.context = layout.context
+        self.context, self.most_logits = layout.context, most_logits(layout)
         if config.vision is None:
             self.embedding = Embedding(weights[names.EMBEDDING])
         self.layers = nn.ModuleList(
@@ -225,6 +230,11 @@ class ExecutorchModel(nn.Module):
 
     def forward(self, inputs: Tensor, start_pos: Tensor) -> Tensor:
         length = inputs.shape[1]
+        count = cast(int, (start_pos[0] // LOGITS_STRIDE).item()) + 1
+        torch._check(count >= 1)  # type: ignore[no-untyped-call]
+        torch._check(count <= self.most_logits)  # type: ignore[no-untyped-call]
+        torch._check(count <= length)  # type: ignore[no-untyped-call]
+        start_pos = start_pos % LOGITS_STRIDE
         start = cast(int, start_pos[0].item())
         torch._check_is_size(start)  # type: ignore[no-untyped-call]
         torch._check(start + length <= self.context)  # type: ignore[no-untyped-call]
@@ -238,7 +248,8 @@ class ExecutorchModel(nn.Module):
             x = inputs[0, :, :-1]
         for layer, spec in zip(self.layers, self.config.layers, strict=True):
             x = layer(x, steps[spec.kind])
-        return project(self.norm(x[-1:]), self.head)[0].unsqueeze(0)
+        last = x.narrow(0, length - count, count)
+        return project(self.norm(last), self.head)[0].unsqueeze(0)
 
     def step(self, kind: LayerKind, start: int, positions: Tensor, last: Tensor, image: ImageFlag | None) -> Step:
         """What the layers of ``kind`` share in a call at ``positions`` [S], which ends at the position ``last`` [1]."""

@@ -14,6 +14,8 @@ from export.manifest import check_link
 from gemma3.errors import BadInput
 
 VISION_FILE = "vision.onnx"  # the vision model's graph, beside the text model's
+# An optional input of the text model's graph, and the output that has so many rows.
+LOGITS_TO_KEEP, LAST_LOGITS = "logits_to_keep", "last_logits"
 WEIGHTS_KEY = "gemma_edge.weights"  # a node's metadata: the checkpoint weights of which its matrix consists
 
 
@@ -93,8 +95,8 @@ def exact_twin(path: Path, columns: NDArray[np.int32] | None = None) -> Iterator
 
 
 def _compute_only(graph: onnx.GraphProto, columns: NDArray[np.int32]) -> None:
-    """Change the head of ``graph``, whose output is "logits", to multiply with only some rows of its matrix."""
-    head = next(node for node in graph.node if "logits" in node.output)
+    """Change the head of ``graph``, whose output is LAST_LOGITS, to multiply with only some rows of its matrix."""
+    head = next(node for node in graph.node if LAST_LOGITS in node.output)
     graph.initializer.append(onnx.numpy_helper.from_array(columns.astype(np.int64), "twin.columns"))
     matrix = range(1, len(head.input)) if head.op_type == "MatMulNBits" else [1]
     for index in matrix:
@@ -106,8 +108,9 @@ def _compute_only(graph: onnx.GraphProto, columns: NDArray[np.int32]) -> None:
     for attribute in head.attribute:
         if attribute.name == "N":
             attribute.i = len(columns)
-    output = next(value for value in graph.output if value.name == "logits")
-    output.type.tensor_type.shape.dim[-1].dim_value = len(columns)
+    for output in graph.output:
+        if output.name in ("logits", LAST_LOGITS):
+            output.type.tensor_type.shape.dim[-1].dim_value = len(columns)
 
 
 def _is_foreign(graph: onnx.GraphProto) -> bool:

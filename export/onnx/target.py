@@ -62,5 +62,5 @@ ONNX = Target(
     # The last one: ARM processors without dot products have no such kernels, and multiply in float32.
     roundings={"int8-per-block": _per_block, "int8-kleidiai": _kleidiai, FLOAT: _float},
     can_keep_float=True,
-    cost=Cost(tables=2.0, layer_seconds=0.3, billion_seconds=200.0),
+    cost=Cost(tables=1.0, running=1.75, layer_seconds=0.2, billion_seconds=200.0),
 )

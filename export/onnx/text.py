@@ -6,6 +6,7 @@ is 1. These are the inputs and outputs, with the names that onnxruntime-genai ex
     input_ids int64 [1, S], attention_mask int64 [1, T] (only its length is used)
     past_key_values.{i}.key and .value float32 [1, K, slots, D] → present.{i}.key and .value, the same shape
     logits float32 [1, 1, V], of the last token
+    logits_to_keep int64 [1], 1 unless given → last_logits float32 [1, logits_to_keep, V], of the last tokens
 
 The number of slots in a cache is fixed in the file. Past and present are one buffer, which the caller binds as both.
 Sliding-window layers use GroupQueryAttention's windowed cache. T alone determines which position is in which row, so
@@ -28,6 +29,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
+from export.onnx.file import LAST_LOGITS, LOGITS_TO_KEEP
 from export.onnx.layers import MICROSOFT, GraphBuilder, block_size, declare, typed_value
 from gemma3 import names
 from gemma3.cache import CacheLayout
@@ -35,6 +37,8 @@ from gemma3.config import LayerSpec, ModelConfig
 from gemma3.model import inverse_frequencies
 from quant.integers import IntegerWeight
 from quant.sfp8 import Sfp8Weight
+
+MAX_INT64 = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,16 @@ def text_model(graph: GraphBuilder, config: ModelConfig, layout: CacheLayout) ->
             declare(value, f"present.{index}.{part}", ir.DataType.FLOAT, shape)
         inputs += past
         caches += present
-    last = op.Gather(x, graph.ints([-1]), axis=1)  # [1, 1, E]
-    (logits,) = graph.linear(graph.norm(last, config.rms_norm_eps, names.FINAL_NORM), names.head_of(config))
+    # onnxruntime-genai does not know this input, and takes the logits of one token only.
+    keep = op.initializer(ir.tensor(np.array([1], np.int64)), name=LOGITS_TO_KEEP)
+    declare(keep, LOGITS_TO_KEEP, ir.DataType.INT64, [1])
+    inputs.append(keep)
+    kept = op.Slice(x, op.Neg(keep), graph.ints([MAX_INT64]), graph.ints([1]))  # [1, k, E]
+    (every,) = graph.linear(graph.norm(kept, config.rms_norm_eps, names.FINAL_NORM), names.head_of(config))
+    declare(every, LAST_LOGITS, ir.DataType.FLOAT, [1, LOGITS_TO_KEEP, config.vocab_size])
+    logits = op.Gather(every, graph.ints([-1]), axis=1)
     declare(logits, "logits", ir.DataType.FLOAT, [1, 1, config.vocab_size])
-    return inputs, [logits, *caches]
+    return inputs, [logits, *caches, every]
 
 
 def step_values(

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 import fcntl
 import os
@@ -44,6 +44,34 @@ def staging(out: Path) -> Iterator[Path]:
     When the block raises, the directory is removed. Directories that killed processes left there are removed first.
     Raises BadInput when ``out`` cannot be created, on entry or at the end.
     """
+    with _partial(out) as directory:
+        yield directory
+        for path in directory.rglob("*"):
+            sync(path)
+        sync(directory)
+        refuse_target(out)  # rename would silently replace an empty directory
+        directory.rename(out)
+    sync(out.parent)
+
+
+@contextmanager
+def staged_file(out: Path) -> Iterator[Path]:
+    """A path to write a file to. When the block ends, the file is synced to disk and renamed to ``out``.
+
+    Nothing is left when the block raises. Raises BadInput as ``staging`` does.
+    """
+    with _partial(out) as directory:
+        path = directory / "file"
+        yield path
+        sync(path)
+        refuse_target(out)
+        path.rename(out)
+    sync(out.parent)
+
+
+@contextmanager
+def _partial(out: Path) -> Iterator[Path]:
+    """A new directory beside ``out``, which is gone when the block ends."""
     refuse_target(out)
     sweep(out.parent)
     try:
@@ -52,17 +80,9 @@ def staging(out: Path) -> Iterator[Path]:
         raise BadInput(f"{out.parent}: cannot write there ({error.strerror}); choose another -o") from None
     try:
         yield directory
-        for path in directory.rglob("*"):
-            sync(path)
-        sync(directory)
-        refuse_target(out)  # rename would silently replace an empty directory
-        directory.rename(out)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
     finally:
+        shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
-    sync(out.parent)
 
 
 def sweep(folder: Path) -> None:

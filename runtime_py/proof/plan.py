@@ -21,10 +21,11 @@ from gemma3.config import SLIDING, VisionConfig
 from gemma3.images import Pixels
 from runtime_py.sessions.protocol import Image, SoftTokens
 
-# The length of the sequence: at least this many windows past the first wrap of the larger bounded cache, and at least
-# this many turns of that cache, but never more than the context.
-WINDOWS_PAST_THE_WRAP = 4
-TURNS = 3
+# The length of the sequence: so many windows past the first wrap of the larger bounded cache, and so many turns of that
+# cache, but never more than the context. If the larger numbers ask for more than STEP_EVERYTHING positions, these must
+# do, or what the smaller numbers ask for. A fault that grows with the distance between positions, such as a wrong RoPE
+# base, shows more in a longer sequence.
+WINDOWS_PAST_THE_WRAP, TURNS = (1, 4), (2, 3)
 # The walk ONE_BY_ONE feeds every id of a sequence up to this length by itself. In a longer sequence it does so only for
 # the ids at most NEAR positions from a landmark, and feeds the ids between them in chunks.
 STEP_EVERYTHING = 1024
@@ -80,20 +81,26 @@ class Plan:
         ]
 
 
-def make_plan(manifest: Manifest) -> Plan:
-    """The plan for a bundle. It depends only on the model's configuration, the cache layouts, context and chunk."""
+def make_plan(manifest: Manifest, longer: bool = False) -> Plan:
+    """The plan for a bundle. It depends only on the model's configuration, the cache layouts, context and chunk.
+
+    With ``longer`` no sequence is cut, as in bundles up to version 0.4.0, which are still replayed.
+    """
     layouts = [artifact.cache for artifact in manifest.artifacts.values()]
     window, chunk, vision = manifest.model.sliding_window, manifest.chunk, manifest.model.vision
     wraps = sorted({local_slots(layout) for layout in layouts})
-    past_the_wrap = wraps[-1] + WINDOWS_PAST_THE_WRAP * window
-    length = max(past_the_wrap, TURNS * wraps[-1] + NEAR)
+    least, most = (
+        max(wraps[-1] + windows * window, turns * wraps[-1] + NEAR)
+        for windows, turns in zip(WINDOWS_PAST_THE_WRAP, TURNS, strict=True)
+    )
+    length = most if longer else max(least, min(most, STEP_EVERYTHING))
     if vision is not None:
         length += MORE_FOR_IMAGES * vision.tokens_per_image
     length = min(manifest.context, length)
     landmarks = {"first": 0, "chunk-end": chunk - 1, "W-1": window - 1, "W": window, "W+1": window + 1}
-    landmarks |= {f"{count}W": count * window for count in range(2, WINDOWS_PAST_THE_WRAP + 1)}
+    landmarks |= {f"{count}W": count * window for count in range(2, WINDOWS_PAST_THE_WRAP[-1] + 1)}
     for slots in wraps:
-        landmarks |= {f"wrap-{turn}-of-{slots}-slots": turn * slots for turn in range(1, TURNS + 1)}
+        landmarks |= {f"wrap-{turn}-of-{slots}-slots": turn * slots for turn in range(1, TURNS[-1] + 1)}
     landmarks["last"] = length - 1
     places, soft_tokens = [], 0
     if vision is not None:

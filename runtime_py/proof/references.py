@@ -5,7 +5,9 @@ in float64, with each rounding, and with changed inputs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from export.manifest import Artifact, Manifest
 from export.target import FLOAT, Target, rounding_of
 from gemma3.cache import cache_layout
 from gemma3.config import ModelConfig
+from gemma3.host.progress import Progress
 from gemma3.images import network_input
 from quant.activations import Rounding
 from quant.eager import quantized_model
@@ -109,18 +112,21 @@ def references(
             origins |= dict.fromkeys(draws[key], number)
             variants += [Variant(rounding=rounding, nudge=seed) for seed in range(len(draws[key]))]
 
-    model = Streamed(config, weights, variants)
-    soft_tokens = encode(model, images)
-    changes = {
-        number: [relative_rms(*pair) for pair in zip(soft_tokens[number], soft_tokens[origin], strict=True)]
-        for number, origin in origins.items()
-    }
-    recorders = {number: Recorder(plan.ids, config.vocab_size) for number in numbers.values()}
-    differences: dict[int, list[Difference]] = {number: [] for number in origins}
-    for position, logits in zip(plan.positions, logits_along(model, plan, soft_tokens), strict=True):
-        rows = {number: recorder.add(position, logits[number]) for number, recorder in recorders.items()}
-        for number, origin in origins.items():
-            differences[number].append(rows[origin].compare(logits[number]))
+    layers = config.num_layers + (0 if config.vision is None else config.vision.num_hidden_layers)
+    done = count(1)
+    with closing(Progress(layers + 1)) as progress:  # the head is the last one
+        model = Streamed(config, weights, variants, lambda: progress.show(next(done), "layers of the reference"))
+        soft_tokens = encode(model, images)
+        changes = {
+            number: [relative_rms(*pair) for pair in zip(soft_tokens[number], soft_tokens[origin], strict=True)]
+            for number, origin in origins.items()
+        }
+        recorders = {number: Recorder(plan.ids, config.vocab_size) for number in numbers.values()}
+        differences: dict[int, list[Difference]] = {number: [] for number in origins}
+        for position, logits in zip(plan.positions, logits_along(model, plan, soft_tokens), strict=True):
+            rows = {number: recorder.add(position, logits[number]) for number, recorder in recorders.items()}
+            for number, origin in origins.items():
+                differences[number].append(rows[origin].compare(logits[number]))
 
     kl = {number: np.asarray([one.kl for one in found], np.float32) for number, found in differences.items()}
     found = {key: recorders[number].reference(images, soft_tokens[number]) for key, number in numbers.items()}
@@ -138,7 +144,7 @@ def references(
 
 def encode(model: Streamed, images: NDArray[np.uint8]) -> list[SoftTokens]:
     """The soft tokens of ``images`` [I, S, S, 3] in each variant: float32 [I, T, E], or [0, 0, 0] without images."""
-    if not len(images):
+    if len(images) == 0:
         return [np.zeros((0, 0, 0), np.float32) for _ in model.variants]
     pixels = torch.from_numpy(np.concatenate([network_input(image) for image in images]))
     return [one.numpy() for one in model.soft_tokens(pixels)]

@@ -7,10 +7,12 @@ the first walk, an image's first occurrence is fed as pixels.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 
 from export.checks import Check
+from gemma3.host.progress import Progress
 from runtime_py.proof.golden import Difference, ReferenceLogits, relative_rms
 from runtime_py.proof.limits import RESET, Tolerances, judged, landmark_id, soft_tokens_id, walk_id
 from runtime_py.proof.plan import ONE_BY_ONE, Plan
@@ -45,19 +47,26 @@ def check_session(
         return plan.images_to_feed(soft_tokens, list(reference.images) if walk == first and given is None else ())
 
     fresh: dict[int, Logits] = {}
-    for walk, lengths in plan.walks.items():
-        differences = []
-        for position, logits in follow(session, plan, lengths, to_feed(walk)):
-            if walk == first:
-                fresh[position] = logits.copy()
-            difference = reference.compare(position, logits)
-            if difference is not None:
-                differences.append(difference)
-        checks += summarize(judge, walk, differences)
-        if walk == ONE_BY_ONE:
-            checks += at_landmarks(judge, plan, differences)
-    again = follow(session, plan, plan.walks[first], to_feed(first))
-    change = _largest([float(np.abs(logits - fresh[position]).max()) for position, logits in again])
+    fed = 0
+    with closing(Progress(len(plan.ids) * (len(plan.walks) + 1))) as progress:
+        for walk, lengths in plan.walks.items():
+            differences = []
+            for position, logits in follow(session, plan, lengths, to_feed(walk)):
+                if walk == first:
+                    fresh[position] = logits.copy()
+                difference = reference.compare(position, logits)
+                if difference is not None:
+                    differences.append(difference)
+                progress.show(fed + position, f"positions of .{artifact}")
+            fed += len(plan.ids)
+            checks += summarize(judge, walk, differences)
+            if walk == ONE_BY_ONE:
+                checks += at_landmarks(judge, plan, differences)
+        changes = []
+        for position, logits in follow(session, plan, plan.walks[first], to_feed(first)):
+            changes.append(float(np.abs(logits - fresh[position]).max()))
+            progress.show(fed + position, f"positions of .{artifact}")
+    change = _largest(changes)
     return [*checks, judge.check(RESET, f"{title(first)} again after a reset", "max_abs", change)]
 
 
@@ -93,7 +102,7 @@ def soft_token_checks(judge: Judge, reference: ReferenceLogits, soft_tokens: Seq
 
 
 def noise_checks(judge: Judge, reference: ReferenceLogits) -> list[Check]:
-    """The reference against itself after a change of its inputs (see ``with_noise``). The figures have no limits."""
+    """The reference against itself after a change of its inputs (see ``references``). The figures have no limits."""
     if not reference.noise_kl.any():
         return []
     figures = {"kl_mean": float(reference.noise_kl.mean()), "kl_max": float(reference.noise_kl.max())}

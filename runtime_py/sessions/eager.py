@@ -1,12 +1,16 @@
 """The eager network as a session, with the ring cache."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from export.target import most_logits
 from gemma3.cache import CacheLayout, cache_layout
 from gemma3.checkpoint import load_model
+from gemma3.config import SLIDING
 from gemma3.images import Pixels, network_input
 from gemma3.model import Gemma3, new_cache
 from quant.eager import quantized_model
@@ -28,6 +32,7 @@ class EagerSession:
         self._layout = layout
         self.context = layout.context
         self.chunk = layout.chunk
+        self.most_logits = most_logits(layout)
         self.vocab_size = model.config.vocab_size
         self.vision = vision
         self._dtype = model.model.norm.weight.dtype
@@ -35,8 +40,35 @@ class EagerSession:
 
     def reset(self) -> None:
         self._cache = new_cache(self._layout, self._dtype)
-        self.position = 0
+        self.position = self._written = 0
         self.logits: Logits = np.empty(0, np.float32)
+
+    def live(self, position: int) -> dict[str, NDArray[Any]]:
+        return {
+            f"layers.{index}.{part}": (buffer if layer.kind == SLIDING else buffer[:, :, :position]).numpy()
+            for index, (layer, cache) in enumerate(zip(self._layout.layers, self._cache, strict=True))
+            for part, buffer in (("keys", cache.keys), ("values", cache.values))
+        }
+
+    def resume(self, ids: Sequence[int], logits: Logits) -> None:
+        self.position = self._written = len(ids)
+        self.logits = logits
+
+    def can_rewind(self, written: int, position: int) -> bool:
+        return self._layout.can_rewind(max(written, self._written), position, self.model.config.sliding_window)
+
+    def rewind(self, position: int) -> None:
+        assert self.can_rewind(self.position, position)
+        self._written = max(self._written, self.position)
+        self.position = position
+        self.logits = np.empty(0, np.float32)
+
+    def verify(self, ids: Sequence[int]) -> Logits:
+        assert len(ids) <= self.most_logits
+        (call,) = calls(self, ids)
+        rows = np.stack([logits for _, logits in self.call(call)])
+        self.logits = rows[-1]
+        return rows
 
     def step(self, token: int) -> Logits:
         return self.prefill([token])

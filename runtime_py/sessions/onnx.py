@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.onnx.file import VISION_FILE, data_file, load_graph
+from export.onnx.file import LAST_LOGITS, LOGITS_TO_KEEP, VISION_FILE, data_file, load_graph
+from export.target import most_logits
 from gemma3.cache import CacheLayout
-from gemma3.config import ModelConfig
+from gemma3.config import SLIDING, ModelConfig
 from gemma3.errors import BadInput
 from gemma3.images import Pixels, network_input
 from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls, check_image, is_pixels
@@ -18,7 +20,7 @@ from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls, check
 ort.disable_telemetry_events()
 
 PARTS = ("key", "value")
-INTEGER_INPUTS = ("input_ids", "attention_mask")
+INTEGER_INPUTS = ("input_ids", "attention_mask", LOGITS_TO_KEEP)
 
 
 class OnnxSession:
@@ -53,10 +55,17 @@ class OnnxSession:
             **{_present(name): shape for name, shape in shapes.items()},
         }
         _check_shapes(path, self._session, expected)
+        # A file that an older version exported has no such input.
+        keeps = LOGITS_TO_KEEP in {value.name for value in self._session.get_overridable_initializers()}
+        if keeps:
+            _check_shapes(path, self._session, {LOGITS_TO_KEEP: [1], LAST_LOGITS: [1, LOGITS_TO_KEEP, logits]})
         if config.vision is not None:
             _check_shapes(path, self._session, {"soft_tokens": [1, "soft_tokens_length", config.hidden_size]})
         self.context = layout.context
         self.chunk = layout.chunk
+        self.most_logits = most_logits(layout) if keeps else 1
+        self._layout = layout
+        self._window = config.sliding_window
         self.vocab_size = config.vocab_size
         self.vision = config.vision
         self.position = 0
@@ -67,19 +76,33 @@ class OnnxSession:
             load_graph(self._vision_path)
         self._no_soft_tokens = np.empty((1, 0, config.hidden_size), np.float32)
         self._mask = np.ones((1, layout.context), np.int64)
-        self._logits = np.empty((1, 1, logits), np.float32)
+        self._logits = np.empty((1, self.most_logits, logits), np.float32)
         self._binding = self._session.io_binding()
-        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+        self._output = LAST_LOGITS if keeps else "logits"
+        self._count = 0
+        self._keep(1)
         # Kept here, because a binding does not own the memory it refers to.
-        self._caches = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for shape in shapes.values()]
-        for name, buffer in zip(shapes, self._caches, strict=True):
-            self._binding.bind_ortvalue_input(name, buffer)
-            self._binding.bind_ortvalue_output(_present(name), buffer)
+        self._buffers = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        self._caches = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in self._buffers.values()]
+        for name, cache in zip(shapes, self._caches, strict=True):
+            self._binding.bind_ortvalue_input(name, cache)
+            self._binding.bind_ortvalue_output(_present(name), cache)
 
     def reset(self) -> None:
         """Go back to position 0. The buffers keep their bytes: the position alone decides which rows are read."""
         self.position = 0
         self.logits = np.empty(0, np.float32)
+
+    def live(self, position: int) -> dict[str, NDArray[Any]]:
+        """The OrtValues share their memory with these arrays, [1, K, rows, D] each."""
+        kinds = [layer.kind for layer in self._layout.layers for _ in PARTS]
+        return {
+            name: buffer if kind == SLIDING else buffer[:, :, :position]
+            for (name, buffer), kind in zip(self._buffers.items(), kinds, strict=True)
+        }
+
+    def resume(self, ids: Sequence[int], logits: Logits) -> None:
+        self.position, self.logits = len(ids), logits
 
     def step(self, token: int) -> Logits:
         return self.prefill([token])
@@ -95,11 +118,42 @@ class OnnxSession:
         self.logits = self._logits[0, 0].copy()
         return self.logits
 
+    def verify(self, ids: Sequence[int]) -> Logits:
+        assert len(ids) <= self.most_logits
+        (call,) = calls(self, ids)
+        self._keep(len(ids))
+        try:
+            self._feed(np.array([call.ids], np.int64), self._no_soft_tokens)
+        finally:
+            self._keep(1)
+        rows: Logits = self._logits[0, : len(ids)].copy()
+        self.logits = rows[-1]
+        return rows
+
+    def can_rewind(self, written: int, position: int) -> bool:
+        return self._layout.can_rewind(written, position, self._window)
+
+    def rewind(self, position: int) -> None:
+        assert self.can_rewind(self.position, position)
+        self.position = position
+        self.logits = np.empty(0, np.float32)
+
     def encode_image(self, image: Pixels) -> SoftTokens:
         assert self.vision is not None
         check_image(image, self.vision)
         (soft_tokens,) = self._encode([image])
         return soft_tokens[0]
+
+    def _keep(self, count: int) -> None:
+        """Let the next calls give the logits of the last ``count`` positions."""
+        if count == self._count:
+            return
+        self._count = count
+        self._binding.bind_ortvalue_output(self._output, ort.OrtValue.ortvalue_from_numpy(self._logits[:, :count]))
+        if self.most_logits > 1:
+            # In a variable of the session, as the soft tokens below.
+            self._kept = ort.OrtValue.ortvalue_from_numpy(np.array([count], np.int64))
+            self._binding.bind_ortvalue_input(LOGITS_TO_KEEP, self._kept)
 
     def _feed(self, tokens: NDArray[np.int64], soft_tokens: SoftTokens) -> None:
         """Feed tokens [1, S] or soft tokens [1, M, E]; the other one is empty."""

@@ -8,7 +8,7 @@ tokens replace T image tokens in the ids.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol, TypeGuard, cast, runtime_checkable
+from typing import Any, Protocol, TypeGuard, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,6 +173,22 @@ def chunks(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 @runtime_checkable
+class Resumable(Protocol):
+    """A session whose caches can be copied out, and put back later or into another session of the same graph."""
+
+    def live(self, position: int) -> dict[str, NDArray[Any]]:
+        """The parts of the caches that decide what follows ``position``, by name.
+
+        They are writable views of the session's own memory: the first ``position`` rows of full-attention layers, and
+        the whole buffers of sliding-window layers, whose inner order is the graph's own business. Their dtypes and
+        shapes follow from the graph and from ``position`` alone.
+        """
+
+    def resume(self, ids: Sequence[int], logits: Logits) -> None:
+        """Go on after ``ids``, once the live parts at position ``len(ids)`` are written. ``logits`` [V] follow them."""
+
+
+@runtime_checkable
 class EveryLogit(Protocol):
     """A session that can give the logits after every id of a call. Exported graphs give only those of the last id."""
 
@@ -180,6 +196,31 @@ class EveryLogit(Protocol):
         """Feed ``call``. Returns (position, logits [V]) after each id of text, or after an image.
 
         Only the logits at the positions ``wanted`` are computed (None: all).
+        """
+
+
+@runtime_checkable
+class Rewindable(Resumable, Session, Protocol):
+    """A session that gives the logits of several positions in one call, and that can go back some positions."""
+
+    @property
+    def most_logits(self) -> int:
+        """The most ids that ``verify`` takes: 1 for a file that gives the logits of the last position only."""
+
+    def verify(self, ids: Sequence[int]) -> Logits:
+        """Feed 1 to ``most_logits`` ids of text in one call. Returns the logits after each of them, [len(ids), V].
+
+        A call of other ids may overwrite them. Raises what ``calls`` raises, before any id is fed.
+        """
+
+    def can_rewind(self, written: int, position: int) -> bool:
+        """Can the session go back to ``position`` once it holds ``written`` positions?"""
+
+    def rewind(self, position: int) -> None:
+        """Go back to ``position``, which must not be inside an image. ``logits`` are empty until the next call.
+
+        The next call gives the logits that it would give if the later ids had not been fed. ``can_rewind`` must allow
+        it.
         """
 
 

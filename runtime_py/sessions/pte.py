@@ -18,10 +18,11 @@ import torch  # loads libtorch, which the libraries below need
 
 # The native library itself. The Python module around it also imports the compiler, which takes ten seconds.
 from executorch.extension.pybindings import _portable_lib as runtime
+from numpy.typing import NDArray
 
-from export.target import FORWARD, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
+from export.target import FORWARD, LOGITS_STRIDE, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from gemma3.cache import CacheLayout
-from gemma3.config import ModelConfig
+from gemma3.config import SLIDING, ModelConfig
 from gemma3.errors import BadInput
 from gemma3.images import Pixels, network_input
 from runtime_py.sessions.protocol import Image, Logits, SoftTokens, calls, soft_tokens_of
@@ -42,6 +43,8 @@ for package, library in OPERATORS.items():
 # What ExecuTorch writes to stderr without need: on every machine it looks for files that only ARM machines have, and
 # reports that they are missing. It also reports every change of its thread pool.
 NOISE = ("[cpuinfo_utils.cpp", "Resetting threadpool")
+
+PARTS = ("keys", "values")
 
 
 class PteSession:
@@ -76,11 +79,16 @@ class PteSession:
                     f"{path}: {name} is {declared}, expected {value}; the file is not the one of this layout"
                 )
         self.config = config
+        self._layout = layout
         self.context = layout.context
         self.chunk = layout.chunk
+        # A file that an older version exported has no such method.
+        name = "get_most_logits"
+        self.most_logits = int(program.load_method(name).call(())[0]) if name in methods else 1
+        self._window = config.sliding_window
         self.vocab_size = config.vocab_size
         self.vision = config.vision
-        self.position = 0
+        self.position = self._written = 0
         self.logits: Logits = np.empty(0, np.float32)
 
     def rows(self, layer: int, positions: range) -> tuple[Logits, Logits]:
@@ -90,16 +98,41 @@ class PteSession:
         keys, values = (cache[[position % len(cache) for position in positions]] for cache in caches)
         return keys, values
 
+    def live(self, position: int) -> dict[str, NDArray[Any]]:
+        """What is written into these arrays, [1, rows, K, D] for full-attention layers, is in the program's memory."""
+        views: dict[str, NDArray[Any]] = {}
+        for index, layer in enumerate(self._layout.layers):
+            for part in PARTS:
+                name = f"layers.{index}.attention.{part}"
+                buffer = self._decoder.get_attribute(name).numpy()
+                views[name] = buffer if layer.kind == SLIDING else buffer[:, :position]
+        assert len(views) == self._decoder.method_meta().num_attributes(), "every buffer of the program must be here"
+        return views
+
+    def resume(self, ids: Sequence[int], logits: Logits) -> None:
+        self.position = self._written = len(ids)
+        self.logits = logits
+
     def reset(self) -> None:
         """Go back to position 0. The caches keep their bytes, because masks hide every slot not written since."""
-        self.position = 0
+        self.position = self._written = 0
+        self.logits = np.empty(0, np.float32)
+
+    def can_rewind(self, written: int, position: int) -> bool:
+        return self._layout.can_rewind(max(written, self._written), position, self._window)
+
+    def rewind(self, position: int) -> None:
+        assert self.can_rewind(self.position, position)
+        self._written = max(self._written, self.position)
+        self.position = position
         self.logits = np.empty(0, np.float32)
 
     def encode_image(self, image: Pixels) -> SoftTokens:
         if self._encoder is None:
             with native_errors(self._path):
                 self._encoder = self._program.load_method(VISION_ENCODER)
-        output = self._encoder.call((torch.from_numpy(network_input(image)),), clone_outputs=False)[0]
+        with one_torch_thread():
+            output = self._encoder.call((torch.from_numpy(network_input(image)),), clone_outputs=False)[0]
         soft_tokens: SoftTokens = output[0, :, :-1].numpy().copy()  # without the last channel, the image flag
         return soft_tokens
 
@@ -112,17 +145,51 @@ class PteSession:
         self._encoder = None
         for call in split:
             if call.image is not None:
-                inputs = image_embeddings(next(encoded))
+                output = self._feed(image_embeddings(next(encoded)))
             else:
-                inputs = torch.tensor([call.ids], dtype=torch.int64)
-                if self._embedding is not None:
-                    inputs = self._embedding.call((inputs,))[0]
-            position = torch.tensor([self.position], dtype=torch.int64)
-            # Not cloned: the output is the program's own memory, which the next call of any method overwrites.
-            output = self._decoder.call((inputs, position), clone_outputs=False)[0]
-            self.position += len(call.ids)
-        self.logits = output.numpy().reshape(-1).copy()
+                output = self._feed_text(call.ids)
+        self.logits = output[0].copy()
         return self.logits
+
+    def verify(self, ids: Sequence[int]) -> Logits:
+        assert len(ids) <= self.most_logits
+        (call,) = calls(self, ids)
+        self._encoder = None
+        rows = self._feed_text(call.ids, len(ids)).copy()
+        self.logits = rows[-1]
+        return rows
+
+    def _feed_text(self, ids: Sequence[int], count: int = 1) -> Logits:
+        inputs = torch.tensor([ids], dtype=torch.int64)
+        if self._embedding is not None:
+            inputs = self._embedding.call((inputs,))[0]
+        return self._feed(inputs, count)
+
+    def _feed(self, inputs: torch.Tensor, count: int = 1) -> Logits:
+        """Feed tokens [1, S] or embeddings [1, S, E + 1]. Returns the logits of the last positions, [count, V].
+
+        They are the program's own memory, which the next call of any method overwrites.
+        """
+        start = torch.tensor([self.position + (count - 1) * LOGITS_STRIDE], dtype=torch.int64)
+        with one_torch_thread():
+            output = self._decoder.call((inputs, start), clone_outputs=False)[0]
+        self.position += inputs.shape[1]
+        rows: Logits = output[0].numpy()
+        return rows
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """In the block, torch's matrix library has one thread, as OMP_NUM_THREADS above sees to if torch is not loaded yet.
+
+    A proof has used torch before, with all cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def open_program(path: Path) -> Any:

@@ -17,6 +17,7 @@ from gemma3.host.memory import Room
 from quant.quantize import quantize
 from quant.recipe import preset
 from quant.source import Source
+from quant.weights import ideal_bytes, shape_of
 from runtime_py.api import export_bundle
 from tests.bundles import SEEING_CONFIG, write_checkpoint
 
@@ -42,8 +43,8 @@ def test_forms_are_those_of_the_quantized_weights(tmp_path: Path, scheme: str, s
     quantized = quantize(source, preset(scheme))
     planned, made = forms_in(source, preset(scheme)), quantized.weights
     assert list(planned) == list(made.forms)
-    assert {name: module.shape_of(form) for name, form in planned.items()} == made.shapes
-    assert module.ideal_bytes(planned.values()) == made.ideal_bytes
+    assert {name: shape_of(form) for name, form in planned.items()} == made.shapes
+    assert ideal_bytes(planned.values()) == made.ideal_bytes
     assert forms_in(quantized, preset(scheme)) is made.forms
 
 

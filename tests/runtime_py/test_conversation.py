@@ -1,4 +1,4 @@
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,9 @@ from gemma3.tokenizer import Tokenizer
 from runtime_py.conversation import Conversation, stream_text
 from runtime_py.generate import Sampler, generate
 from runtime_py.pictures import Picture
+from runtime_py.prefix import NO_PREFIX, Prefix, prefix_ids
+from runtime_py.sessions.protocol import Image as ImageInput
+from runtime_py.sessions.protocol import Logits
 from scripts.random_checkpoint import made_up_tokenizer
 from tests.bundles import IMAGE_PIECES, SEEING_CONFIG, VOCABULARY
 from tests.function_session import FunctionSession
@@ -33,10 +36,40 @@ def reciting(tokenizer: Tokenizer, answers: list[str], context: int = 256) -> Fu
 
 
 def conversation(
-    session: FunctionSession, tokenizer: Tokenizer, limit: int | None = None, chat: ChatFormat = GEMMA
+    session: FunctionSession,
+    tokenizer: Tokenizer,
+    limit: int | None = None,
+    chat: ChatFormat = GEMMA,
+    prefix: Prefix = NO_PREFIX,
 ) -> Conversation:
     stop_ids = {1, tokenizer.end_of_turn_id}
-    return Conversation(session, tokenizer, Sampler(), chat=chat, stop_ids=stop_ids, max_new_tokens=limit)
+    return Conversation(
+        session, tokenizer, Sampler(), chat=chat, prefix=prefix, stop_ids=stop_ids, max_new_tokens=limit
+    )
+
+
+class Forgetting(FunctionSession):
+    """A session that can forget up to ``reach`` of its last ids, and counts what it is fed."""
+
+    reach = 1000
+    count = 0
+
+    def can_rewind(self, written: int, position: int) -> bool:
+        return written - position <= self.reach
+
+    def rewind(self, position: int) -> None:
+        assert self.can_rewind(self.position, position)
+        self.fed = self.fed[:position]
+
+    def prefill(self, ids: Sequence[int], images: Sequence[ImageInput] = ()) -> Logits:
+        self.count += len(ids)
+        return super().prefill(ids, images)
+
+
+def forgetting(session: FunctionSession) -> Forgetting:
+    session.__class__ = Forgetting
+    assert isinstance(session, Forgetting)
+    return session
 
 
 def test_the_cache_holds_the_conversation_as_the_template_says(tokenizer: Tokenizer) -> None:
@@ -180,7 +213,8 @@ def test_a_template_that_rewrites_earlier_turns_is_fed_anew(tokenizer: Tokenizer
     chat = conversation(session, tokenizer, chat=form(FORGETFUL))
     assert "".join(chat.say("hello")) == "hm|fine"
     expected = form(FORGETFUL).encode(tokenizer, turns("hello", "hm|fine", "well"))
-    assert chat.turn_ids("well") == expected
+    new = chat.turn_ids("well")
+    assert new == expected[-len(new) :]
     list(chat.say("well"))
     assert session.fed[: len(expected)] == expected
     assert form(FORGETFUL).encode(tokenizer, turns("hello", "fine", "well")) == expected  # without the thoughts
@@ -229,3 +263,107 @@ def test_images_of_earlier_turns_are_fed_again_when_the_template_rewrites_them(t
     ]
     whole = form(template).encode(tokenizer, messages, tokens_per_image=4)
     assert session.fed[: len(whole)] == whole
+
+
+# What the caches keep
+
+
+def test_a_session_that_can_go_back_keeps_the_beginning_that_did_not_change(tokenizer: Tokenizer) -> None:
+    session = forgetting(reciting(tokenizer, ["hm|fine", "x"]))
+    template = form(PLAIN.replace("m.content", "m.content.split('|')[-1]"))  # without the model's thoughts
+    chat = conversation(session, tokenizer, chat=template)
+    list(chat.say("hello there"))
+    before, count = list(session.fed), session.count
+    whole = template.encode(tokenizer, turns("hello there", "hm|fine", "well"))
+    same = next(index for index, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other)
+    assert same > 10
+    assert chat.turn_ids("well") == whole[same:]
+    list(chat.say("well"))
+    assert session.fed[: len(whole)] == whole
+    assert session.count - count == len(whole) - same + 1  # and the answer's one token
+
+
+def test_a_session_that_cannot_go_back_so_far_begins_again(tokenizer: Tokenizer) -> None:
+    session = forgetting(reciting(tokenizer, ["hm|fine", "x"]))
+    template = form(PLAIN.replace("m.content", "m.content.split('|')[-1]"))
+    chat = conversation(session, tokenizer, chat=template)
+    list(chat.say("hello there"))
+    session.reach = 3
+    whole = template.encode(tokenizer, turns("hello there", "hm|fine", "well"))
+    assert chat.turn_ids("well") == whole
+    list(chat.say("well"))
+    assert session.fed[: len(whole)] == whole
+
+
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_a_session_that_was_fed_by_someone_else_begins_again(tokenizer: Tokenizer, goes_back: bool) -> None:
+    session = reciting(tokenizer, ["fine", "good"])
+    if goes_back:
+        session = forgetting(session)
+    chat = conversation(session, tokenizer)
+    list(chat.say("hello"))
+    session.prefill([7, 8])
+    list(chat.say("well"))
+    whole = encode_chat(tokenizer, turns("hello", "fine", "well"))
+    assert session.fed[: len(whole)] == whole
+
+
+def test_a_full_context_ends_the_answer_and_then_the_chat(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["a long answer that goes on and on", "b"], context=24)
+    chat = conversation(session, tokenizer)
+    heard = "".join(chat.say("hi"))
+    assert chat.reason == "context"
+    assert session.position == 24
+    assert heard
+    assert "a long answer that goes on and on".startswith(heard)
+    fed = list(session.fed)
+    with pytest.raises(DoesNotFit, match="after position 24 are over the context of 24"):
+        list(chat.say("more"))
+    assert session.fed == fed
+    chat.reset()
+    assert session.position == 0
+
+
+def test_a_picture_that_was_exchanged_is_fed_again(tmp_path: Path) -> None:
+    """The ids are the same, so only the pixels tell."""
+    (tmp_path / "tokenizer.model").write_bytes(made_up_tokenizer(VOCABULARY, IMAGE_PIECES))
+    tokenizer = Tokenizer(tmp_path)
+    session = forgetting(reciting(tokenizer, ["fine", "good"]))
+    session.vision = parse_config(SEEING_CONFIG).vision
+    dark, light = (Picture((np.full((28, 28, 3), shade, np.uint8),)) for shade in (0, 255))
+    chat = conversation(session, tokenizer)
+    list(chat.say("see <image>", [dark]))
+    new = chat.turn_ids("more")
+    chat._pictures = [light]  # as if the conversation had been changed
+    anew = chat.turn_ids("more")
+    assert 639 not in new
+    assert anew[:4] == [639] * 4  # the picture, whole
+    assert anew[-len(new) :] == new
+
+
+# A system text
+
+
+def test_a_system_text_begins_every_chat(tokenizer: Tokenizer) -> None:
+    session = reciting(tokenizer, ["fine", "good"])
+    chat = conversation(session, tokenizer, prefix=Prefix("Be kind."))
+    messages: list[Message] = [{"role": "system", "content": "Be kind."}, *turns("hello")]
+    for _ in range(2):
+        assert "".join(chat.say("hello")) == "fine"
+        whole = encode_chat(tokenizer, messages)
+        assert session.fed[: len(whole)] == whole
+        chat.reset()
+        assert session.position == 0
+
+
+@pytest.mark.parametrize("words", ["hello", "9 lives", "'tis", "(a)", "\n\n x", "éa", "<end_of_turn>", "日本"])
+def test_a_prefix_is_what_every_first_turn_begins_with(tokenizer: Tokenizer, words: str) -> None:
+    ids = prefix_ids(Prefix("Be kind."), tokenizer, GEMMA, None)
+    whole = encode_chat(tokenizer, [{"role": "system", "content": "Be kind."}, *turns(words)])
+    assert whole[: len(ids)] == ids
+    assert tokenizer.decode(ids).endswith("Be kind.\n\n")
+
+
+def test_templates_without_a_prefix(tokenizer: Tokenizer) -> None:
+    with pytest.raises(BadInput, match="begins with the user's words"):
+        prefix_ids(NO_PREFIX, tokenizer, form("{{ messages[-1].content }}"), None)

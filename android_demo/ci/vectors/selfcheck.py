@@ -290,8 +290,9 @@ def _write_plans(path: Path) -> None:
         text = TEXT | {"sliding_window": window, "max_position_embeddings": 8192}
         whole = config | {"text_config": text} if "text_config" in config else text
         manifest = _manifest(parse_config(whole), references, context, min(chunk, context))
-        plan = make_plan(manifest)
-        plans.append({"manifest": json.loads(manifest.to_json()), "plan": dataclasses.asdict(plan)})
+        for longer in (False, True):
+            plan = make_plan(manifest, longer)
+            plans.append({"manifest": json.loads(manifest.to_json()), "plan": dataclasses.asdict(plan)})
     path.write_text(json.dumps(plans))
 
 

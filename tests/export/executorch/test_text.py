@@ -1,11 +1,13 @@
 """The .pte file compared with the eager network for every kind of shape, and its bytes with what they should be."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
+from executorch.exir._serialize._named_data_store import NamedDataStoreOutput
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -332,6 +334,14 @@ def test_halves_join_to_the_projection(seed: int, heads: int, half: int) -> None
     joined = join_halves(first, second, 2 * half)
     assert torch.equal(joined.codes, weight.codes)
     assert torch.equal(joined.scales, weight.scales)
+
+
+@pytest.mark.slow
+def test_nothing_of_the_file_stays_in_memory(tmp_path: Path) -> None:
+    """The compiler keeps its graphs alive; a large model's constants must not be kept with them."""
+    tiny_pte(tiny_config("like-270m", num_hidden_layers=2), tmp_path, "int4-block32", "int8")
+    kept = [held for held in gc.get_objects() if isinstance(held, NamedDataStoreOutput)]
+    assert sum(len(buffer) for held in kept for buffer in held.buffers) == 0
 
 
 def test_embedding_nibbles() -> None:

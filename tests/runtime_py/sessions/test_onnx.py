@@ -15,9 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.onnx.file import LAST_LOGITS, LOGITS_TO_KEEP
 from gemma3.errors import BadInput, DoesNotFit
 from runtime_py.sessions.onnx import OnnxSession, open_encoder
 from tests.onnx_models import TinyOnnx, tiny_onnx
+from tests.rewinding import (
+    assert_a_rewound_session_equals_one_that_never_went_on,
+    assert_rows_are_those_of_single_steps,
+)
 from tests.shapes import random_tokens, tiny_config, tiny_vision_config, with_images
 
 
@@ -88,6 +93,32 @@ def test_reset_equals_a_new_session_bit_for_bit(tiny: TinyOnnx, before: int) -> 
         assert np.array_equal(used.step(token), fresh.step(token))
 
 
+def test_a_call_gives_the_logits_of_its_last_positions(tmp_path: Path) -> None:
+    exact = tiny_onnx(tiny_config(), tmp_path)  # no rounding, so the lengths of calls do not matter
+    assert_rows_are_those_of_single_steps(exact.session, random_tokens(exact.config, 100), 1e-5)
+
+
+def test_a_rewound_session_equals_one_that_never_went_on(tiny: TinyOnnx) -> None:
+    assert_a_rewound_session_equals_one_that_never_went_on(tiny.session, random_tokens(tiny.config, 120), 8)
+
+
+def test_a_file_of_an_older_version_gives_one_row_of_logits(copy: TinyOnnx) -> None:
+    """Its graph has neither the input nor the output."""
+    model = onnx.load(copy.path, load_external_data=False)
+    graph = model.graph
+    for values in (graph.input, graph.output, graph.initializer):
+        for value in [one for one in values if one.name in (LOGITS_TO_KEEP, LAST_LOGITS)]:
+            values.remove(value)
+    negated = next(node for node in graph.node if LOGITS_TO_KEEP in node.input)
+    negated.input[0] = "one"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1], np.int64), "one"))
+    copy.path.write_bytes(model.SerializeToString())
+    session = copy.session()
+    assert session.most_logits == 1
+    ids = random_tokens(copy.config, 30)
+    assert session.prefill(ids).shape == session.verify([3])[0].shape == (copy.config.vocab_size,)
+
+
 def test_refuses_ids_before_any_is_fed(tiny: TinyOnnx) -> None:
     session = tiny.session()
     session.prefill([1, 2, 3])
@@ -138,10 +169,14 @@ def test_refuses_a_file_of_another_layout_or_vocabulary(tiny: TinyOnnx) -> None:
         OnnxSession(tiny.path, tiny.layout, replace(tiny.config, vocab_size=161))
 
 
+def last_external(model: onnx.ModelProto) -> onnx.TensorProto:
+    return [tensor for tensor in model.graph.initializer if tensor.external_data][-1]
+
+
 def relocate(location: str) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         model = onnx.load(path, load_external_data=False)
-        (entry,) = [entry for entry in model.graph.initializer[-1].external_data if entry.key == "location"]
+        (entry,) = [entry for entry in last_external(model).external_data if entry.key == "location"]
         entry.value = location
         path.write_bytes(model.SerializeToString())
 
@@ -165,7 +200,7 @@ def remove_the_data(path: Path) -> None:
 
 def move_a_weight(path: Path) -> None:
     model = onnx.load(path, load_external_data=False)
-    (entry,) = [entry for entry in model.graph.initializer[-1].external_data if entry.key == "offset"]
+    (entry,) = [entry for entry in last_external(model).external_data if entry.key == "offset"]
     entry.value = str(10**9)
     path.write_bytes(model.SerializeToString())
 

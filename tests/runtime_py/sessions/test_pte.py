@@ -11,6 +11,10 @@ from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 from gemma3.errors import BadInput, DoesNotFit
 from runtime_py.sessions.pte import PteSession
 from tests.pte_models import CHUNK, TinyPte, tiny_pte
+from tests.rewinding import (
+    assert_a_rewound_session_equals_one_that_never_went_on,
+    assert_rows_are_those_of_single_steps,
+)
 from tests.shapes import random_tokens, tiny_config
 
 DEMO = Path(__file__).parents[3] / "gemma3" / "demo"
@@ -40,6 +44,16 @@ def test_reset_gives_what_a_new_session_gives(tiny: TinyPte) -> None:
     session.reset()
     assert session.position == 0
     assert np.array_equal(walk(session, ids), fresh)
+
+
+def test_a_call_gives_the_logits_of_its_last_positions(tiny: TinyPte) -> None:
+    """Where roundings of activations may fall out otherwise; by a sixth of the logits' spread."""
+    ids = random_tokens(tiny.config, 100)
+    assert_rows_are_those_of_single_steps(tiny.session, ids, 0.1)
+
+
+def test_a_rewound_session_equals_one_that_never_went_on(tiny: TinyPte) -> None:
+    assert_a_rewound_session_equals_one_that_never_went_on(tiny.session, random_tokens(tiny.config, 120), 8)
 
 
 def test_two_sessions_have_caches_of_their_own(tiny: TinyPte) -> None:

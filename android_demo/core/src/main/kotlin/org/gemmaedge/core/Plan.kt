@@ -78,7 +78,7 @@ class ProofPlan(
                 plan.imageNumbers.size == plan.imagePlaces.size &&
                 imageRuns(plan, vision) == plan.imagePlaces &&
                 plan.walks.values.all { isWalk(it, plan, vision) } &&
-                PlanShape.of(manifest).isThatOf(plan)
+                PlanShape.of(manifest).any { it.isThatOf(plan) }
         }
 
         /** Do [lengths] add up to the plan's sequence, without a cut inside an image? */

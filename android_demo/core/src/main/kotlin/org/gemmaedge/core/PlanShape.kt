@@ -5,16 +5,20 @@ package org.gemmaedge.core
  *
  * The same rules as runtime_py/proof/plan.py. They depend only on the manifest; the ids are in the golden vectors too.
  */
-internal class PlanShape private constructor(private val manifest: Manifest) {
+internal class PlanShape private constructor(
+    private val manifest: Manifest,
+    longer: Boolean,
+) {
     private val window = manifest.model.slidingWindow
     private val chunk = manifest.chunk
     private val vision = manifest.model.vision
     private val softTokens = vision?.tokensPerImage ?: 0
     private val wraps = manifest.artifacts.values.map { localSlots(it.cache) }.distinct().sorted()
+    private val least = sequence(1, 2)
+    private val most = sequence(MOST_WINDOWS, MOST_TURNS)
     private val length = minOf(
         manifest.context,
-        maxOf(wraps.last() + WINDOWS_PAST_THE_WRAP * window, TURNS * wraps.last() + NEAR) +
-            MORE_FOR_IMAGES * softTokens,
+        (if (longer) most else maxOf(least, minOf(most, STEP_EVERYTHING))) + MORE_FOR_IMAGES * softTokens,
     )
     private val places = if (vision == null) emptyList() else imagePlaces()
     private val landmarks = landmarks()
@@ -25,6 +29,8 @@ internal class PlanShape private constructor(private val manifest: Manifest) {
         plan.landmarks == landmarks &&
         plan.walks == walks() &&
         plan.walks.keys.first() == ODD_SIZES // which order says what is fed first
+
+    private fun sequence(windows: Int, turns: Int) = maxOf(wraps.last() + windows * window, turns * wraps.last() + NEAR)
 
     private fun localSlots(layout: CacheLayout): Int =
         layout.layers.filter { it.kind == SLIDING }.minOfOrNull { it.slots } ?: layout.context
@@ -49,8 +55,8 @@ internal class PlanShape private constructor(private val manifest: Manifest) {
     private fun landmarks(): Map<String, Int> {
         val found = mutableMapOf("first" to 0, "chunk-end" to chunk - 1)
         found += mapOf("W-1" to window - 1, "W" to window, "W+1" to window + 1)
-        for (count in 2..WINDOWS_PAST_THE_WRAP) found["${count}W"] = count * window
-        for (slots in wraps) for (turn in 1..TURNS) found["wrap-$turn-of-$slots-slots"] = turn * slots
+        for (count in 2..MOST_WINDOWS) found["${count}W"] = count * window
+        for (slots in wraps) for (turn in 1..MOST_TURNS) found["wrap-$turn-of-$slots-slots"] = turn * slots
         found["last"] = length - 1
         places.forEachIndexed { number, place -> found["image-${number + 1}"] = place + softTokens - 1 }
         return found.filterValues { it < length }
@@ -91,14 +97,15 @@ internal class PlanShape private constructor(private val manifest: Manifest) {
         const val ODD_SIZES = "odd-sizes"
         const val ONE_BY_ONE = "one-by-one"
         private const val SLIDING = "sliding_attention"
-        private const val WINDOWS_PAST_THE_WRAP = 4
-        private const val TURNS = 3
+        private const val MOST_WINDOWS = 4
+        private const val MOST_TURNS = 3
         private const val STEP_EVERYTHING = 1024
         private const val NEAR = 16
         private const val TAIL = 8
         private const val MORE_FOR_IMAGES = 4
         private val ORDER = listOf(0, 0, 1, 0, 1, 1)
 
-        fun of(manifest: Manifest) = PlanShape(manifest)
+        /** The shapes that a plan for the model may have: ours, and the longer one of bundles up to version 0.4.0. */
+        fun of(manifest: Manifest) = listOf(false, true).map { PlanShape(manifest, it) }
     }
 }

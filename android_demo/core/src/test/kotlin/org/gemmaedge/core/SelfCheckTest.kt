@@ -210,8 +210,8 @@ class SelfCheckTest {
     fun plansAreThoseOfPythonAndNoOther() {
         val all = json.decodeFromString<List<ManifestAndPlan>>(File(folder, "plans.json").readText())
         for ((number, one) in all.withIndex()) {
-            val (shape, plan) = Pair(PlanShape.of(one.manifest), one.plan)
-            assertTrue(shape.isThatOf(plan), "plan $number")
+            val (shapes, plan) = Pair(PlanShape.of(one.manifest), one.plan)
+            assertTrue(shapes.any { it.isThatOf(plan) }, "plan $number")
             val walks = plan.walks - "chunks"
             val others = listOf(
                 Plan(plan.ids + 5, plan.walks, plan.landmarks, plan.imagePlaces, plan.imageNumbers),
@@ -220,7 +220,7 @@ class SelfCheckTest {
                 Plan(plan.ids, plan.walks, plan.landmarks, plan.imagePlaces + 1, plan.imageNumbers),
                 Plan(plan.ids, plan.walks, plan.landmarks, plan.imagePlaces, plan.imageNumbers + 1),
             )
-            assertTrue(others.none(shape::isThatOf), "plan $number")
+            assertTrue(others.none { other -> shapes.any { it.isThatOf(other) } }, "plan $number")
         }
         println("self-check: ${all.size} plans equal Python's")
     }
