@@ -265,6 +265,18 @@ def export(
     chunk: Annotated[
         int | None, typer.Option("--chunk", help="The most tokens in one prefill call [128, at most the context].")
     ] = None,
+    kv: Annotated[
+        Literal["float32", "int8"],
+        typer.Option("--kv", help="The dtype of the KV caches; int8 takes a quarter of the memory."),
+    ] = "float32",
+    kv_data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--kv-data",
+            metavar="FILE",
+            help="Text, or conversations in JSON, for the scales of an int8 KV cache in an .onnx [a sample of ours].",
+        ),
+    ] = None,
     exact_sfp8: Annotated[
         bool, typer.Option("--exact-sfp8", help="Keep SFP8's codes in the .onnx: exact but slow, for validation.")
     ] = False,
@@ -284,6 +296,8 @@ def export(
             context=context,
             chunk=chunk,
             exact_sfp8=exact_sfp8,
+            kv=kv,
+            kv_data=kv_data or [],
         )
     print(validation_table(manifest.validation))
     print(bundle_line(out, manifest), file=sys.stderr)

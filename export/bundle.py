@@ -29,7 +29,7 @@ from export.preflight import SMALL_FILES_BYTES, bundle_bytes, check_disk
 from export.stand_ins import for_target
 from export.target import StandIn, Target, multiplied, references_of
 from export.tokenizer import write_tokenizer
-from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheLayout, cache_layout
+from gemma3.cache import DEFAULT_CHUNK, DEFAULT_CONTEXT, CacheDtype, CacheLayout, cache_layout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.generation_config import GENERATION_CONFIG, stop_ids
@@ -42,6 +42,7 @@ from gemma3.tokenizer import (
     START_OF_IMAGE,
     START_OF_TURN,
 )
+from quant.kv import PerChannel
 from quant.quantize import in_recipe
 from quant.recipe import Recipe, Rule
 from quant.source import QuantizedCheckpoint, Source
@@ -72,18 +73,23 @@ def draft_bundle(
     context: int | None = None,
     chunk: int | None = None,
     exact_sfp8: bool = False,
+    kv: CacheDtype = "float32",
+    kv_scales: Mapping[int, PerChannel] | None = None,
 ) -> Iterator[Draft]:
     """Export ``checkpoint`` to each of ``targets``. When the block ends and the draft is sealed, ``out`` appears.
 
     SFP8 weights become 8-bit integers; with ``exact_sfp8`` they keep their codes, which only .onnx can hold.
     ``context`` (positions) defaults to the model's, at most 4096. ``chunk`` (tokens) defaults to 128, at most the
-    context; a multimodal model raises it to an image's tokens. Raises BadInput or DoesNotFit for what cannot be
-    exported, before the export begins where possible, and RuntimeError when the block ends without a seal. After any
-    error nothing is left behind.
+    context; a multimodal model raises it to an image's tokens. ``kv`` is the dtype of the caches; int8 ones need
+    ``kv_scales``, by layer (see ``quant.kv.calibrate``), and a target that has them. Raises BadInput or DoesNotFit for
+    what cannot be exported, before the export begins where possible, and RuntimeError when the block ends without a
+    seal. After any error nothing is left behind.
     """
     config = checkpoint.config
-    layouts = cache_layouts(config, targets, context, chunk)
+    layouts = cache_layouts(config, targets, context, chunk, kv)
     check_activations(targets, checkpoint.recipe)
+    check_kv(targets, kv)
+    assert kv == "float32" or kv_scales is not None, "an int8 cache needs scales"
     with staging(out) as directory:
         tokenizer = tokenizer_info(checkpoint)
         for line in companion_notes(checkpoint):
@@ -94,7 +100,8 @@ def draft_bundle(
         weights: dict[str, QuantizedWeights] = {}
         stand_ins: dict[str, dict[str, StandIn]] = {}
         for target in targets:
-            weights[target.name], stand_ins[target.name] = for_target(checkpoint.weights, target, exact_sfp8)
+            own, stand_ins[target.name] = for_target(checkpoint.weights, target, exact_sfp8)
+            weights[target.name] = replace(own, kv=kv_scales) if kv == "int8" and kv_scales else own
         sizes = [bundle_bytes(config, target, weights[target.name].forms) for target in targets]
         check_disk(out.parent, SMALL_FILES_BYTES + sum(sizes))
         artifacts = {}
@@ -153,7 +160,8 @@ def export_artifact(
     """
     log.info("exporting .%s", target.name)
     started = time.perf_counter()
-    report = target.export(config, weights.tensors, layout, eos_ids, directory / target.file, float_activations)
+    path = directory / target.file
+    report = target.export(config, weights.tensors, layout, eos_ids, path, float_activations, weights.kv)
     give_back()
     stored = sum((directory / name).stat().st_size for name in report.files)
     log.info(
@@ -189,16 +197,44 @@ def float_activations_of(
     return tuple(name for name in multiplied(config, weights.integers) if recipe.rule(name).activations == "float")
 
 
+def stored_kv(
+    bundle: Path, manifest: Manifest, weights: Mapping[str, QuantizedWeights], targets: Mapping[str, Target]
+) -> dict[str, QuantizedWeights]:
+    """``weights``, by format, with the scales of int8 keys and values that the files of ``bundle`` hold.
+
+    Raises BadInput when a file cannot be read.
+    """
+    found = dict(weights)
+    for format, artifact in manifest.artifacts.items():
+        read = targets[format].read_kv
+        if artifact.cache.dtype == "int8" and read is not None:
+            found[format] = replace(found[format], kv=dict(read(bundle / artifact.file)))
+    return found
+
+
+def check_kv(targets: Sequence[Target], kv: CacheDtype) -> None:
+    """Raises BadInput when a target has no caches of the dtype ``kv``."""
+    unable = [target.name for target in targets if kv == "int8" and target.read_kv is None]
+    if unable:
+        raise BadInput(f"a .{unable[0]} has no int8 KV cache; leave out --kv, or choose --format onnx")
+
+
 def check_exportable(
-    source: Source, targets: Sequence[Target], recipe: Recipe, context: int | None, chunk: int | None
+    source: Source,
+    targets: Sequence[Target],
+    recipe: Recipe,
+    context: int | None,
+    chunk: int | None,
+    kv: CacheDtype = "float32",
 ) -> None:
     """Raises what ``draft_bundle`` would raise for ``source`` before it needs quantized weights.
 
     So a caller learns of a bad context, chunk or tokenizer, and of activations that a target cannot keep in floating
     point, before the time-consuming quantization.
     """
-    cache_layouts(source.config, targets, context, chunk)
+    cache_layouts(source.config, targets, context, chunk, kv)
     check_activations(targets, recipe)
+    check_kv(targets, kv)
     tokenizer_info(source)
 
 
@@ -214,12 +250,16 @@ def check_activations(targets: Sequence[Target], recipe: Recipe) -> None:
 
 
 def cache_layouts(
-    config: ModelConfig, targets: Sequence[Target], context: int | None, chunk: int | None
+    config: ModelConfig,
+    targets: Sequence[Target],
+    context: int | None,
+    chunk: int | None,
+    kv: CacheDtype = "float32",
 ) -> dict[str, CacheLayout]:
     """The layout of each target's caches. Raises DoesNotFit or BadInput for a context or chunk that is not possible."""
     context = min(config.max_position_embeddings, DEFAULT_CONTEXT) if context is None else context
     chunk = largest_call(config, context, min(DEFAULT_CHUNK, context) if chunk is None else chunk)
-    return {target.name: cache_layout(config, target.cache_style, context, chunk) for target in targets}
+    return {target.name: cache_layout(config, target.cache_style, context, chunk, kv) for target in targets}
 
 
 def largest_call(config: ModelConfig, context: int, chunk: int) -> int:

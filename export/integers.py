@@ -48,6 +48,27 @@ def compare_integers(weights: Weights, target: Target, path: Path) -> IntegerCou
     return IntegerCounts({name: equal.get(name, 0) for name in forms}, unequal)
 
 
+def check_kv_scales(
+    directory: Path, manifest: Manifest, weights: Mapping[str, QuantizedWeights], targets: Mapping[str, Target]
+) -> list[Check]:
+    """For each artifact whose file holds scales of keys and values, a check that they are those of ``weights``.
+
+    Every place of their use counts. Raises what the target's ``read_kv`` raises.
+    """
+    checks = []
+    for format, artifact in manifest.artifacts.items():
+        read, expected = targets[format].read_kv, weights[format].kv
+        if read is None or not expected:
+            continue
+        stored = list(read(directory / artifact.file))
+        missing = len(expected.keys() - {layer for layer, _ in stored})
+        equal = sum(one.equal(expected.get(layer)) for layer, one in stored)
+        total = sum(one.count for _, one in stored) + missing
+        name = f"scales of keys and values in the file are the calibrated ones ({equal} of {total})"
+        checks.append(Check(format, "kv-scales", "equal", name, equal / total, 1.0, equal == total))
+    return checks
+
+
 def check_integers(
     directory: Path, manifest: Manifest, weights: Mapping[str, QuantizedWeights], targets: Mapping[str, Target]
 ) -> list[Check]:

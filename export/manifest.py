@@ -25,8 +25,8 @@ from quant.recipe import Verdict
 
 # MAJOR.MINOR. A new MINOR only adds keys: a reader ignores keys that it does not know in a file of a newer MINOR.
 # 4.0: the references of an artifact by name, the weights whose inputs stay in floating point, the form and variables of
-# the chat template, sampling.
-MAJOR, MINOR = 4, 0
+# the chat template, sampling. 4.1: caches of dtype int8.
+MAJOR, MINOR = 4, 1
 SCHEMA_VERSION = f"{MAJOR}.{MINOR}"
 MANIFEST = "manifest.json"
 PROOF = "proof"

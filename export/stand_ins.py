@@ -46,7 +46,7 @@ def for_target(
             return stand_in(weights.quantized[name], stand_ins[name].scheme)[0]
         return weights.tensors[name]
 
-    return QuantizedWeights(OnDemand(forms, make), verdicts), stand_ins
+    return replace(weights, tensors=OnDemand(forms, make), verdicts=verdicts), stand_ins
 
 
 def stand_in(weight: QuantizedWeight, scheme: str) -> tuple[IntegerWeight, float]:

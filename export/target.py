@@ -14,7 +14,9 @@ from gemma3.config import ModelConfig
 from gemma3.names import EMBEDDING, head_of
 
 if TYPE_CHECKING:
+    from gemma3.model import RoundHeads
     from quant.activations import Rounding
+    from quant.kv import PerChannel
     from quant.weights import QuantizedWeight, Weights
 
 # The names of a graph's methods: a text-only model has one, a multimodal model three. ExecuTorch's stock runners look
@@ -33,7 +35,7 @@ def most_logits(layout: CacheLayout) -> int:
     return min(MOST_LOGITS, layout.chunk)
 
 
-TensorDtype = Literal["int64", "float32"]
+TensorDtype = Literal["int64", "float32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,15 @@ class Export(Protocol):
         eos_ids: Sequence[int],
         path: Path,
         float_activations: Collection[str],
+        kv: "Mapping[int, RoundHeads]",
     ) -> ExportReport:
         """Write the graph to ``path``, and the files that belong to it beside it.
 
         ``weights`` are by checkpoint name. The inputs of the weights ``float_activations`` are not rounded; only a
-        target with ``can_keep_float`` gets any. The same arguments give the same bytes. Raises BadInput for weights
-        that do not fit the configuration or the target's kernels.
+        target with ``can_keep_float`` gets any. ``kv`` says how keys and values are rounded, by layer; it is empty
+        unless the ``layout`` has another dtype than float32, which only a target with ``read_kv`` gets. The same
+        arguments give the same bytes. Raises BadInput for weights that do not fit the configuration or the target's
+        kernels.
         """
 
 
@@ -144,6 +149,9 @@ class Target:
     # How its kernels round the input of a linear layer with integer weights: an entry for each kind of kernel that may
     # run the file, by name, with a function that imports it. Empty: they multiply in float32.
     roundings: Mapping[str, Callable[[], "Rounding"]] = field(default_factory=dict)
+    # The scales of int8 keys and values in the file at a path, by layer, once for every place of their use. None: its
+    # caches can only be float32.
+    read_kv: "Callable[[Path], Iterator[tuple[int, PerChannel]]] | None" = None
     can_keep_float: bool = False  # can it keep the activations of chosen weights in floating point?
     # The bytes of weights that the file holds a second time. They come on top of the weights' ideal bytes.
     repeated_bytes: Callable[[ModelConfig, "Weights"], int] = no_bytes

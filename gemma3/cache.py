@@ -9,6 +9,8 @@ whole context. There are two styles, because the runtimes differ:
 * ``compacting``: ONNX Runtime's GroupQueryAttention with ``sliding_window_cache``: rows stay in order, and the live
   ones move to the front when the buffer is full. It reads the old rows before it drops them, so W + slack rows are
   enough for any chunk.
+
+An int8 cache holds codes. The graph has their scales, a float32 for each channel of a head, of keys and of values.
 """
 
 from dataclasses import dataclass
@@ -18,8 +20,8 @@ from gemma3.config import SLIDING, LayerKind, ModelConfig
 from gemma3.errors import BadInput, DoesNotFit
 
 CacheStyle = Literal["ring", "compacting"]
-CacheDtype = Literal["float32"]
-BYTES: dict[CacheDtype, int] = {"float32": 4}
+CacheDtype = Literal["float32", "int8"]
+BYTES: dict[CacheDtype, int] = {"float32": 4, "int8": 1}
 # What an export uses when nothing else is asked for: positions in the caches, and tokens in one prefill call.
 DEFAULT_CONTEXT, DEFAULT_CHUNK = 4096, 128
 # Rows beyond the window in a compacting cache. More rows mean fewer moves of the window to the front, but every
@@ -59,9 +61,10 @@ class CacheLayout:
     dtype: CacheDtype = "float32"
 
     def layer_bytes(self, index: int) -> int:
-        """Bytes of the keys and the values of one layer."""
+        """Bytes of the keys and the values of one layer, and of the scales of int8 ones."""
         layer = self.layers[index]
-        return 2 * layer.num_key_value_heads * layer.slots * layer.head_dim * BYTES[self.dtype]
+        scales = BYTES["float32"] if self.dtype == "int8" else 0  # for each channel
+        return 2 * layer.num_key_value_heads * layer.head_dim * (layer.slots * BYTES[self.dtype] + scales)
 
     @property
     def total_bytes(self) -> int:
@@ -98,7 +101,9 @@ def _first_row(slots: int, end: int, window: int) -> int:
     return -(-max(0, end - slots) // dropped) * dropped
 
 
-def cache_layout(config: ModelConfig, style: CacheStyle, context: int, chunk: int) -> CacheLayout:
+def cache_layout(
+    config: ModelConfig, style: CacheStyle, context: int, chunk: int, dtype: CacheDtype = "float32"
+) -> CacheLayout:
     """The layout for at most ``context`` positions, which are fed in chunks of at most ``chunk`` tokens.
 
     A window longer than the context is clamped to it: such a layer holds the whole context. Raises DoesNotFit when the
@@ -129,4 +134,5 @@ def cache_layout(config: ModelConfig, style: CacheStyle, context: int, chunk: in
         layers=tuple(
             LayerCache(spec.kind, slots(spec.window), spec.num_key_value_heads, spec.head_dim) for spec in config.layers
         ),
+        dtype=dtype,
     )

@@ -8,7 +8,7 @@ Sources: the Gemma 3 report (arXiv 2503.19786); equality with transformers is te
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,10 @@ class LayerKV:
     values: Tensor
 
 
+# Rounds what a layer's attention reads: queries [B, H, S, D], keys and values [B, K, S, D] → the same shapes.
+RoundHeads = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, heads, S, D] by angles with the given cos and sin [S, D/2]; element i of D pairs with i + D/2."""
     first, second = x.chunk(2, dim=-1)
@@ -46,12 +50,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RMS-normalized queries and keys: x [B, S, E] → [B, S, E]."""
+    """Grouped-query attention with RMS-normalized queries and keys: x [B, S, E] → [B, S, E].
+
+    With ``round_heads`` the queries, keys and values are rounded before they are used and cached, as the kernels of an
+    exported file with an int8 cache round them.
+    """
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         self.head_dim = dim
+        self.round_heads: RoundHeads | None = None
         self.scale = config.query_pre_attn_scalar**-0.5
         self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=False)
@@ -68,6 +77,8 @@ class Attention(nn.Module):
         values = self.v_proj(x).view(split).transpose(1, 2)
         queries = apply_rope(queries, step.cos, step.sin)
         keys = apply_rope(keys, step.cos, step.sin)
+        if self.round_heads is not None:
+            queries, keys, values = self.round_heads(queries, keys, values)
         if kv is not None:
             kv.keys.index_copy_(2, step.slots, keys)
             kv.values.index_copy_(2, step.slots, values)
@@ -132,6 +143,13 @@ class Gemma3(nn.Module):
         if config.vision is not None:
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = MultiModalProjector(config.vision, config.hidden_size)
+
+    def round_heads(self, roundings: Mapping[int, RoundHeads]) -> None:
+        """From now on the layers round queries, keys and values as ``roundings``, by number, say; others do not."""
+        for index, layer in enumerate(self.model.layers):
+            attention = layer.get_submodule("self_attn")
+            assert isinstance(attention, Attention)
+            attention.round_heads = roundings.get(index)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """The soft tokens [N, tokens_per_image, E] of the images ``pixels`` [N, 3, size, size], float32 in 0 … 1."""

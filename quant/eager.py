@@ -29,8 +29,9 @@ def quantized_model(
 ) -> Gemma3:
     """The eager model of ``config`` with exactly ``weights``, in eval mode, without gradients, computing in ``dtype``.
 
-    For ``rounding`` see ``with_integer_weights``. In float64 every matrix is widened when it is used. Raises BadInput
-    when a weight is missing, is not part of the model, or has another shape.
+    For ``rounding`` see ``with_integer_weights``. Keys and values are rounded as ``weights.kv`` says. In float64 every
+    matrix is widened when it is used. Raises BadInput when a weight is missing, is not part of the model, or has
+    another shape.
     """
     check_shapes(config, weights.shapes)
     model = empty_model(config)
@@ -43,6 +44,7 @@ def quantized_model(
     if dtype != torch.float32:
         by_rows |= {name: floats.pop(name) for name in list(floats) if _is_matrix(model, name)}
     _compute_by_rows(model, by_rows, rounding, dtype)
+    model.round_heads(weights.kv)
     return fill(model, {name: weight.to(dtype) for name, weight in floats.items()})
 
 

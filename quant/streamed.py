@@ -36,12 +36,14 @@ class Variant:
     """One way to compute the model.
 
     ``rounding``: how the inputs of linear layers are rounded. ``nudge``: the seed of a random change of the embeddings,
-    and of the vision model's, by one unit in the last place; None: no change.
+    and of the vision model's, by one unit in the last place; None: no change. With ``round_heads`` keys and values are
+    rounded as the weights' ``kv`` says.
     """
 
     dtype: torch.dtype = torch.float32
     rounding: Rounding = keep_float
     nudge: int | None = None
+    round_heads: bool = False
 
     def nudged(self, x: Tensor) -> Tensor:
         if self.nudge is None:
@@ -97,6 +99,8 @@ class Streamed:
         """
         for index, spec in enumerate(self.config.layers):
             for number, layer in self._part(names.layer(index), partial(Layer, self.config, spec)):
+                rounds = self.variants[number].round_heads
+                layer.self_attn.round_heads = self.weights.kv.get(index) if rounds else None
                 yield index, number, layer
             self.report()
 

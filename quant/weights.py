@@ -5,12 +5,13 @@ A model of 27 billion weights does not fit in memory, so weights may be made ane
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from gemma3.model import RoundHeads
 from quant.integers import IntegerWeight
 from quant.recipe import Verdict
 
@@ -95,10 +96,13 @@ class QuantizedWeights:
     """``tensors`` are all weights by name, quantized or kept. ``verdicts`` are the decisions about them.
 
     ``tensors`` may be made on demand: go through them one at a time, and keep none. The properties make no values.
+    ``kv`` says how a file with these weights rounds keys and values (see quant/kv.py), by the number of the layer. A
+    layer that is not in it keeps them in floating point.
     """
 
     tensors: Weights
     verdicts: dict[str, Verdict]
+    kv: Mapping[int, RoundHeads] = field(default_factory=dict)
 
     @cached_property
     def forms(self) -> Mapping[str, Weight]:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 from export.checks import Check
 from export.manifest import Manifest
+from gemma3.cache import CacheDtype
+from gemma3.errors import BadInput
 from quant.recipe import DEFAULT_SCHEME, Activations, Recipe, preset
 from runtime_py.backends import BACKENDS, backend_of
 from runtime_py.backends import open_session as _open_session
@@ -97,13 +99,17 @@ def export_bundle(
     context: int | None = None,
     chunk: int | None = None,
     exact_sfp8: bool = False,
+    kv: CacheDtype = "float32",
+    kv_data: Sequence[Path] = (),
 ) -> Manifest:
     """Export a checkpoint to ``formats`` (None: all known ones) and prove the files. Then the bundle ``out`` appears.
 
     A full-precision checkpoint is rounded to nearest in ``recipe`` (None: int4-block32); a quantized one keeps its
-    integers. ``activations`` replaces what the recipe says about them (see ``quant.recipe.Rule``). The other arguments
-    are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what cannot be exported, and
-    VerificationFailed when a file does not agree with its reference. After any error nothing is left behind.
+    integers. ``activations`` replaces what the recipe says about them (see ``quant.recipe.Rule``). ``kv`` is the dtype
+    of the KV caches; scales of an int8 one are calibrated on the files ``kv_data`` (see ``quant.kv.calibrate``). The
+    other arguments are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what cannot be
+    exported, and VerificationFailed when a file does not agree with its reference. After any error nothing is left
+    behind.
     """
     from gemma3.host.atomic import refuse_target
 
@@ -111,6 +117,7 @@ def export_bundle(
     refuse_target(out)
     from export.bundle import cache_layouts, check_exportable, draft_bundle, seal
     from export.preflight import preflight
+    from quant.kv import calibrate
     from quant.quantize import in_recipe
     from quant.source import QuantizedCheckpoint
 
@@ -119,10 +126,22 @@ def export_bundle(
     wanted = recipe or (source.recipe if isinstance(source, QuantizedCheckpoint) else preset(DEFAULT_SCHEME))
     if activations is not None:
         wanted = wanted.with_activations(activations)
-    check_exportable(source, targets, wanted, context, chunk)
-    preflight(source, targets, wanted, cache_layouts(source.config, targets, context, chunk), out.parent)
+    check_exportable(source, targets, wanted, context, chunk, kv)
+    if kv_data and kv != "int8":
+        raise BadInput("--kv-data is for the scales of an int8 KV cache; add --kv int8 or leave it out")
+    preflight(source, targets, wanted, cache_layouts(source.config, targets, context, chunk, kv), out.parent)
     quantized = in_recipe(source, wanted)
-    with draft_bundle(quantized, out, targets=targets, context=context, chunk=chunk, exact_sfp8=exact_sfp8) as draft:
+    scales = calibrate(quantized, kv_data) if kv == "int8" else None
+    with draft_bundle(
+        quantized,
+        out,
+        targets=targets,
+        context=context,
+        chunk=chunk,
+        exact_sfp8=exact_sfp8,
+        kv=kv,
+        kv_scales=scales,
+    ) as draft:
         manifest = seal(draft, prove(draft))
     return manifest
 

@@ -34,9 +34,9 @@ class Backend:
     target: Target
     import_runtime: Callable[[], OpenGraph]  # imports the runtime; returns the function that opens a graph
     extra_checks: tuple[ExtraCheck, ...] = ()
-    # What a call that gives the logits of several tokens takes for each after the first, as a share of a step. By it,
-    # drafts get their length.
-    row_cost: float = 0.5
+    # What a call that gives the logits of 1 + d tokens takes beyond a step, as a share of it: (a, b) for a + b · d. It
+    # decides how long guesses are (docs/speculation.md).
+    extra_cost: tuple[float, float] = (0.0, 0.5)
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -129,7 +129,10 @@ def _rows(subject: Subject) -> list[Check]:
 
 register(
     Backend(
-        PTE, import_runtime=_pte_runtime, extra_checks=(ExtraCheck(_rows), ExtraCheck(_single_steps)), row_cost=0.28
+        PTE,
+        import_runtime=_pte_runtime,
+        extra_checks=(ExtraCheck(_rows), ExtraCheck(_single_steps)),
+        extra_cost=(0.35, 0.12),
     )
 )
 register(
@@ -141,6 +144,6 @@ register(
             ExtraCheck(_exact_vision, draft_only=True),
             ExtraCheck(_exact_text, draft_only=True),
         ),
-        row_cost=0.35,
+        extra_cost=(0.05, 0.22),
     )
 )

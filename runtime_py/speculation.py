@@ -37,7 +37,7 @@ def open_speculative(bundle: Path, format: str, draft: Path | None, threads: int
         # A step reads all weights once, so it takes about as long as the file is large.
         cost = smaller.artifacts[own].bytes / manifest.artifacts[format].bytes
         drafter = DraftModel(_rewindable(draft, smaller, own, threads), cost)
-    return SpeculativeSession(session, drafter, backend_of(format).row_cost)
+    return SpeculativeSession(session, drafter, backend_of(format).extra_cost)
 
 
 def _rewindable(bundle: Path, manifest: Manifest, format: str, threads: int | None) -> Rewindable:

@@ -169,7 +169,9 @@ def greedy(plain: Rewindable, other: Rewindable, ids: Sequence[int], new: int = 
         for prompt in prompts:
             plain.reset()
             expected = list(generate(plain, prompt, Sampler(), stop_ids=(), max_new_tokens=new))
-            session = SpeculativeSession(reset(other), PromptLookup(), 0.2) if name == "with lookup" else reset(other)
+            session = (
+                SpeculativeSession(reset(other), PromptLookup(), (0.0, 0.2)) if name == "with lookup" else reset(other)
+            )
             for token in prompt[:-1] if session is other else ():
                 session.step(token)
             fed = prompt[session.position :]
@@ -214,7 +216,7 @@ def main() -> None:
         times: dict[str, list[float]] = {"plain": [], "lookup": []}
         for _ in range(options.repetitions):
             # A new one, which has learned nothing yet; over the same graph.
-            guessing = SpeculativeSession(reset(plain), PromptLookup(), backend.row_cost)
+            guessing = SpeculativeSession(reset(plain), PromptLookup(), backend.extra_cost)
             times["plain"].append(seconds(plain, prompt, text))
             times["lookup"].append(seconds(guessing, prompt, text))
         counts = guessing.counts

@@ -14,7 +14,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +22,17 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 
 from export import bundle
 from export.bundle import draft_bundle
 from export.checks import Check
 from export.target import Export, Target
-from gemma3.cache import CacheLayout, cache_layout
+from gemma3.cache import CacheDtype, CacheLayout, cache_layout
 from gemma3.config import SLIDING, ModelConfig
 from quant.integers import IntegerWeight
+from quant.kv import PerChannel, calibrate
 from quant.quantize import in_recipe
 from quant.recipe import preset
 from quant.source import open_source
@@ -137,6 +139,9 @@ class SwappedImages(Wrapped):
         return super().prefill(ids, images[::-1])
 
 
+Scales = Mapping[int, PerChannel]
+
+
 @dataclass(frozen=True)
 class Fault:
     """A fault: in what the exporter is given, in the layout of the caches, or in the session that runs the file."""
@@ -148,6 +153,7 @@ class Fault:
     session: Callable[[Session], Any] = lambda session: session
     images: bool = False
     style: str | None = None  # the style of cache that can have it; None: any
+    kv: Callable[[Scales], Scales] | None = None  # the scales of an int8 cache; None: a float32 cache
 
 
 def shifted_scales(weights: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +164,10 @@ def shifted_scales(weights: dict[str, Any]) -> dict[str, Any]:
     return weights | {name: replace(weights[name], scales=scales)}
 
 
+def shorter_window(config: ModelConfig) -> ModelConfig:
+    return replace(config, sliding_window=config.sliding_window - 1)
+
+
 def short_ring(layout: CacheLayout, config: ModelConfig) -> CacheLayout:
     """Rings that hold the window, but not also the chunk that is written before its first query reads."""
     slots = max(config.sliding_window + 2, layout.chunk)
@@ -165,10 +175,28 @@ def short_ring(layout: CacheLayout, config: ModelConfig) -> CacheLayout:
     return replace(layout, layers=tuple(layers))
 
 
+def of_next_layer(scales: Scales) -> Scales:
+    """The keys of the first layer have the scales of the second."""
+    return {**scales, 0: replace(scales[0], keys=scales[1].keys)}
+
+
+def swapped(scales: Scales) -> Scales:
+    """The keys of the first layer have the scales of its values, and the other way round."""
+    return {**scales, 0: PerChannel(scales[0].values, scales[0].keys)}
+
+
+def one_larger(scales: Scales) -> Scales:
+    """One scale of the last layer's values is larger by one unit in the last place."""
+    last = max(scales)
+    values = scales[last].values.clone()
+    values[0, 0] = torch.nextafter(values[0, 0], torch.tensor(torch.inf))
+    return {**scales, last: replace(scales[last], values=values)}
+
+
 RIGHT = Fault("none: the right file")
 FAULTS = (
     RIGHT,
-    Fault("window − 1", config=lambda config: replace(config, sliding_window=config.sliding_window - 1)),
+    Fault("window − 1", config=shorter_window),
     Fault("window + 1", config=lambda config: replace(config, sliding_window=config.sliding_window + 1)),
     Fault("short ring", layout=short_ring, style="ring"),
     Fault("local RoPE base 11 000 for 10 000", config=lambda config: replace(config, local_rope=other_rope(config))),
@@ -176,6 +204,11 @@ FAULTS = (
     Fault("stale reset", session=StaleReset),
     Fault("one bad position", session=OneBadPosition),
     Fault("swapped images", session=SwappedImages, images=True),
+    Fault("none: the right file with an int8 cache", kv=lambda scales: scales, style="compacting"),
+    Fault("int8 cache: k_scale of the next layer", kv=of_next_layer, style="compacting"),
+    Fault("int8 cache: k_scale and v_scale swapped", kv=swapped, style="compacting"),
+    Fault("int8 cache: one v_scale off by one unit", kv=one_larger, style="compacting"),
+    Fault("int8 cache: window − 1", config=shorter_window, kv=lambda scales: scales, style="compacting"),
 )
 
 
@@ -189,13 +222,16 @@ def proof_of(checkpoint: Path, format: str, scheme: str, fault: Fault, context: 
     quantized = in_recipe(open_source(checkpoint), preset(scheme))
     right = backend.target.export
 
+    dtype: CacheDtype = "float32" if fault.kv is None else "int8"
+
     def export(config: ModelConfig, weights: Any, *rest: Any) -> Any:
-        return right(fault.config(config), fault.weights(dict(weights)), *rest)
+        scales = rest[-1] if fault.kv is None else fault.kv(rest[-1])
+        return right(fault.config(config), fault.weights(dict(weights)), *(*rest[:-1], scales))
 
     target = replace(backend.target, export=cast(Export, export))
 
     def layouts(config: ModelConfig, targets: Sequence[Target], *_: Any) -> dict[str, CacheLayout]:
-        layout = cache_layout(config, target.cache_style, context, bundle.largest_call(config, context, chunk))
+        layout = cache_layout(config, target.cache_style, context, bundle.largest_call(config, context, chunk), dtype)
         return {format: fault.layout(layout, config)}
 
     def opened(*arguments: Any) -> Any:
@@ -207,7 +243,8 @@ def proof_of(checkpoint: Path, format: str, scheme: str, fault: Fault, context: 
     with tempfile.TemporaryDirectory() as directory, ExitStack() as patches:
         patches.enter_context(patch.object(bundle, "cache_layouts", layouts))
         patches.enter_context(patch.object(prove, "open_session", opened))
-        with not_sealed(), draft_bundle(quantized, Path(directory) / "out", targets=[target]) as draft:
+        out, scales = Path(directory) / "out", None if fault.kv is None else calibrate(quantized)
+        with not_sealed(), draft_bundle(quantized, out, targets=[target], kv=dtype, kv_scales=scales) as draft:
             checks = prove.prove(draft)
     return checks
 
@@ -225,7 +262,7 @@ def not_sealed() -> Iterator[None]:
 def found_by(checks: Sequence[Check]) -> str:
     """The kinds of checks that did not pass, most telling first; "passes" if all did."""
     failed = {check.id.partition("/")[0] for check in checks if not check.passed}
-    order = ("integers", "float32", "single-steps", "reset", "soft-tokens", "walk", "landmark")
+    order = ("integers", "kv-scales", "float32", "single-steps", "reset", "soft-tokens", "walk", "landmark")
     return ", ".join(sorted(failed, key=order.index)) or "passes"
 
 

@@ -1,6 +1,6 @@
 """A third backend, as docs/extending.md describes it: the weights in a safetensors file, run by the eager network."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -10,6 +10,7 @@ from torch import Tensor
 from export.target import FORWARD, ExportReport, Method, Target, TensorSpec
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
+from gemma3.model import RoundHeads
 from quant.eager import quantized_model
 from quant.integers import IntegerWeight
 from quant.recipe import Verdict
@@ -27,6 +28,7 @@ def export(
     eos_ids: Sequence[int],
     path: Path,
     float_activations: Collection[str],
+    kv: Mapping[int, RoundHeads],
 ) -> ExportReport:
     """Floats as float32, integers as their codes and scales. The bits are in the file's metadata."""
     tensors: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """The .pte target: one ExecuTorch program with XNNPACK delegates."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 
 if TYPE_CHECKING:
+    from gemma3.model import RoundHeads
     from quant.activations import Rounding
     from quant.weights import QuantizedWeight, Weights
 
@@ -20,6 +21,7 @@ def _export(
     eos_ids: Sequence[int],
     path: Path,
     float_activations: Collection[str],
+    kv: "Mapping[int, RoundHeads]",
 ) -> ExportReport:
     from export.executorch.lower import export_pte
 

@@ -23,7 +23,7 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from export.onnx.file import WEIGHTS_KEY, data_file
-from export.target import TensorSpec
+from export.target import TensorDtype, TensorSpec
 from gemma3.errors import BadInput
 from quant.integers import VALUES_AT_ONCE, IntegerWeight, blocks_of_rows
 from quant.sfp8 import DECODE, Sfp8Weight
@@ -39,8 +39,14 @@ FAST_BLOCKS = (128, 64, 32)
 # MatMulNBits' accuracy levels: 4 rounds its input to int8 by block and multiplies in int8; 1 multiplies the dequantized
 # weights in float32.
 INT8_LEVEL, FLOAT_LEVEL = 4, 1
+DTYPES: dict[ir.DataType, TensorDtype] = {
+    ir.DataType.INT64: "int64",
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.INT8: "int8",
+}
 ALIGNMENT = 64  # bytes of a CPU cache line, so that weights used directly from the mapped file are aligned
 SFP8_SCALE = ".scale"
+ATTENTION, KV_SCALES = "GroupQueryAttention", (12, 13)  # the operator, and its inputs k_scale and v_scale
 
 
 class WeightFile:
@@ -105,7 +111,8 @@ def _specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
         assert value.name is not None
         assert value.shape is not None
         shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-        specs.append(TensorSpec(value.name, "int64" if value.dtype == ir.DataType.INT64 else "float32", shape))
+        assert value.dtype is not None
+        specs.append(TensorSpec(value.name, DTYPES[value.dtype], shape))
     return tuple(specs)
 
 
@@ -176,6 +183,10 @@ class GraphBuilder:
         weight = self.take(name)
         assert isinstance(weight, Tensor)
         return self.float_matrix([name], [weight])
+
+    def values(self, name: str, array: Tensor) -> ir.Value:
+        """The initializer ``name``, stored with the weights."""
+        return self._stored(name, array.shape, [array.numpy()])
 
     def norm(self, x: ir.Value, eps: float, name: str) -> ir.Value:
         """x / rms(x) · (1 + weight), over the last axis."""

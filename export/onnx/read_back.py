@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from export.onnx.file import WEIGHTS_KEY, graphs_of, load_graph, read_initializer
-from export.onnx.layers import SFP8_SCALE
+from export.onnx.layers import ATTENTION, KV_SCALES, SFP8_SCALE
 from quant.integers import IntegerWeight
+from quant.kv import PerChannel
 from quant.sfp8 import Sfp8Weight
 from quant.weights import QuantizedWeight
 
@@ -65,6 +67,35 @@ def stored_sfp8(path: Path) -> Iterator[tuple[str, Sfp8Weight]]:
             name = label.removesuffix(SFP8_SCALE)
             codes, scale = (read_initializer(path, initializers[part]) for part in (name + ".codes", label))
             yield name, Sfp8Weight(torch.from_numpy(codes), torch.from_numpy(scale))
+
+
+def stored_kv_scales(path: Path) -> Iterator[tuple[int, PerChannel]]:
+    """The scales of the int8 keys and values, by the layer whose cache a node reads, once for each node.
+
+    Raises BadInput as ``load_graph`` does.
+    """
+    model = load_graph(path)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def nodes(graph: onnx.GraphProto) -> Iterator[tuple[onnx.GraphProto, onnx.NodeProto]]:
+        for node in graph.node:
+            yield graph, node
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    yield from nodes(attribute.g)
+
+    for graph, node in nodes(model.graph):
+        if node.op_type != ATTENTION or len(node.input) <= max(KV_SCALES):
+            continue
+        producers = {output: producer for producer in graph.node for output in producer.output}
+        cache = node.input[3]
+        while cache in producers:  # for an image, a slice of the cache
+            cache = producers[cache].input[0]
+        keys, values = (
+            torch.from_numpy(np.array(read_initializer(path, initializers[node.input[place]])))[0, :, 0]
+            for place in KV_SCALES
+        )
+        yield int(cache.split(".")[1]), PerChannel(keys, values)
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, columns: int) -> Tensor:

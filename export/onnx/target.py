@@ -1,6 +1,6 @@
 """The .onnx target: graphs for ONNX Runtime, which onnxruntime-genai can run too."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,9 @@ from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 
 if TYPE_CHECKING:
+    from gemma3.model import RoundHeads
     from quant.activations import Rounding
+    from quant.kv import PerChannel
     from quant.weights import QuantizedWeight, Weights
 
 
@@ -20,16 +22,23 @@ def _export(
     eos_ids: Sequence[int],
     path: Path,
     float_activations: Collection[str],
+    kv: "Mapping[int, RoundHeads]",
 ) -> ExportReport:
     from export.onnx.write import export
 
-    return export(config, weights, layout, eos_ids, path, float_activations)
+    return export(config, weights, layout, eos_ids, path, float_activations, kv)
 
 
 def _read_back(path: Path) -> "Iterator[tuple[str, QuantizedWeight]]":
     from export.onnx.read_back import read_back_onnx
 
     return read_back_onnx(path)
+
+
+def _read_kv(path: Path) -> "Iterator[tuple[int, PerChannel]]":
+    from export.onnx.read_back import stored_kv_scales
+
+    return stored_kv_scales(path)
 
 
 def _per_block() -> "Rounding":
@@ -61,6 +70,7 @@ ONNX = Target(
     read_back=_read_back,
     # The last one: ARM processors without dot products have no such kernels, and multiply in float32.
     roundings={"int8-per-block": _per_block, "int8-kleidiai": _kleidiai, FLOAT: _float},
+    read_kv=_read_kv,
     can_keep_float=True,
     cost=Cost(tables=1.0, running=1.75, layer_seconds=0.2, billion_seconds=200.0),
 )

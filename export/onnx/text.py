@@ -4,13 +4,15 @@ Shapes: S new tokens, T = past + S, H query heads, K key/value heads, D head dim
 is 1. These are the inputs and outputs, with the names that onnxruntime-genai expects, which runs the file as it is:
 
     input_ids int64 [1, S], attention_mask int64 [1, T] (only its length is used)
-    past_key_values.{i}.key and .value float32 [1, K, slots, D] → present.{i}.key and .value, the same shape
+    past_key_values.{i}.key and .value float32 (or int8 codes) [1, K, slots, D] → present.{i}.key and .value, the same
     logits float32 [1, 1, V], of the last token
     logits_to_keep int64 [1], 1 unless given → last_logits float32 [1, logits_to_keep, V], of the last tokens
 
 The number of slots in a cache is fixed in the file. Past and present are one buffer, which the caller binds as both.
 Sliding-window layers use GroupQueryAttention's windowed cache. T alone determines which position is in which row, so
 T = S begins a new sequence, whatever the buffer held before.
+In int8, GroupQueryAttention rounds the new keys and values with fixed scales, a float32 for each channel of a head, and
+attends to the rounded ones (see ``quant.kv.PerChannel``).
 
 A multimodal model has one more input, and one more graph that computes it, ``vision.onnx`` (export/onnx/vision.py):
 
@@ -22,23 +24,27 @@ everything else serve both.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
 from export.onnx.file import LAST_LOGITS, LOGITS_TO_KEEP
-from export.onnx.layers import MICROSOFT, GraphBuilder, block_size, declare, typed_value
+from export.onnx.layers import KV_SCALES, MICROSOFT, GraphBuilder, block_size, declare, typed_value
 from gemma3 import names
-from gemma3.cache import CacheLayout
+from gemma3.cache import CacheDtype, CacheLayout
 from gemma3.config import LayerSpec, ModelConfig
-from gemma3.model import inverse_frequencies
+from gemma3.model import RoundHeads, inverse_frequencies
 from quant.integers import IntegerWeight
+from quant.kv import PerChannel
 from quant.sfp8 import Sfp8Weight
 
 MAX_INT64 = 2**63 - 1
+PARTS = ("key", "value")
+CACHE_DTYPES: dict[CacheDtype, ir.DataType] = {"float32": ir.DataType.FLOAT, "int8": ir.DataType.INT8}
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,21 @@ class Step:
     is_image: ir.Value | None  # bool scalar; None: a text-only model
 
 
-def text_model(graph: GraphBuilder, config: ModelConfig, layout: CacheLayout) -> tuple[list[ir.Value], list[ir.Value]]:
-    """Build the graph of the text model with caches of ``layout``. Returns its inputs and its outputs."""
+@dataclass(frozen=True)
+class Cache:
+    """A layer's past keys and values [1, K, slots, D], and for int8 codes their scales, float32 [1, K, 1, D] each."""
+
+    past: list[ir.Value]
+    scales: list[ir.Value]
+
+
+def text_model(
+    graph: GraphBuilder, config: ModelConfig, layout: CacheLayout, kv: Mapping[int, RoundHeads]
+) -> tuple[list[ir.Value], list[ir.Value]]:
+    """Build the graph of the text model with caches of ``layout``. Returns its inputs and its outputs.
+
+    ``kv`` has the scales of int8 caches, by layer.
+    """
     op = graph.op
     ids = typed_value("input_ids", ir.DataType.INT64, [1, "sequence_length"])
     mask = typed_value("attention_mask", ir.DataType.INT64, [1, "total_sequence_length"])
@@ -68,10 +87,12 @@ def text_model(graph: GraphBuilder, config: ModelConfig, layout: CacheLayout) ->
         x = op.Concat(x, soft_tokens, axis=1)
     for index, (spec, cache) in enumerate(zip(config.layers, layout.layers, strict=True)):
         shape = list(cache.by_head)
-        past = [typed_value(f"past_key_values.{index}.{part}", ir.DataType.FLOAT, shape) for part in ("key", "value")]
-        x, present = layer(graph, config, f"{names.layer(index)}.", spec, x, step, past)
-        for value, part in zip(present, ("key", "value"), strict=True):
-            declare(value, f"present.{index}.{part}", ir.DataType.FLOAT, shape)
+        dtype = CACHE_DTYPES[layout.dtype]
+        past = [typed_value(f"past_key_values.{index}.{part}", dtype, shape) for part in PARTS]
+        scales = kv_scales(graph, f"{names.layer(index)}.self_attn", kv.get(index))
+        x, present = layer(graph, config, f"{names.layer(index)}.", spec, x, step, Cache(past, scales))
+        for value, part in zip(present, PARTS, strict=True):
+            declare(value, f"present.{index}.{part}", dtype, shape)
         inputs += past
         caches += present
     # onnxruntime-genai does not know this input, and takes the logits of one token only.
@@ -108,6 +129,15 @@ def step_values(
     return Step(op.Cast(op.Sub(total, one), to=ir.DataType.INT32), op.Squeeze(narrow, graph.ints([0])), rope, is_image)
 
 
+def kv_scales(graph: GraphBuilder, prefix: str, round_heads: RoundHeads | None) -> list[ir.Value]:
+    """The scales of a layer's keys and of its values, float32 [1, K, 1, D] each; nothing for float caches."""
+    if round_heads is None:
+        return []
+    assert isinstance(round_heads, PerChannel)
+    pairs = zip(PARTS, (round_heads.keys, round_heads.values), strict=True)
+    return [graph.values(f"{prefix}.{part}_scale", scales[None, :, None]) for part, scales in pairs]
+
+
 def embed(graph: GraphBuilder, config: ModelConfig, ids: ir.Value) -> ir.Value:
     """The rows of the embedding table for ``ids`` [1, S]: [1, S, E], without the embedding scale."""
     name = names.EMBEDDING
@@ -139,7 +169,7 @@ def layer(
     spec: LayerSpec,
     x: ir.Value,
     step: Step,
-    past: Sequence[ir.Value],
+    cache: Cache,
 ) -> tuple[ir.Value, list[ir.Value]]:
     """The output of a layer for x [1, S, E]: [1, S, E], and the present keys and values."""
 
@@ -147,7 +177,7 @@ def layer(
         return graph.norm(value, config.rms_norm_eps, f"{prefix}{name}.weight")
 
     op = graph.op
-    out, present = attention(graph, config, prefix + "self_attn.", spec, norm(x, "input_layernorm"), step, past)
+    out, present = attention(graph, config, prefix + "self_attn.", spec, norm(x, "input_layernorm"), step, cache)
     x = op.Add(x, norm(out, "post_attention_layernorm"))
     out = mlp(graph, prefix + "mlp.", norm(x, "pre_feedforward_layernorm"))
     return op.Add(x, norm(out, "post_feedforward_layernorm")), present
@@ -160,7 +190,7 @@ def attention(
     spec: LayerSpec,
     x: ir.Value,
     step: Step,
-    past: Sequence[ir.Value],
+    cache: Cache,
 ) -> tuple[ir.Value, list[ir.Value]]:
     """The output of the attention block for x [1, S, E]: [1, S, E], and the present keys and values."""
     op = graph.op
@@ -173,32 +203,37 @@ def attention(
         flat = op.Reshape(normed, graph.ints([0, 0, count * dim]))
         return op.RotaryEmbedding(flat, *step.rope[spec], num_heads=count)
 
-    operands = [rotated(queries, heads, "q_norm"), rotated(keys, kv_heads, "k_norm"), values, *past]
-    out, *present = attend(graph, config, prefix, spec, operands, step)
+    operands = [rotated(queries, heads, "q_norm"), rotated(keys, kv_heads, "k_norm"), values]
+    out, *present = attend(graph, config, prefix, spec, operands, step, cache)
     (projected,) = graph.linear(out, prefix + "o_proj.weight")
     return projected, present
 
 
 def attend(
-    graph: GraphBuilder, config: ModelConfig, prefix: str, spec: LayerSpec, operands: list[ir.Value], step: Step
+    graph: GraphBuilder,
+    config: ModelConfig,
+    prefix: str,
+    spec: LayerSpec,
+    operands: list[ir.Value],
+    step: Step,
+    cache: Cache,
 ) -> list[ir.Value]:
-    """The heads' outputs [1, S, H·D], and the present keys and values.
-
-    ``operands`` are the queries, the keys, the values, and the past keys and values.
-    """
-    cache = operands[-1].shape
-    assert cache is not None
+    """The heads' outputs [1, S, H·D], and the present keys and values. ``operands`` are queries, keys and values."""
+    shape = cache.past[0].shape
+    assert shape is not None
     # A cache that is shorter than the window holds the whole context, so it never drops a row.
-    width = None if spec.window is None else min(spec.window, cache.numpy()[2])
+    width = None if spec.window is None else min(spec.window, shape.numpy()[2])
     window = {} if width is None else {"local_window_size": width, "sliding_window_cache": 1}
 
+    whole = [*operands, *cache.past, step.past, step.total]
+
     def text() -> list[ir.Value]:
-        return group_query_attention(graph, config, spec, [*operands, step.past, step.total], **window)
+        return group_query_attention(graph, config, spec, whole, cache.scales, **window)
 
     def image() -> list[ir.Value]:
         if width is not None:
-            return image_in_window(graph, config, spec, width, operands, step)
-        return group_query_attention(graph, config, spec, [*operands, step.past, step.total], causal=0)
+            return image_in_window(graph, config, spec, width, operands, step, cache)
+        return group_query_attention(graph, config, spec, whole, cache.scales, causal=0)
 
     if step.is_image is None:
         return text()
@@ -208,11 +243,24 @@ def attend(
 
 
 def group_query_attention(
-    graph: GraphBuilder, config: ModelConfig, spec: LayerSpec, inputs: Sequence[ir.Value | None], **attributes: int
+    graph: GraphBuilder,
+    config: ModelConfig,
+    spec: LayerSpec,
+    inputs: Sequence[ir.Value | None],
+    scales: Sequence[ir.Value],
+    **attributes: int,
 ) -> list[ir.Value]:
-    """A GroupQueryAttention node: the heads' outputs [1, S, H·D], and the present keys and values."""
+    """A GroupQueryAttention node: the heads' outputs [1, S, H·D], and the present keys and values.
+
+    With ``scales``, of keys and of values, the caches hold int8 codes.
+    """
+    rounding: dict[str, Any] = {}
+    if scales:
+        inputs = [*inputs, *[None] * (KV_SCALES[0] - len(inputs)), *scales]
+        rounding = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     outputs: list[ir.Value] = graph.op.GroupQueryAttention(
         *inputs,
+        **rounding,
         num_heads=spec.num_attention_heads,
         kv_num_heads=spec.num_key_value_heads,
         scale=config.query_pre_attn_scalar**-0.5,
@@ -224,7 +272,13 @@ def group_query_attention(
 
 
 def image_in_window(
-    graph: GraphBuilder, config: ModelConfig, spec: LayerSpec, window: int, operands: list[ir.Value], step: Step
+    graph: GraphBuilder,
+    config: ModelConfig,
+    spec: LayerSpec,
+    window: int,
+    operands: list[ir.Value],
+    step: Step,
+    cache: Cache,
 ) -> list[ir.Value]:
     """``attend`` for an image in a sliding-window layer.
 
@@ -234,7 +288,7 @@ def image_in_window(
     would keep become the present.
     """
     op = graph.op
-    queries, keys, values, *past = operands
+    (queries, keys, values), past = operands, cache.past
     assert past[0].shape is not None
     slots = past[0].shape.numpy()[2]
     zero, two = graph.ints([0]), graph.ints([2])
@@ -253,7 +307,7 @@ def image_in_window(
     seen = [op.Slice(part, zero, before, two) for part in past]
     counts = [op.Sub(total, op.Cast(graph.ints([1]), to=ir.DataType.INT32)), op.Squeeze(total)]
     inputs = [queries, keys, values, *seen, *counts, None, None, None, bias]
-    out, *whole = group_query_attention(graph, config, spec, inputs, causal=0)
+    out, *whole = group_query_attention(graph, config, spec, inputs, cache.scales, causal=0)
     kept = [op.Slice(part, op.Sub(rows, after), rows, two) for part in whole]
     padding = op.Concat(graph.ints([0] * 6), op.Sub(graph.ints([slots]), after), zero, axis=0)
     return [out, *(op.Pad(part, padding) for part in kept)]

@@ -1,7 +1,7 @@
 """Write the ONNX graphs of a model, and the configuration with which onnxruntime-genai runs them as they are."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from export.target import FORWARD, VISION_ENCODER, ExportReport, Method
 from gemma3.cache import CacheLayout
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
+from gemma3.model import RoundHeads
 from quant.weights import Weights
 
 GENAI_CONFIG = "genai_config.json"
@@ -25,32 +26,38 @@ def export(
     eos_ids: Sequence[int],
     path: Path,
     float_activations: Collection[str],
+    kv: Mapping[int, RoundHeads],
 ) -> ExportReport:
     """The target's exporter (see ``export.target.Export``): ``export_onnx``, and genai_config.json beside the graph."""
-    report = export_onnx(config, weights, layout, path, float_activations)
+    report = export_onnx(config, weights, layout, path, float_activations, kv)
     genai = json.dumps(genai_config(config, layout, eos_ids, path.name), indent=1)
     path.with_name(GENAI_CONFIG).write_text(genai + "\n", encoding="utf-8")
     return report
 
 
 def export_onnx(
-    config: ModelConfig, weights: Weights, layout: CacheLayout, path: Path, float_activations: Collection[str] = ()
+    config: ModelConfig,
+    weights: Weights,
+    layout: CacheLayout,
+    path: Path,
+    float_activations: Collection[str] = (),
+    kv: Mapping[int, RoundHeads] | None = None,
 ) -> ExportReport:
     """Write the graph ``path`` and its weights ``path``.data; for a multimodal model also the vision model's graph.
 
     ``weights`` are by checkpoint name: float tensors (written as float32), IntegerWeight of 4 or 8 bits, or Sfp8Weight.
     SFP8 codes go into the file as they are and are decoded when it is loaded (4 bytes per weight in memory). This is
-    for validation; export/stand_ins.py makes the integers that ship. ``layout`` must be of the compacting style.
-    MatMulNBits rounds the inputs of integer weights to int8 by block, but not those of ``float_activations``. Raises
-    BadInput for weights that do not fit the configuration or the runtime's kernels. The same arguments give the same
-    bytes.
+    for validation; export/stand_ins.py makes the integers that ship. ``layout`` must be of the compacting style. ``kv``
+    has the scales (``PerChannel``) of every layer if the layout's dtype is int8. MatMulNBits rounds the inputs of
+    integer weights to int8 by block, but not those of ``float_activations``. Raises BadInput for weights that do not
+    fit the configuration or the runtime's kernels. The same arguments give the same bytes.
     """
     assert layout.style == "compacting"
     for spec in config.layers:
         if spec.head_dim % 8:
             raise BadInput(f"head_dim is {spec.head_dim}; ONNX Runtime's attention needs a multiple of 8")
     inputs, outputs, used = write_graph(
-        path, "gemma3", weights, float_activations, lambda graph: text_model(graph, config, layout)
+        path, "gemma3", weights, float_activations, lambda graph: text_model(graph, config, layout, kv or {})
     )
     methods = [Method(FORWARD, path.name, inputs, outputs)]
     if config.vision is not None:

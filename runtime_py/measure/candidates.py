@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from export.bundle import weights_behind
+from export.bundle import stored_kv, weights_behind
 from export.checks import require_passed
 from export.integers import check_integers
 from export.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
@@ -127,6 +127,7 @@ def candidates_of(
     targets = {one: backend_of(one).target for one in manifest.artifacts}
     weights = weights_behind(manifest, open_source(checkpoint), targets)
     checks = check_integers(path, manifest, weights, targets)
+    weights = stored_kv(path, manifest, weights, targets)
     require_passed(checks)
     integers = {check.artifact: check for check in checks}
     candidates = {}

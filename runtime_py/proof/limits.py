@@ -59,9 +59,10 @@ class Limits:
 def limits_of(reference: ReferenceLogits, name: str, positions: int) -> Limits:
     """The limits of figures over this number of ``positions``, from what was measured on the ``reference`` itself.
 
-    ``name`` is that of the reference: FLOAT, or a rounding.
+    ``name`` is that of the reference: FLOAT, or a rounding. Of a file with an int8 cache FLOAT rounds keys and values.
     """
-    return float_limits(reference) if name == FLOAT else rounded_limits(reference, positions)
+    floating = name == FLOAT and not reference.cost_kl.any()
+    return float_limits(reference) if floating else rounded_limits(reference, positions)
 
 
 def float_limits(reference: ReferenceLogits) -> Limits:

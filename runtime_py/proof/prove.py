@@ -33,11 +33,14 @@ log = logging.getLogger(__name__)
 
 def prove(draft: "Draft") -> list[Check]:
     """Check everything that must hold before a bundle may appear. Writes the draft's plan and golden vectors."""
-    from export.integers import check_integers
+    from export.integers import check_integers, check_kv_scales
     from runtime_py.proof.references import fresh_references
 
     manifest = draft.manifest
-    integers = check_integers(draft.directory, manifest, draft.weights, targets_of(manifest))
+    integers = [
+        *check_integers(draft.directory, manifest, draft.weights, targets_of(manifest)),
+        *check_kv_scales(draft.directory, manifest, draft.weights, targets_of(manifest)),
+    ]
     if not all(check.passed for check in integers):
         return integers  # with wrong weights, everything else fails too
     plan = make_plan(manifest)
@@ -79,7 +82,7 @@ def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
     hashes = check_hashes(bundle, manifest)
     if source is None:
         return [hashes, *_replay(bundle, manifest)] if hashes.passed else [hashes]
-    from export.bundle import weights_behind
+    from export.bundle import stored_kv, weights_behind
     from export.integers import check_integers
     from runtime_py.proof.references import fresh_references
 
@@ -88,6 +91,7 @@ def validate(bundle: Path, source: "Source | None" = None) -> list[Check]:
     if not hashes.passed:
         return [hashes]  # the figures of a damaged file mean nothing, and reading it may crash
     integers = check_integers(bundle, manifest, weights, targets)
+    weights = stored_kv(bundle, manifest, weights, targets)
     plan = make_plan(manifest)
     fresh = fresh_references(manifest, plan, weights, targets)
     subjects = subjects_of(bundle, manifest, plan, fresh, weights)

@@ -23,7 +23,15 @@ from quant.activations import Rounding
 from quant.eager import quantized_model
 from quant.streamed import Streamed, Variant
 from quant.weights import QuantizedWeights
-from runtime_py.proof.golden import FULL_VOCABULARY, Difference, Recorder, ReferenceLogits, reference_keys, relative_rms
+from runtime_py.proof.golden import (
+    FULL_VOCABULARY,
+    Difference,
+    Recorder,
+    ReferenceLogits,
+    reference_keys,
+    relative_rms,
+    same_weights,
+)
 from runtime_py.proof.plan import Plan, plan_images
 from runtime_py.sessions.eager import EagerSession
 from runtime_py.sessions.protocol import Logits, SoftTokens
@@ -50,7 +58,7 @@ def fresh_references(
     keys = reference_keys(manifest)
     golden: dict[str, ReferenceLogits] = {}
     exact: dict[str, ReferenceLogits] = {}
-    for formats in same_weights(manifest):
+    for formats in groups_of(manifest):
         roundings: dict[str, Rounding] = {}
         measured_by: dict[str, str] = {}  # key → the key of the reference whose noise it has
         for format in formats:
@@ -72,16 +80,15 @@ def fresh_references(
     return FreshReferences(golden, exact)
 
 
-def same_weights(manifest: Manifest) -> list[list[str]]:
-    """The formats of a bundle, those whose files hold the same weights together: they have the same stand-ins."""
+def groups_of(manifest: Manifest) -> list[list[str]]:
+    """The formats of a bundle, those that compute with the same weights together."""
     groups: list[list[str]] = []
     for format, artifact in manifest.artifacts.items():
-        for group in groups:
-            if manifest.artifacts[group[0]].stand_ins == artifact.stand_ins:
-                group.append(format)
-                break
-        else:
+        group = next((one for one in groups if same_weights(manifest.artifacts[one[0]], artifact)), None)
+        if group is None:
             groups.append([format])
+        else:
+            group.append(format)
     return groups
 
 
@@ -95,22 +102,28 @@ def references(
 ) -> dict[str, ReferenceLogits]:
     """The reference FLOAT with its float error, and one for each of ``roundings`` with what that costs, by its key.
 
-    Those of the keys ``noisy`` have their noise too. It is the distance between the reference and the same model after
-    the inputs of the text model and of the vision model's layers are randomly changed by one unit in the last place. A
-    small model has few values near a rounding boundary, and one draw may miss them all, so its noise is the largest of
-    several draws.
+    With an int8 KV cache all of them round keys and values, and FLOAT has the cost of that rounding, and noise. The
+    references of the keys ``noisy`` have their noise too. It is the distance between the reference and the same model
+    after the inputs of the text model and of the vision model's layers are randomly changed by one unit in the last
+    place. A small model has few values near a rounding boundary, and one draw may miss them all, so its noise is the
+    largest of several draws.
     """
-    variants, origins = [Variant(), Variant(torch.float64)], {1: 0}  # a variant is compared with its origin
+    # Each variant but the first is compared with its origin.
+    variants, origins = [Variant(), Variant(torch.float64)], {1: 0}
     numbers = {FLOAT: 0}
-    draws = {key: range(0) for key in roundings or {}}
+    draws: dict[str, range] = {}
+
+    def add(key: str, variant: Variant, noisy: bool) -> None:
+        numbers[key], origins[len(variants)] = len(variants), numbers[FLOAT]
+        first = len(variants) + 1
+        draws[key] = range(first, first + noisy * (DRAWS if config.vocab_size <= FULL_VOCABULARY else 1))
+        origins.update(dict.fromkeys(draws[key], first - 1))
+        variants.extend((variant, *(replace(variant, nudge=seed) for seed in range(len(draws[key])))))
+
+    if weights.kv:
+        add(FLOAT, Variant(round_heads=True), noisy=True)
     for key, rounding in (roundings or {}).items():
-        numbers[key] = number = len(variants)
-        origins[number] = 0
-        variants.append(Variant(rounding=rounding))
-        if key in noisy:
-            draws[key] = range(number + 1, number + 1 + (DRAWS if config.vocab_size <= FULL_VOCABULARY else 1))
-            origins |= dict.fromkeys(draws[key], number)
-            variants += [Variant(rounding=rounding, nudge=seed) for seed in range(len(draws[key]))]
+        add(key, Variant(rounding=rounding, round_heads=bool(weights.kv)), key in noisy)
 
     layers = config.num_layers + (0 if config.vision is None else config.vision.num_hidden_layers)
     done = count(1)
@@ -121,7 +134,8 @@ def references(
             number: [relative_rms(*pair) for pair in zip(soft_tokens[number], soft_tokens[origin], strict=True)]
             for number, origin in origins.items()
         }
-        recorders = {number: Recorder(plan.ids, config.vocab_size) for number in numbers.values()}
+        recorded = {*numbers.values(), *origins.values()}
+        recorders = {number: Recorder(plan.ids, config.vocab_size) for number in sorted(recorded)}
         differences: dict[int, list[Difference]] = {number: [] for number in origins}
         for position, logits in zip(plan.positions, logits_along(model, plan, soft_tokens), strict=True):
             rows = {number: recorder.add(position, logits[number]) for number, recorder in recorders.items()}
@@ -138,6 +152,8 @@ def references(
         if tries:
             noise = max((kl[one] for one in tries), key=lambda one: float(one.sum()))
             soft_noise = np.asarray([change for one in tries for change in changes[one]], np.float32)
+            # The vision model rounds nothing for the cache, so that FLOAT's distance in float64 counts as well.
+            soft_noise = np.concatenate((found[key].soft_noise, soft_noise)) if key == FLOAT else soft_noise
             found[key] = replace(found[key], noise_kl=noise, soft_noise=soft_noise)
     return found
 

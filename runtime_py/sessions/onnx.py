@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from export.onnx.file import LAST_LOGITS, LOGITS_TO_KEEP, VISION_FILE, data_file, load_graph
 from export.target import most_logits
-from gemma3.cache import CacheLayout
+from gemma3.cache import CacheDtype, CacheLayout
 from gemma3.config import SLIDING, ModelConfig
 from gemma3.errors import BadInput
 from gemma3.images import Pixels, network_input
@@ -21,6 +21,7 @@ ort.disable_telemetry_events()
 
 PARTS = ("key", "value")
 INTEGER_INPUTS = ("input_ids", "attention_mask", LOGITS_TO_KEEP)
+CACHES = ("past_key_values.", "present.")
 
 
 class OnnxSession:
@@ -54,7 +55,7 @@ class OnnxSession:
             **shapes,
             **{_present(name): shape for name, shape in shapes.items()},
         }
-        _check_shapes(path, self._session, expected)
+        _check_shapes(path, self._session, expected, layout.dtype)
         # A file that an older version exported has no such input.
         keeps = LOGITS_TO_KEEP in {value.name for value in self._session.get_overridable_initializers()}
         if keeps:
@@ -82,7 +83,7 @@ class OnnxSession:
         self._count = 0
         self._keep(1)
         # Kept here, because a binding does not own the memory it refers to.
-        self._buffers = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        self._buffers = {name: np.zeros(shape, layout.dtype) for name, shape in shapes.items()}
         self._caches = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in self._buffers.values()]
         for name, cache in zip(shapes, self._caches, strict=True):
             self._binding.bind_ortvalue_input(name, cache)
@@ -222,7 +223,12 @@ def _present(past: str) -> str:
     return past.replace("past_key_values", "present")
 
 
-def _check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[str, Sequence[int | str]]) -> None:
+def _check_shapes(
+    path: Path,
+    session: ort.InferenceSession,
+    expected: Mapping[str, Sequence[int | str]],
+    caches: CacheDtype = "float32",
+) -> None:
     """Raises BadInput unless the graph declares the ``expected`` shapes and types, by which buffers are allocated."""
     declared = {
         value.name: (value.type, value.shape)
@@ -231,6 +237,8 @@ def _check_shapes(path: Path, session: ort.InferenceSession, expected: Mapping[s
     for name, shape in expected.items():
         kind, found = declared.get(name, (None, None))
         wanted = "tensor(int64)" if name in INTEGER_INPUTS else "tensor(float)"
+        if caches == "int8" and name.startswith(CACHES):
+            wanted = "tensor(int8)"
         if found != shape:
             raise BadInput(f"{path}: {name} is {found}, expected {shape}; the file is not the one of this layout")
         if kind != wanted:

@@ -63,12 +63,12 @@ class Counts:
 class SpeculativeSession:
     """A session over ``session``, which nothing else may feed, with the drafts of ``drafter``.
 
-    ``row_cost`` is what a call takes for each id after the first, as a share of a call of one id.
+    ``extra_cost`` is what a call of 1 + d ids takes beyond a call of one, as a share of that: (a, b) for a + b · d.
     """
 
-    def __init__(self, session: Rewindable, drafter: Drafter, row_cost: float) -> None:
+    def __init__(self, session: Rewindable, drafter: Drafter, extra_cost: tuple[float, float]) -> None:
         assert session.position == 0
-        self._session, self._drafter, self._row_cost = session, drafter, row_cost
+        self._session, self._drafter, self._extra_cost = session, drafter, extra_cost
         self.counts = Counts()
         self._estimate = FIRST_ESTIMATE
         self._waited = 0  # ids stepped since the last draft
@@ -182,12 +182,13 @@ class SpeculativeSession:
 
     def _worthwhile(self) -> int:
         """The length of a draft with the most ids for the time, by the estimate. With d ids they are Σ estimate^i."""
-        cost = self._row_cost + self._drafter.cost
+        first, each = self._extra_cost
         ids, best, rate = 1.0, 0, 1.0
         for length in range(1, self._session.most_logits):
             ids += self._estimate**length
-            if ids / (1 + cost * length) > rate:
-                best, rate = length, ids / (1 + cost * length)
+            time = 1 + first + (each + self._drafter.cost) * length
+            if ids / time > rate:
+                best, rate = length, ids / time
         return best or int(self._waited >= PATIENCE)
 
     def _learn(self, right: bool) -> None:

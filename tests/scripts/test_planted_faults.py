@@ -22,7 +22,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("fault", [one for one in FAULTS if one.style != "ring"], ids=lambda fault: fault.name)
 def test_the_proof_of_an_onnx_finds_it(checkpoint: Path, seeing: Path, fault: Fault) -> None:
     found = found_by(proof_of(seeing if fault.images else checkpoint, "onnx", "int4-block32", fault, CONTEXT, CHUNK))
-    assert (found == "passes") == (fault is RIGHT), found
+    assert (found == "passes") == fault.name.startswith(RIGHT.name), found
     if "window" in fault.name:  # so a replay, which has no graph in float32, finds it too
         assert "walk" in found
 

@@ -90,6 +90,19 @@ def test_the_vision_model_before_it_is_lowered(shape: str) -> None:
 
 
 @pytest.mark.slow
+def test_guesses_after_an_image_are_checked_as_by_single_steps(tiny: TinyPte) -> None:
+    ids, images = with_images(tiny.config, [3, None, 20]), random_images(tiny.config, 1)
+    start = len(ids) - 12
+    several, single = tiny.session(), tiny.session()
+    assert np.array_equal(several.prefill(ids[:start], images), single.prefill(ids[:start], images))
+    several.verify([5, 4, 3])
+    several.rewind(start)
+    rows = [row for place in range(start, len(ids), 4) for row in several.verify(ids[place : place + 4])]
+    for row, token in zip(rows, ids[start:], strict=True):
+        assert np.abs(row - single.step(token)).max() <= 1e-4
+
+
+@pytest.mark.slow
 def test_soft_tokens_equal_eager(tiny: TinyPte, integers: TinyPte) -> None:
     """With integers as with floats: few activations are rounded the other way."""
     for file in (tiny, integers):

@@ -56,6 +56,18 @@ def test_images_attend_both_ways(tiny: TinyOnnx) -> None:
     assert np.abs(session.prefill(ids[-1:]) - whole).max() > 100 * TOLERANCE
 
 
+def test_guesses_after_an_image_are_checked_as_by_single_steps(tiny: TinyOnnx) -> None:
+    ids, images = with_images(tiny.config, [3, None, 20]), random_images(tiny.config, 1)
+    start = len(ids) - 12
+    several, single = tiny.session(), tiny.session()
+    assert np.array_equal(several.prefill(ids[:start], images), single.prefill(ids[:start], images))
+    several.verify([5, 4, 3])
+    several.rewind(start)
+    rows = [row for place in range(start, len(ids), 4) for row in several.verify(ids[place : place + 4])]
+    for row, token in zip(rows, ids[start:], strict=True):
+        assert np.abs(row - single.step(token)).max() <= 1e-4
+
+
 def test_soft_tokens_equal_eager(tiny: TinyOnnx) -> None:
     session, images = tiny.session(), random_images(tiny.config, 2)
     pixels = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255
@@ -115,7 +127,7 @@ def test_the_caches_are_updated_in_place(tiny: TinyOnnx) -> None:
     ids, images = with_images(tiny.config, [3, None, 30]), random_images(tiny.config, 1)
     expected = session.prefill(ids, images)
     kept = [buffer.numpy().copy() for buffer in session._caches]
-    assert len(outputs) == 1 + len(kept)
+    assert len(outputs) == 2 + len(kept)  # "logits" and "last_logits"
     other = tiny.session()
     for buffer, values in zip(other._caches, kept, strict=True):
         buffer.update_inplace(values)

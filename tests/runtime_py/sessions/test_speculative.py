@@ -56,7 +56,7 @@ def test_the_ids_are_those_of_plain_decoding(right: list[bool], count: int, page
     """The same seed draws the same ids, also when the context ends the generation, and turn after turn."""
     inner = plain(70)
     inner.page = page
-    ahead, alone = SpeculativeSession(inner, Oracle(right), 0.3), plain(70)
+    ahead, alone = SpeculativeSession(inner, Oracle(right), (0.0, 0.3)), plain(70)
     texts = []
     for session in (ahead, alone):
         sampler = Sampler(temperature, top_k=4, seed=3)
@@ -72,7 +72,7 @@ def test_the_ids_are_those_of_plain_decoding(right: list[bool], count: int, page
 
 
 def test_right_drafts_save_calls_and_wrong_ones_are_given_up() -> None:
-    right, wrong = (SpeculativeSession(plain(), Oracle([answer]), 0.3) for answer in (True, False))
+    right, wrong = (SpeculativeSession(plain(), Oracle([answer]), (0.0, 0.3)) for answer in (True, False))
     for session in (right, wrong):
         list(generate(session, [1], Sampler(), stop_ids=(), max_new_tokens=161))
         assert session.counts.steps == 160
@@ -85,7 +85,7 @@ def test_right_drafts_save_calls_and_wrong_ones_are_given_up() -> None:
 
 
 def test_a_lookup_finds_what_repeats() -> None:
-    session = SpeculativeSession(counting(6, context=200), PromptLookup(), 0.3)
+    session = SpeculativeSession(counting(6, context=200), PromptLookup(), (0.0, 0.3))
     text = list(generate(session, [0], Sampler(), stop_ids=(), max_new_tokens=100))
     assert text == [(1 + index) % 6 for index in range(100)]
     assert session.counts.calls < 40
@@ -107,7 +107,7 @@ def test_sampled_ids_follow_the_distribution_of_plain_sampling() -> None:
     inner, accepted, runs = plain(), 0, 6000
     for seed in range(runs):
         inner.reset()
-        session = SpeculativeSession(inner, Oracle([True, seed % 3 > 0]), 0.3)
+        session = SpeculativeSession(inner, Oracle([True, seed % 3 > 0]), (0.0, 0.3))
         draw = Sampler(0.9, top_k=4, top_p=0.95, seed=seed)
         drawn[tuple(generate(session, [2], draw, stop_ids=(), max_new_tokens=3))] += 1
         accepted += session.counts.accepted
@@ -125,7 +125,7 @@ def test_sampled_ids_follow_the_distribution_of_plain_sampling() -> None:
 
 def test_going_back_forgets_ids_and_guesses() -> None:
     inner = plain()
-    session, alone = SpeculativeSession(inner, Oracle([True]), 0.3), plain()
+    session, alone = SpeculativeSession(inner, Oracle([True]), (0.0, 0.3)), plain()
     session.prefill([1, 2, 3])
     session.step(4)
     assert inner.position > session.position == 4
@@ -136,7 +136,7 @@ def test_going_back_forgets_ids_and_guesses() -> None:
 
 
 def test_a_bad_id_is_refused_and_nothing_is_fed() -> None:
-    session = SpeculativeSession(counting(6), PromptLookup(), 0.3)
+    session = SpeculativeSession(counting(6), PromptLookup(), (0.0, 0.3))
     session.prefill([0, 1, 0, 1])
     with pytest.raises(BadInput, match="token id 6"):
         session.step(6)

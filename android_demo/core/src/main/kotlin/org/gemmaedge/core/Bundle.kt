@@ -152,6 +152,9 @@ class Bundle(val folder: File, val manifest: Manifest) {
                 if (cache.context != manifest.context || cache.chunk != manifest.chunk) {
                     throw BadInput("$MANIFEST: $place has another context or chunk than the manifest; $AGAIN")
                 }
+                if (cache.dtype !in setOf(CacheLayout.FLOAT32, CacheLayout.INT8)) {
+                    throw BadInput("$MANIFEST: $place has the dtype ${shown(cache.dtype)}, which this app does not know")
+                }
                 cache.layers.forEachIndexed { index, layer ->
                     sizes["$place.layers[$index].slots"] = layer.slots
                     sizes["$place.layers[$index].num_key_value_heads"] = layer.heads

@@ -47,8 +47,8 @@ internal object Limits {
         for ((walk, lengths) in plan.walks) {
             val compared = reference.positions.toSet() intersect ends(lengths).toSet()
             if (compared.isEmpty()) continue
-            val within = when (name) {
-                FLOAT -> floatLimits(reference, compared)
+            val within = when {
+                isFloat(reference, name) -> floatLimits(reference, compared)
                 else -> roundedLimits(reference, compared.size)
             }
             found[CheckId.walk(walk)] = within
@@ -68,6 +68,9 @@ internal object Limits {
             if (metric == Metric.TOP1_AGREEMENT) limits.max() else limits.min()
         }
     }
+
+    /** With int8 caches the float reference rounds keys and values, and has a cost. */
+    private fun isFloat(reference: Reference, name: String) = name == FLOAT && reference.costKl.all { it == 0f }
 
     private fun floatLimits(reference: Reference, compared: Set<Int>): Map<String, Double> {
         val (largest, gaps) = reference.rowsAt(compared)
@@ -89,7 +92,7 @@ internal object Limits {
 
     private fun softRms(reference: Reference, name: String): Double {
         val noise = reference.softNoise.max().toDouble()
-        if (name == FLOAT) return maxOf(FLOAT_ERROR * noise, UNITS)
+        if (isFloat(reference, name)) return maxOf(FLOAT_ERROR * noise, UNITS)
         return maxOf(PEAK_NOISE * noise, sqrt(COST) * (reference.softCost.maxOrNull() ?: 0f))
     }
 

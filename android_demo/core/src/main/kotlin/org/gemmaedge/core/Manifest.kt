@@ -73,9 +73,24 @@ data class Artifact(
 @Serializable
 data class Method(val name: String, val file: String)
 
-/** The static KV caches. [style] "ring": position p is in slot p mod slots; "compacting": rows stay in order. */
+/**
+ * The static KV caches. [style] "ring": position p is in slot p mod slots; "compacting": rows stay in order.
+ *
+ * Keys and values are [dtype] "float32", or "int8" codes, whose scales the graph has.
+ */
 @Serializable
-data class CacheLayout(val style: String, val context: Int, val chunk: Int, val layers: List<LayerCache>)
+data class CacheLayout(
+    val style: String,
+    val context: Int,
+    val chunk: Int,
+    val layers: List<LayerCache>,
+    val dtype: String = FLOAT32,
+) {
+    companion object {
+        const val FLOAT32 = "float32"
+        const val INT8 = "int8"
+    }
+}
 
 /** Keys and values of one layer: [slots] positions of [heads] × [headDim] numbers each. */
 @Serializable

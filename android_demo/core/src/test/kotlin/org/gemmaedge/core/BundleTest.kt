@@ -174,6 +174,7 @@ class BundleTest {
         val changes = mapOf<String, (String) -> String>(
             "has no artifacts" to { text -> edit(text, "artifacts") { JsonObject(emptyMap()) } },
             "another context or chunk" to { it.replaceFirst("\"context\":400", "\"context\":401") },
+            "has the dtype float16, which this" to { it.replace("\"dtype\":\"float32\"", "\"dtype\":\"float16\"") },
             "chunk is -1" to { it.replace("\"chunk\":16", "\"chunk\":-1") },
             "head_dim is 0" to { it.replace("\"head_dim\":8", "\"head_dim\":0") },
             "not those of the model" to { it.replace("\"kind\":\"full_attention\"", "\"kind\":\"sliding_attention\"") },

@@ -15,6 +15,7 @@ import java.nio.FloatBuffer
 import java.nio.LongBuffer
 import org.gemmaedge.core.BadInput
 import org.gemmaedge.core.Bundle
+import org.gemmaedge.core.CacheLayout
 import org.gemmaedge.core.Call
 import org.gemmaedge.core.Engine
 import org.gemmaedge.core.LayerCache
@@ -142,7 +143,10 @@ internal class OnnxEngine(bundle: Bundle, threads: Int?) : Engine {
      * Not over a direct buffer: Android takes those from the app's Java heap, which is too small for a large model's.
      */
     private fun zeros(layer: LayerCache): OnnxTensor {
-        val rows = Array(1) { Array(layer.heads) { Array(layer.slots) { FloatArray(layer.headDim) } } }
+        val rows: Any = when (artifact.cache.dtype) {
+            CacheLayout.INT8 -> Array(1) { Array(layer.heads) { Array(layer.slots) { ByteArray(layer.headDim) } } }
+            else -> Array(1) { Array(layer.heads) { Array(layer.slots) { FloatArray(layer.headDim) } } }
+        }
         return OnnxTensor.createTensor(environment, rows)
     }
 
@@ -154,8 +158,10 @@ internal class OnnxEngine(bundle: Bundle, threads: Int?) : Engine {
             "logits" to listOf(1L, 1L, model.vocabSize.toLong()),
         )
         if (visionFile != null) expected[SOFT_TOKENS] = listOf(1L, ANY, model.hiddenSize.toLong())
+        val cached = HashSet<String>()
         artifact.cache.layers.forEachIndexed { index, layer ->
             for (group in listOf("past_key_values", "present")) for (part in PARTS) {
+                cached += "$group.$index.$part"
                 expected["$group.$index.$part"] =
                     listOf(1L, layer.heads.toLong(), layer.slots.toLong(), layer.headDim.toLong())
             }
@@ -163,7 +169,12 @@ internal class OnnxEngine(bundle: Bundle, threads: Int?) : Engine {
         val declared = text.session.inputInfo + text.session.outputInfo
         for ((name, shape) in expected) {
             val found = declared[name].description()
-            val wanted = "${if (name in INTEGERS) OnnxJavaType.INT64 else OnnxJavaType.FLOAT} $shape"
+            val type = when {
+                name in INTEGERS -> OnnxJavaType.INT64
+                name in cached && artifact.cache.dtype == CacheLayout.INT8 -> OnnxJavaType.INT8
+                else -> OnnxJavaType.FLOAT
+            }
+            val wanted = "$type $shape"
             if (found != wanted) {
                 throw BadInput("${artifact.file}: $name is $found, expected $wanted; $ANOTHER_FILE")
             }
