@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 # ExecuTorch has its own threads. If torch's matrix library starts more threads in each of them, decoding takes twice as
-# long. The variable is read when torch is imported, so it is set before that.
+# long. The variable is read when torch is imported, so it is set before that. (``torch.set_num_threads`` is no way to do
+# the same later: after a call of it, ExecuTorch's own threads start more threads of torch's matrix library, and a file is
+# ten times slower and gives other bits each time.)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -131,8 +133,7 @@ class PteSession:
         if self._encoder is None:
             with native_errors(self._path):
                 self._encoder = self._program.load_method(VISION_ENCODER)
-        with one_torch_thread():
-            output = self._encoder.call((torch.from_numpy(network_input(image)),), clone_outputs=False)[0]
+        output = self._encoder.call((torch.from_numpy(network_input(image)),), clone_outputs=False)[0]
         soft_tokens: SoftTokens = output[0, :, :-1].numpy().copy()  # without the last channel, the image flag
         return soft_tokens
 
@@ -171,25 +172,10 @@ class PteSession:
         They are the program's own memory, which the next call of any method overwrites.
         """
         start = torch.tensor([self.position + (count - 1) * LOGITS_STRIDE], dtype=torch.int64)
-        with one_torch_thread():
-            output = self._decoder.call((inputs, start), clone_outputs=False)[0]
+        output = self._decoder.call((inputs, start), clone_outputs=False)[0]
         self.position += inputs.shape[1]
         rows: Logits = output[0].numpy()
         return rows
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """In the block, torch's matrix library has one thread, as OMP_NUM_THREADS above sees to if torch is not loaded yet.
-
-    A proof has used torch before, with all cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def open_program(path: Path) -> Any:
