@@ -267,7 +267,7 @@ def export(
     ] = None,
     kv: Annotated[
         Literal["float32", "int8"],
-        typer.Option("--kv", help="The dtype of the KV caches; int8 takes a quarter of the memory."),
+        typer.Option("--kv", help="The dtype of the KV caches; int8 (.onnx) takes a quarter of the memory."),
     ] = "float32",
     kv_data: Annotated[
         list[Path] | None,

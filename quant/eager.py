@@ -1,8 +1,8 @@
-"""The quantized eager model: the reference that an exported file is compared with.
+"""The quantized eager model, whole: for sessions over it, and for tests of the layer-by-layer one (quant/streamed.py).
 
 Its weights are the dequantized codes. For runtimes that multiply in int8 (XNNPACK's 8da4w), the input of each linear
 layer with integer weights is first rounded as the runtime rounds it. Weights are dequantized, or widened to float64,
-when they are used, a few rows at a time, so that the reference of a model with a vocabulary of 262 144 fits in memory.
+when they are used, a few rows at a time, so that a model with a vocabulary of 262 144 fits in memory.
 """
 
 from collections.abc import Mapping

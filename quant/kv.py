@@ -86,8 +86,8 @@ def calibrate(
     """The scales of each layer, from about ``tokens`` tokens of the files ``data`` (see ``gemma3.data.pack``).
 
     They are in rows spread evenly over the data, each of which begins with BOS. Without data they are those of the
-    sample that comes with the checkpoint, or else with the demo checkpoint. Raises
-    BadInput for data that cannot be used.
+    sample that comes with the checkpoint, or else with the demo checkpoint. Raises BadInput for data that cannot be
+    used.
     """
     config = checkpoint.config
     files = data or _samples(checkpoint.path) or _samples(resolve_checkpoint("demo"))
@@ -115,7 +115,7 @@ def calibrate(
 def scales_of(largest: Tensor, margin: float = MARGIN) -> Tensor:
     """float32 [K, D]: the scales for channels whose largest absolute values [K, D] were seen in calibration.
 
-    A channel that was always (nearly) 0 gets a scale by the largest one of its layer, so that no scale is 0.
+    A channel that was always (nearly) 0 gets a scale by the largest value of its layer, so that no scale is 0.
     """
     floor = float(largest.max()) / LARGEST or 1.0
     return (largest.float().clamp(min=floor) * (margin / LARGEST)).contiguous()

@@ -27,9 +27,9 @@ CACHES = ("past_key_values.", "present.")
 class OnnxSession:
     """A session over an .onnx. Its KV cache is one set of buffers, bound as past and present, and updated in place.
 
-    With ``threads`` None, ONNX Runtime chooses their number. ``logits`` is how many the graph computes (None: the whole
-    vocabulary). Raises BadInput when the file is damaged, refers to
-    anything unsafe, or does not have the caches and the vocabulary of ``layout`` and ``config``.
+    With ``threads`` None, ONNX Runtime chooses their number. ``logits`` is how many the graph computes at a position
+    (None: the whole vocabulary). Raises BadInput when the file is damaged, refers to anything unsafe, or does not have
+    the caches and the vocabulary of ``layout`` and ``config``.
 
     The vision model is in memory only while a prompt's images are encoded, before the prompt is fed. Loading it takes
     little time compared with encoding an image, and on a phone the text model needs the memory.

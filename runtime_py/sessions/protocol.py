@@ -190,7 +190,7 @@ class Resumable(Protocol):
 
 @runtime_checkable
 class EveryLogit(Protocol):
-    """A session that can give the logits after every id of a call. Exported graphs give only those of the last id."""
+    """A session that can give the logits after every id of a call. Exported graphs give those of a few last ids."""
 
     def call(self, call: Call, wanted: Collection[int] | None = None) -> list[tuple[int, Logits]]:
         """Feed ``call``. Returns (position, logits [V]) after each id of text, or after an image.
