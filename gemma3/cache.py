@@ -89,10 +89,10 @@ class CacheLayout:
         slots = {layer.slots for layer in self.layers if layer.kind == SLIDING}
         if self.style == "ring":
             return all(max(0, position - window + 1) + count >= written for count in slots)
-        return all(_first_row(count, written, window) == _first_row(count, position, window) for count in slots)
+        return all(first_row(count, written, window) == first_row(count, position, window) for count in slots)
 
 
-def _first_row(slots: int, end: int, window: int) -> int:
+def first_row(slots: int, end: int, window: int) -> int:
     """The position in the first row of a compacting cache of ``slots`` rows once ``end`` positions are fed.
 
     When the rows are full and another one comes, the slots − window + 1 oldest ones are dropped at once.

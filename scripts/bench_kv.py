@@ -33,10 +33,10 @@ def measure(bundle: Path, threads: int) -> dict[str, float]:
     artifact = manifest.artifacts["onnx"]
     session: Any = OnnxSession(bundle / artifact.file, artifact.cache, manifest.model, threads)
     random = np.random.default_rng(0)
-    for buffer in session._caches:
-        values = random.integers(-127, 128, buffer.shape(), np.int8)
-        buffer.update_inplace(values if artifact.cache.dtype == "int8" else values.astype(np.float32) / np.float32(32))
-        del values
+    for buffer in session.live(manifest.context).values():
+        buffer[...] = random.integers(-127, 128, buffer.shape, np.int8)
+        if artifact.cache.dtype != "int8":
+            buffer /= 32
     ids = random.integers(0, manifest.model.vocab_size, STEPS).tolist()
     found = {}
     for name, start in (("near", NEAR), ("far", manifest.context - STEPS)):

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from export.bundle import stored_kv, weights_behind
 from export.manifest import Manifest, read_manifest
 from export.onnx.file import exact_twin
 from export.target import FLOAT, rounding_of
-from gemma3.cache import CacheLayout, cache_layout
+from gemma3.cache import CacheLayout, cache_layout, first_row
 from gemma3.model import Gemma3, LayerKV, RoundHeads, new_cache
 from quant.eager import quantized_model
 from quant.kv import LARGEST, PerChannel
@@ -39,7 +38,7 @@ from runtime_py.proof.golden import COLUMNS, FULL_VOCABULARY, log_sum_exp
 from runtime_py.proof.prove import targets_of
 from runtime_py.report import table
 from runtime_py.sessions.onnx import OnnxSession
-from runtime_py.sessions.protocol import Logits
+from runtime_py.sessions.protocol import Logits, Rewindable, Session
 
 STEPS = 8
 SHARP = 3.0  # the standard deviation of a key's elements
@@ -70,18 +69,10 @@ def random_rows(layer: int, count: int, shape: tuple[int, int], round_heads: Rou
     return Rows((keys, values), (codes[0], codes[1]))
 
 
-def resident_rows(fed: int, slots: int, window: int | None) -> int:
-    """How many rows a compacting cache holds after ``fed`` positions, by GroupQueryAttention's contract."""
-    if window is None or fed <= slots:
-        return fed
-    dropped = slots - window + 1
-    return fed - -(-(fed - slots) // dropped) * dropped
-
-
 class Far:
     """A file's session and the eager model with the same weights, both put at any position."""
 
-    def __init__(self, session: Any, layout: CacheLayout, model: Gemma3, kv: Mapping[int, RoundHeads]) -> None:
+    def __init__(self, session: Rewindable, layout: CacheLayout, model: Gemma3, kv: Mapping[int, RoundHeads]) -> None:
         self._session, self._layout, self._model, self._kv = session, layout, model, kv
         self._ring = cache_layout(model.config, "ring", layout.context, layout.chunk)
         self._cache: list[LayerKV] = []
@@ -89,7 +80,7 @@ class Far:
     def go(self, fed: int) -> None:
         """Fill all caches, as if ``fed`` positions had been fed."""
         self._session.reset()
-        self._session.position = fed
+        buffers = list(self._session.live(self._layout.context).values())  # keys, values of each layer in turn
         self._cache = new_cache(self._ring)
         for index, spec in enumerate(self._model.config.layers):
             slots, own = self._layout.layers[index].slots, self._cache[index]
@@ -99,26 +90,14 @@ class Far:
             places = torch.arange(fed - min(count, ring), fed) % ring
             for part, values in zip((own.keys, own.values), rows.values, strict=True):
                 part[0, :, places] = values[:, count - len(places) :]
-            window = None if spec.window is None else min(spec.window, slots)
-            if self._layout.style == "compacting":
-                self._fill_compacting(index, rows, resident_rows(fed, slots, window))
-            else:
-                self._fill_ring(index, rows, fed, slots)
-
-    def _fill_compacting(self, index: int, rows: Rows, resident: int) -> None:
-        buffers = self._session._caches[2 * index : 2 * index + 2]
-        for buffer, part in zip(buffers, rows.codes or rows.values, strict=True):
-            filled = np.zeros(buffer.shape(), part.numpy().dtype)
-            filled[0, :, :resident] = part[:, part.shape[1] - resident :].numpy()
-            buffer.update_inplace(filled)
-
-    def _fill_ring(self, index: int, rows: Rows, fed: int, slots: int) -> None:
-        assert rows.codes is None, "a ring is float32"
-        count = min(fed, slots)
-        places = np.arange(fed - count, fed) % slots
-        for name, part in zip(("keys", "values"), rows.values, strict=True):
-            buffer = self._session._decoder.get_attribute(f"layers.{index}.attention.{name}").numpy()
-            buffer[0, places] = part[:, part.shape[1] - count :].transpose(0, 1).numpy()
+            for buffer, part in zip(buffers[2 * index : 2 * index + 2], rows.codes or rows.values, strict=True):
+                if self._layout.style == "compacting":
+                    first = 0 if spec.window is None else first_row(slots, fed, spec.window)
+                    buffer[0, :, : fed - first] = part[:, count - (fed - first) :].numpy()
+                else:
+                    held = min(fed, slots)
+                    buffer[0, np.arange(fed - held, fed) % slots] = part[:, count - held :].transpose(0, 1).numpy()
+        self._session.resume(range(fed), np.empty(0, np.float32))
 
     @torch.inference_mode()
     def steps(self, ids: Sequence[int]) -> Iterator[tuple[int, Logits, Logits]]:
@@ -185,11 +164,12 @@ def _far(
     model = quantized_model(manifest.model, own, rounding)
     if format == "onnx":
         twin = opened.enter_context(exact_twin(bundle / artifact.file, columns))
-        session: Any = OnnxSession(
+        session: Session = OnnxSession(
             twin, artifact.cache, manifest.model, logits=manifest.model.vocab_size if columns is None else len(columns)
         )
     else:
         session = open_session(bundle, format)
+    assert isinstance(session, Rewindable)
     return Far(session, artifact.cache, model, own.kv)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 # ExecuTorch has its own threads. If torch's matrix library starts more threads in each of them, decoding takes twice as
 # long. The variable is read when torch is imported, so it is set before that. ``torch.set_num_threads`` cannot do the
-# same later: after a call of it, ExecuTorch's threads start those of torch's matrix library after all. A file is then ten
-# times slower, and gives other bits each time.
+# same later: after a call of it, ExecuTorch's threads start those of torch's matrix library after all. A file is then
+# ten times slower, and gives other bits each time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
