@@ -19,9 +19,11 @@ from gemma3.config import ModelConfig, parse_config
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.images import Pixels
 from runtime_py.sessions.eager import EagerSession
+from runtime_py.sessions.onnx import OnnxSession
 from runtime_py.sessions.protocol import Resumable, Session
 from runtime_py.snapshot import METADATA, Origin, open_snapshot, write_snapshot
 from tests.bundles import SEEING_CONFIG
+from tests.export.onnx.test_kv import int8_file
 from tests.function_session import counting
 from tests.onnx_models import tiny_onnx
 from tests.pte_models import tiny_pte
@@ -44,6 +46,9 @@ def made(format: str, config: ModelConfig, folder: Path) -> Made:
     if format == "onnx":
         onnx = tiny_onnx(config, folder, "int4-block32", "int8")
         return Made(config, onnx.layout, onnx.session)
+    if format == "onnx with int8 caches":
+        path, int8, _ = int8_file(config, folder)
+        return Made(config, int8, lambda: OnnxSession(path, int8, config, threads=1))
     if format == "pte":
         pte = tiny_pte(config, folder, "int4-block32", "int8")
         return Made(config, pte.layout, lambda: pte.session(1))
@@ -54,7 +59,7 @@ def made(format: str, config: ModelConfig, folder: Path) -> Made:
 FORMATS = ["eager", "onnx", pytest.param("pte", marks=pytest.mark.slow)]
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(scope="module", params=[*FORMATS, "onnx with int8 caches"])
 def text(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return made(request.param, tiny_config(**HEADS), tmp_path_factory.mktemp("text"))
 

@@ -23,6 +23,7 @@ from quant.kv import PerChannel, codes_of, scales_of
 from runtime_py.sessions.onnx import OnnxSession
 from runtime_py.sessions.protocol import calls
 from tests.onnx_models import quantized_weights
+from tests.rewinding import assert_a_rewound_session_equals_one_that_never_went_on
 from tests.seeing import eager_logits, random_images
 from tests.shapes import random_model, random_tokens, tiny_config, tiny_vision_config, with_images
 
@@ -179,6 +180,15 @@ def test_the_graph_equals_the_network_that_rounds(shape: str, tmp_path: Path) ->
                 differences.append(np.abs(session.prefill(ids[start:end]) - expected[end - 1]).max())
             assert_but_for_a_few(differences, cost)
             session.reset()
+
+
+def test_a_rewound_session_equals_one_that_never_went_on(tmp_path: Path) -> None:
+    config = tiny_config()
+    path, layout, _ = int8_file(config, tmp_path)
+    ids = random_tokens(config, layout.context)
+    assert_a_rewound_session_equals_one_that_never_went_on(
+        lambda: OnnxSession(path, layout, config, threads=1), ids, most=8
+    )
 
 
 def test_images_are_attended_to_through_int8_caches(tmp_path: Path) -> None:
