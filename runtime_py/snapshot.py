@@ -147,7 +147,7 @@ def write_snapshot(
             save_file(tensors, path, {METADATA: typed_json.encode(header, indent=None)})
         except SafetensorError as error:
             size = sum(tensor.nbytes for tensor in tensors.values())
-            raise DoesNotFit(f"{out}: {size >> 20} MiB could not be written ({error}); make room") from None
+            raise DoesNotFit(f"{out}: {size / 1e6:.1f} MB could not be written ({error}); make room") from None
 
 
 def format_of(path: Path) -> str:
