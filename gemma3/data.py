@@ -65,7 +65,8 @@ def pack(
     if len(last) < length and not images:
         rows.pop()
     if not rows:
-        raise BadInput(f"{', '.join(map(str, paths))}: {len(last)} tokens in all, less than one row of {length}")
+        given = ", ".join(map(str, paths))
+        raise BadInput(f"{given}: {len(last)} tokens in all, less than one row of {length}; give more text")
     tokens = [ids + [tokenizer.pad_id] * (length - len(ids)) for ids, _ in rows]
     return Rows(np.array(tokens, np.int32), [images for _, images in rows])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from export.manifest import read_manifest
-from tests.bundles import Cli, Run
+from tests.bundles import Cli
 
 
 @pytest.fixture
@@ -18,7 +18,9 @@ def bundle(gemma_edge: Cli, checkpoint: Path, tmp_path: Path, text: Path) -> Pat
     return out
 
 
-def test_every_command_takes_such_a_bundle(gemma_edge: Cli, checkpoint: Path, bundle: Path, text: Path) -> None:
+def test_every_command_takes_such_a_bundle(
+    gemma_edge: Cli, checkpoint: Path, bundle: Path, text: Path, tmp_path: Path
+) -> None:
     artifact = read_manifest(bundle).artifacts["onnx"]
     assert artifact.cache.dtype == "int8"
     assert {one.dtype for one in artifact.methods[0].inputs if one.name.startswith("past")} == {"int8"}
@@ -33,20 +35,15 @@ def test_every_command_takes_such_a_bundle(gemma_edge: Cli, checkpoint: Path, bu
     done = gemma_edge("accuracy", bundle, "--reference", checkpoint, "--data", text, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)
-
-
-def test_a_prefix_and_guesses_work_with_int8_caches(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:
     system, prefix = tmp_path / "system.txt", tmp_path / "prefix"
     system.write_text("Be brief.")
-    assert gemma_edge("prefill", bundle, "--system", system, "-o", prefix).code == 0
-
-    def answer(*options: object) -> Run:
-        done = gemma_edge("generate", bundle, "one two one two one two", "--chat", "-n", "8", *options)
-        assert done.code == 0, done.err
-        return done
-
-    assert answer("--prefix", prefix).out == answer("--system", system).out
-    assert "guessed ahead" in answer("--prefix", prefix, "--lookup").err
+    done = gemma_edge("prefill", bundle, "--system", system, "-o", prefix)
+    assert done.code == 0, done.err
+    ask = ("generate", bundle, "one two one two one two", "--chat", "-n", "8")
+    assert gemma_edge(*ask, "--prefix", prefix).out == gemma_edge(*ask, "--system", system).out
+    done = gemma_edge(*ask, "--prefix", prefix, "--lookup")
+    assert done.code == 0, done.err
+    assert "guessed ahead" in done.err
 
 
 def test_what_cannot_be_is_refused_before_the_export(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:

@@ -113,15 +113,16 @@ def noise_checks(judge: Judge, reference: ReferenceLogits) -> list[Check]:
 
 
 def cost_checks(judge: Judge, reference: ReferenceLogits) -> list[Check]:
-    """What rounding activations costs: the reference against itself without it. The figures have no limits."""
+    """What rounding costs: the reference against itself without it. The figures have no limits.
+
+    It is the rounding of activations, or of the ``float`` reference of a file with int8 caches, of keys and values.
+    """
     if not reference.cost_kl.any():
         return []
     figures = {"kl_mean": float(reference.cost_kl.mean()), "kl_max": float(reference.cost_kl.max())}
     if len(reference.soft_cost):
         figures["soft_rms"] = float(reference.soft_cost.max())
-    return judge.checks(
-        ACTIVATIONS, "what rounding activations costs: the reference against itself without it", figures
-    )
+    return judge.checks(ACTIVATIONS, "what rounding costs: the reference against itself without it", figures)
 
 
 def advice_on_activations(checks: Sequence[Check]) -> list[str]:

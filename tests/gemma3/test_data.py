@@ -66,7 +66,7 @@ def test_a_document_that_begins_with_a_row_gets_no_second_bos(tokenizer: Tokeniz
         ("a.jsonl", "", "holds no text"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8 text (byte 0 is 0xff)"),
         ("a.txt", b"text\0more", "NUL character at 4"),
-        ("a.txt", "a", "less than one row of 8"),
+        ("a.txt", "a", "less than one row of 8; give more text"),
         ("a.jsonl", "text", "line 1: not JSON"),
         ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
         ("a.jsonl", "[1]", 'line 1: no list under "messages"'),

@@ -190,7 +190,7 @@ private class Judge(val reference: String, private val golden: Reference, privat
     fun begin(softTokens: List<SoftTokens>) {
         val ofNoise = "the reference against itself, inputs changed by one unit in the last place"
         distances(CheckId.NOISE, ofNoise, golden.noiseKl, golden.softNoise)
-        val ofCost = "what rounding activations costs: the reference against itself without it"
+        val ofCost = "what rounding costs: the reference against itself without it"
         distances(CheckId.ACTIVATIONS, ofCost, golden.costKl, golden.softCost)
         softTokens.forEachIndexed { number, seen ->
             val rms = Reference.relativeRms(seen, golden.softTokens(number))
