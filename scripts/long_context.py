@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.bundle import stored_kv, weights_behind
+from export.executorch.caches import by_position
 from export.manifest import Manifest, read_manifest
 from export.onnx.file import exact_twin
 from export.target import FLOAT, rounding_of
@@ -90,13 +92,16 @@ class Far:
             places = torch.arange(fed - min(count, ring), fed) % ring
             for part, values in zip((own.keys, own.values), rows.values, strict=True):
                 part[0, :, places] = values[:, count - len(places) :]
-            for buffer, part in zip(buffers[2 * index : 2 * index + 2], rows.codes or rows.values, strict=True):
+            caches: Sequence[NDArray[Any]] = buffers[2 * index : 2 * index + 2]
+            if self._layout.style == "ring":
+                caches = by_position(self._layout.layers[index], *caches)
+            for buffer, part in zip(caches, rows.codes or rows.values, strict=True):
                 if self._layout.style == "compacting":
                     first = 0 if spec.window is None else first_row(slots, fed, spec.window)
                     buffer[0, :, : fed - first] = part[:, count - (fed - first) :].numpy()
                 else:
                     held = min(fed, slots)
-                    buffer[0, np.arange(fed - held, fed) % slots] = part[:, count - held :].transpose(0, 1).numpy()
+                    buffer[np.arange(fed - held, fed) % slots] = part[:, count - held :].transpose(0, 1).numpy()
         self._session.resume(range(fed), np.empty(0, np.float32))
 
     @torch.inference_mode()

@@ -31,9 +31,12 @@ from gemma3.errors import BadInput
 from quant.integers import IntegerWeight
 
 Bytes = NDArray[np.uint8]
+Place = tuple[int, int, int] | None
 
 # Kernels that compute no data: sizes, symbols and views.
 BOOKKEEPING = ("executorch_prim::", "aten::sym_size", "aten::_local_scalar_dense")
+# The operators that write new keys or values to a cache, which is their second argument.
+WRITES = "llama::update_cache"
 HEADER_BYTES = 64
 DTYPES = {
     ScalarType.BYTE: torch.uint8,
@@ -181,8 +184,39 @@ def kernel_counts(file: PteFile) -> dict[str, int]:
 
 
 def cache_shapes_pte(file: PteFile) -> list[list[int]]:
-    """The shape [1, slots, K, D] of every cache buffer, layer by layer: keys, values, keys, values, …"""
-    return [arguments[1].sizes for name, arguments in file.kernels() if name.startswith("llama::update_cache")]
+    """The shape of every cache buffer (see caches.py), layer by layer: keys, values, keys, values, …"""
+    shapes: dict[tuple[int, str], list[int]] = {}
+    for name, arguments in file.kernels():
+        if name.startswith(WRITES):  # in no fixed order within a layer
+            _, layer, _, part = arguments[1].extra_tensor_info.fully_qualified_name.split(".")
+            shapes[int(layer), part] = arguments[1].sizes
+    return [shapes[buffer] for buffer in sorted(shapes)]
+
+
+def early_reads(plan: ExecutionPlan) -> list[int]:
+    """The calls, by their place among the plan's instructions, that read a cache before the call that writes it.
+
+    After the compiler's last passes, only the order of the calls says that attention reads what the same step wrote: a
+    delegate's argument is a view of the cache, and not what the operator that writes in place returns.
+    """
+    uses: dict[Place, list[int]] = {}
+    writes: dict[Place, int] = {}
+    for index, instruction in enumerate(plan.chains[0].instructions):
+        call = instruction.instr_args
+        if not isinstance(call, KernelCall | DelegateCall):
+            continue
+        places = [place(plan.values[argument].val) for argument in call.args]
+        for used in set(places) - {None}:
+            uses.setdefault(used, []).append(index)
+        if isinstance(call, KernelCall) and plan.operators[call.op_index].name.startswith(WRITES):
+            writes[places[1]] = index
+    return sorted({index for cache, write in writes.items() for index in uses[cache] if index < write})
+
+
+def place(value: Any) -> Place:
+    """Where a value's planned memory begins, which is also where its views begin. None: no memory is planned for it."""
+    planned = getattr(value, "allocation_info", None)
+    return planned and (planned.memory_id, planned.memory_offset_high, planned.memory_offset_low)
 
 
 def cache_bytes_pte(path: Path) -> list[int]:

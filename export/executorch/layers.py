@@ -72,17 +72,19 @@ class Holder(nn.Module):
 
 def flatten(state: dict[str, Tensor], model: nn.Module) -> None:
     """Make ``model``'s hollow buffers in ``state`` a single value each, expanded to the shape: copies stay as small."""
+    layers = dict(model.named_modules())
     for name, tensor in state.items():
         path, _, buffer = name.rpartition(".")
-        layer = model.get_submodule(path)
+        layer = layers.get(path)
         if isinstance(layer, Holder) and buffer in layer.hollow:
             state[name] = torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape)
 
 
 def fill(state: dict[str, Tensor], model: nn.Module) -> None:
     """Put the values of ``model``'s hollow buffers into ``state``, which has some of its buffers by name."""
+    layers = dict(model.named_modules())
     for path in dict.fromkeys(name.rpartition(".")[0] for name in state):
-        layer = model.get_submodule(path)
+        layer = layers.get(path)
         if isinstance(layer, Holder) and layer.hollow:
             values = {f"{path}.{name}": value for name, value in layer.filled().items()}
             state.update({name: value for name, value in values.items() if name in state})

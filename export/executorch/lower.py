@@ -40,13 +40,14 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
 from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.lowered_backend_module import get_lowered_submodules
 from executorch.exir.passes import MemoryPlanningPass
-from executorch.exir.schema import BackendDelegate, DelegateCall, ExecutionPlan
+from executorch.exir.schema import BackendDelegate, DelegateCall, ExecutionPlan, KernelCall
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ExportGraphSignature
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from export.executorch.file import PteFile, cache_shapes_pte, kernel_counts
+from export.executorch.caches import cache_shapes
+from export.executorch.file import WRITES, PteFile, cache_shapes_pte, early_reads, kernel_counts
 from export.executorch.layers import fill, flatten, later
 from export.executorch.partition import LevelPartitioner
 from export.executorch.text import ExecutorchModel, TokenEmbedding
@@ -80,7 +81,7 @@ def export_pte(
     IntegerWeight of 4 bits, or of 8 bits per channel. Linear layers with integer weights round their input to int8 per
     token. ``layout`` must be of the ring style, and its chunk must be at least an image's soft tokens. Raises BadInput
     for weights that XNNPACK has no kernel for and for a smaller chunk, and VerificationFailed when the file's caches
-    are not the layout's. The same arguments give the same bytes.
+    are not the layout's, or are read before they are written. The same arguments give the same bytes.
     """
     if config.vision and layout.chunk < config.vision.tokens_per_image:
         raise BadInput(
@@ -98,9 +99,12 @@ def export_pte(
     give_back()
 
     file = PteFile(path)
-    expected = [list(layer.by_slot) for layer in layout.layers for _ in ("keys", "values")]
+    expected = [list(shape) for layer in layout.layers for shape in cache_shapes(layer)]
     if cache_shapes_pte(file) != expected:
         raise VerificationFailed(f"{path}: its caches are {cache_shapes_pte(file)}, the layout asks for {expected}")
+    early = {plan.name: calls for plan in file.networks if (calls := early_reads(plan))}
+    if early:
+        raise VerificationFailed(f"{path}: these calls of its methods read a cache before the step writes it: {early}")
     details = {
         "second_table_bytes": second_table(config, weights),
         "delegates": sum(len(plan.delegates) for plan in file.networks),
@@ -222,8 +226,9 @@ def lower(programs: ExportedProgram | dict[str, Traced], constants: dict[str, An
     for name, model in models.items():  # what XNNPACK did not get: the embedding table
         fill(edge.exported_program(name).state_dict, model)
     manager = edge.to_executorch(config)
-    united = [unite_equal_delegates(plan) for plan in manager.executorch_program.execution_plan]
-    if any(united):
+    plans = manager.executorch_program.execution_plan
+    changed = [unite_equal_delegates(plan) for plan in plans] + [name_only_caches(plan) for plan in plans]
+    if any(changed):
         manager._pte_data, _ = serialize_for_executorch(
             manager._emitter_output, config, manager._data_serializer, manager._named_data
         )
@@ -278,6 +283,19 @@ def unite_equal_delegates(plan: ExecutionPlan) -> bool:
             call.delegate_index = kept.index(every[call.delegate_index])
     plan.delegates = kept
     return len(kept) < len(every)
+
+
+def name_only_caches(plan: ExecutionPlan) -> bool:
+    """Take the names of caches from their views, so that a name means one tensor. Returns whether there were views."""
+    instructions = (instruction.instr_args for instruction in plan.chains[0].instructions)
+    calls = [call for call in instructions if isinstance(call, KernelCall)]
+    caches = {call.args[1] for call in calls if plan.operators[call.op_index].name.startswith(WRITES)}
+    changed = False
+    for index, value in enumerate(plan.values):
+        info = getattr(value.val, "extra_tensor_info", None)
+        if info is not None and info.fully_qualified_name and index not in caches:
+            value.val.extra_tensor_info, changed = None, True
+    return changed
 
 
 def constant_methods(config: ModelConfig, layout: CacheLayout, eos_ids: Sequence[int]) -> dict[str, Any]:

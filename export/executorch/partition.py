@@ -4,8 +4,10 @@ ExecuTorch's own partitioner merges sets of nodes in no fixed order, so two runs
 number of delegates and in the bytes of the file.
 """
 
+import operator
 from unittest.mock import patch
 
+import torch
 from executorch.backends.xnnpack.partition.config import gemm_configs, generic_node_configs, xnnpack_config
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
@@ -14,12 +16,13 @@ from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, Par
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-# These operators cover the whole network except the embedding, the caches, attention, and the indices and masks of a
-# step. Each class knows the constraints of its operator, and which nodes belong to it (for a linear layer the
-# constants, the dequantization and the rounding).
+# These operators cover the whole network except the embedding, the caches, the attention of full-attention layers, and
+# the indices and masks of a step. Each class knows the constraints of its operator, and which nodes belong to it (for a
+# linear layer the constants, the dequantization and the rounding).
 DELEGATED = (
     gemm_configs.LinearConfig,
     generic_node_configs.AddConfig,
+    generic_node_configs.BMMConfig,
     generic_node_configs.CatConfig,
     generic_node_configs.CloneConfig,
     generic_node_configs.CosConfig,
@@ -28,6 +31,7 @@ DELEGATED = (
     generic_node_configs.ReciprocalSquareRootConfig,
     generic_node_configs.SigmoidConfig,
     generic_node_configs.SinConfig,
+    generic_node_configs.SoftmaxConfig,
     generic_node_configs.SubConfig,
     generic_node_configs.ViewCopyConfig,
 )
@@ -90,10 +94,25 @@ class LevelPartitioner(Partitioner):  # type: ignore[misc]
     def members(self, node: Node, program: ExportedProgram) -> list[Node]:
         """``node`` and the nodes that belong to it, if it is delegated; otherwise an empty list."""
         assert callable(node.target)
-        operator = self.operators.get(format_target_name(node.target.__name__))
-        if operator is None or not operator.check_constraints(node, program):
+        kind = self.operators.get(format_target_name(node.target.__name__))
+        if kind is None or is_view_of_cache(node) or not kind.check_constraints(node, program):
             return []
-        return operator.get_partition(node, program)
+        return kind.get_partition(node, program)
+
+
+def is_view_of_cache(node: Node) -> bool:
+    """Is ``node`` a view of a cache? Outside XNNPACK it costs nothing; inside, it would copy the cache in every call.
+
+    A cache is a buffer, as it is or as an operator that writes it in place returns it.
+    """
+    assert callable(node.target)
+    source = node.args[0] if node.args else None
+    if format_target_name(node.target.__name__) != "view_copy.default" or not isinstance(source, Node):
+        return False
+    if source.op == "call_function" and source.target is operator.getitem:
+        (source,) = source.all_input_nodes
+        return source.target is torch.ops.higher_order.auto_functionalized_v2 or "update_cache" in str(source.target)
+    return source.op == "placeholder"
 
 
 def connected(nodes: list[Node]) -> list[list[Node]]:

@@ -55,7 +55,7 @@ def stored_integers(file: PteFile) -> Iterator[tuple[str, IntegerWeight]]:
     for name, arguments in file.kernels():
         if name.startswith("quantized_decomposed::embedding"):
             yield EMBEDDING, embedding_integers(file, name, arguments)
-    _, head_dim = cache_shapes_pte(file)[0][2:]
+    head_dim = cache_shapes_pte(file)[1][-1]  # of the first layer's values
     for name, linears in groupby(named_linears(file), key=lambda pair: pair[0]):
         parts = [linear.weight for _, linear in linears if linear.weight is not None]
         if len(parts) == 2:

@@ -10,6 +10,10 @@ differences, besides those of export/executorch/layers.py, and their reasons:
   4.2e-7 at position 131 072.
 * The caches are buffers that custom operators write in place. Sliding-window layers keep a ring. One mask and one set
   of slots per step serve all of them, and there is no state besides the keys and values.
+* XNNPACK computes the attention of sliding-window layers, over the whole ring, because a ring is short. Full-attention
+  layers use ``llama.custom_sdpa``, which reads only as many keys as there are.
+* 1/√d, by which scores are multiplied, is part of the gain of the queries' norm. That is exact for powers of two, such
+  as 1/16 in all Gemma 3 models but the 27B, and elsewhere as exact as another multiplication.
 
 A multimodal model consists of three networks: ``TokenEmbedding`` and ``ExecutorchModel`` here, and the vision model in
 export/executorch/vision.py. Its embeddings have an additional channel, 1 for a soft token of an image and 0 for text,
@@ -29,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.executorch.caches import cache_shapes
 from export.executorch.layers import (
     GELU_A,
     GELU_B,
@@ -58,25 +63,36 @@ class ImageFlag:
 
 
 @dataclass(frozen=True)
+class RingStep:
+    """What the sliding-window layers share in one call."""
+
+    key_slots: Tensor  # int64 [K · D, S]: the ring slots of the new positions, once for each channel of the keys
+    value_slots: Tensor  # int64 [K, S]: the same once for each head
+    mask: Tensor  # float32 [S, 1, R]: 0 where s attends to slot r, else −∞
+
+
+@dataclass(frozen=True)
 class Step:
     """What all layers of one kind share in one call."""
 
     start: int  # the first new position; a symbol while tracing
     cos: Tensor  # [1, S, 1, D/2]
     sin: Tensor  # [1, S, 1, D/2]
-    slots: Tensor | None = None  # int64 [1, S]: the ring slots of the new positions (sliding-window layers)
-    mask: Tensor | None = None  # float32 [S, R]: 0 where s attends to slot r, else −∞ (sliding-window layers)
+    ring: RingStep | None = None  # sliding-window layers only
     image: ImageFlag | None = None  # None: a text-only model
 
 
 class HeadProjection(nn.Module):
-    """Projects to heads, normalizes each head over D and applies RoPE, all on the two halves of D separately."""
+    """Projects to heads, normalizes each head over D and applies RoPE, all on the two halves of D separately.
 
-    def __init__(self, weight: Weight, norm: Tensor, heads: int, dim: int, eps: float) -> None:
+    The result is multiplied by ``scale``.
+    """
+
+    def __init__(self, weight: Weight, norm: Tensor, heads: int, dim: int, eps: float, scale: float = 1.0) -> None:
         super().__init__()
         self.heads, self.half_dim, self.eps = heads, dim // 2, eps
         self.halves = nn.ModuleList(Linear(rows(weight, rope_half(heads, dim, half))) for half in (0, 1))
-        first_gain, second_gain = (1.0 + norm.float()).chunk(2)
+        first_gain, second_gain = (scale * (1.0 + norm.float())).chunk(2)
         self.register_buffer("first_gain", first_gain.clone())
         self.register_buffer("second_gain", second_gain.clone())
         self.mean = Mean(dim // 2, dim)
@@ -92,25 +108,24 @@ class HeadProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention and its cache: x [S, E] → [S, E]; keys and values float32 [1, slots, K, D] each."""
+    """Attention and its cache: x [S, E] → [S, E]; keys and values as export/executorch/caches.py says."""
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, cache: LayerCache, weights: Weights, name: str) -> None:
         super().__init__()
         heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
         eps = config.rms_norm_eps
-        self.kind = spec.kind
-        self.kv_heads, self.head_dim = kv_heads, dim
-        self.scale = config.query_pre_attn_scalar**-0.5
+        self.kv_heads, self.groups, self.head_dim = kv_heads, heads // kv_heads, dim
+        scale = config.query_pre_attn_scalar**-0.5
         self.query = HeadProjection(
-            weights[f"{name}.q_proj.weight"], floating(weights, f"{name}.q_norm.weight"), heads, dim, eps
+            weights[f"{name}.q_proj.weight"], floating(weights, f"{name}.q_norm.weight"), heads, dim, eps, scale
         )
         self.key = HeadProjection(
             weights[f"{name}.k_proj.weight"], floating(weights, f"{name}.k_norm.weight"), kv_heads, dim, eps
         )
         self.value = Linear(weights[f"{name}.v_proj.weight"])
         self.output = Linear(weights[f"{name}.o_proj.weight"])
-        self.register_buffer("keys", torch.zeros(cache.by_slot), persistent=False)
-        self.register_buffer("values", torch.zeros(cache.by_slot), persistent=False)
+        for part, shape in zip(("keys", "values"), cache_shapes(cache), strict=True):
+            self.register_buffer(part, torch.zeros(shape), persistent=False)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         first_query, second_query, first_key, second_key, values = project(
@@ -119,25 +134,34 @@ class Attention(nn.Module):
         queries = self.query(first_query, second_query, step)
         keys = self.key(first_key, second_key, step)
         values = values.view(1, -1, self.kv_heads, self.head_dim)
-        out = self.attend(queries, keys, values, step).view(-1, queries.shape[2] * self.head_dim)
+        attend = self.attend if step.ring is None else self.attend_in_ring
+        out = attend(queries, keys, values, step).view(-1, queries.shape[2] * self.head_dim)
         return project(out, self.output)[0]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
         """Write the new keys and values [1, S, K, D] to the cache. Returns the heads' outputs [1, S, H, D]."""
         operators = torch.ops.llama
         cached_keys, cached_values = self.get_buffer("keys"), self.get_buffer("values")
-        if self.kind == SLIDING:
-            operators.update_cache_with_indices(keys, cached_keys, step.start, step.slots)
-            operators.update_cache_with_indices(values, cached_values, step.start, step.slots)
-            # With a mask the operator reads the whole ring, so its own start position and causal mask are not used.
-            start, mask, causal = 0, step.mask, False
-        else:
-            operators.update_cache(keys, cached_keys, step.start)
-            operators.update_cache(values, cached_values, step.start)
-            start, mask, causal = step.start, None, True
-            if step.image is not None:
-                return self.attend_to_text_or_image(queries, step.start, step.image)
-        return operators.custom_sdpa(queries, cached_keys, cached_values, start, mask, 0.0, causal, self.scale)
+        operators.update_cache(keys, cached_keys, step.start)
+        operators.update_cache(values, cached_values, step.start)
+        if step.image is not None:
+            return self.attend_to_text_or_image(queries, step.start, step.image)
+        return operators.custom_sdpa(queries, cached_keys, cached_values, step.start, None, 0.0, True, 1.0)
+
+    def attend_in_ring(self, queries: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+        """``attend`` for a sliding-window layer, [S, K, H/K, D]: one product takes all queries of a key/value head."""
+        assert step.ring is not None
+        heads, groups, dim = self.kv_heads, self.groups, self.head_dim
+        cached_keys, cached_values = self.get_buffer("keys"), self.get_buffer("values")
+        write = torch.ops.llama.update_cache_with_indices
+        write(keys.view(-1, heads * dim).permute(1, 0).view(heads * dim, -1, 1, 1), cached_keys, 0, step.ring.key_slots)
+        write(by_head(values, heads, 1, dim), cached_values, 0, step.ring.value_slots)
+        slots = step.ring.mask.shape[-1]
+        per_head = by_head(queries, heads, groups, dim).view(heads, -1, dim)
+        scores = torch.bmm(per_head, cached_keys.view(heads, dim, slots)).view(heads, -1, groups, slots)
+        weights = (scores + step.ring.mask).softmax(-1).view(heads, -1, slots)
+        out = torch.bmm(weights, cached_values.view(heads, slots, dim))
+        return out.view(heads, -1, groups, dim).permute(1, 0, 2, 3).contiguous()
 
     def attend_to_text_or_image(self, queries: Tensor, start: int, image: ImageFlag) -> Tensor:
         """Causal attention for text; for an image, attention to everything up to the end of the call.
@@ -147,9 +171,16 @@ class Attention(nn.Module):
         """
         cached = (self.get_buffer("keys"), self.get_buffer("values"))
         sdpa = torch.ops.llama.custom_sdpa
-        causal = sdpa(queries, *cached, start * (1 - image.number), None, 0.0, True, self.scale)
-        whole = sdpa(queries, *cached, start * image.number, None, 0.0, False, self.scale)
+        causal = sdpa(queries, *cached, start * (1 - image.number), None, 0.0, True, 1.0)
+        whole = sdpa(queries, *cached, start * image.number, None, 0.0, False, 1.0)
         return causal * (1.0 - image.factor) + whole * image.factor
+
+
+def by_head(x: Tensor, heads: int, groups: int, dim: int) -> Tensor:
+    """[heads, S, groups, dim] from x [1, S, heads · groups, dim]."""
+    if heads == 1:
+        return x.view(1, -1, groups, dim)
+    return x.view(-1, heads, groups, dim).permute(1, 0, 2, 3).contiguous()
 
 
 class MLP(nn.Module):
@@ -265,7 +296,9 @@ class ExecutorchModel(nn.Module):
         slot_positions = last - (last + ring - torch.arange(ring)) % ring
         same_image = None if image is None else ((slot_positions >= positions[0]) & (image.factor > 0)).unsqueeze(0)
         visible = attention_mask(positions, slot_positions, window, same_image)
-        return Step(start, cos, sin, slots, torch.where(visible & (slot_positions >= 0), 0.0, float("-inf")), image)
+        mask = torch.where(visible & (slot_positions >= 0), 0.0, float("-inf")).unsqueeze(1)
+        heads, dim = self.specs[kind].num_key_value_heads, self.specs[kind].head_dim
+        return Step(start, cos, sin, RingStep(slots.expand(heads * dim, -1), slots.expand(heads, -1), mask), image)
 
 
 class TokenEmbedding(nn.Module):

@@ -22,6 +22,7 @@ import torch  # loads libtorch, which the libraries below need
 from executorch.extension.pybindings import _portable_lib as runtime
 from numpy.typing import NDArray
 
+from export.executorch.caches import by_position
 from export.target import FORWARD, LOGITS_STRIDE, TEXT_DECODER, TOKEN_EMBEDDING, VISION_ENCODER
 from gemma3.cache import CacheLayout
 from gemma3.config import SLIDING, ModelConfig
@@ -96,7 +97,8 @@ class PteSession:
     def rows(self, layer: int, positions: range) -> tuple[Logits, Logits]:
         """Copies of one layer's keys and values at ``positions``, which its cache must still hold: [n, K, D] each."""
         names = (f"layers.{layer}.attention.keys", f"layers.{layer}.attention.values")
-        caches = [self._decoder.get_attribute(name).numpy()[0] for name in names]  # [slots, K, D], not copied
+        buffers = [self._decoder.get_attribute(name).numpy() for name in names]
+        caches = by_position(self._layout.layers[layer], *buffers)  # not copied
         keys, values = (cache[[position % len(cache) for position in positions]] for cache in caches)
         return keys, values
 
