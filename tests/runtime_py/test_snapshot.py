@@ -24,7 +24,7 @@ from runtime_py.sessions.protocol import Resumable, Session
 from runtime_py.snapshot import METADATA, Origin, open_snapshot, write_snapshot
 from tests.bundles import SEEING_CONFIG
 from tests.export.onnx.test_kv import int8_file
-from tests.function_session import counting
+from tests.function_session import FunctionSession
 from tests.onnx_models import tiny_onnx
 from tests.pte_models import tiny_pte
 from tests.shapes import random_model, random_tokens, tiny_config, with_images
@@ -151,8 +151,12 @@ def test_a_file_holds_no_more_of_the_global_layers_than_was_fed(eager: Made, tmp
     assert sizes[1] - sizes[0] == 20 * (2 * 2 * 32 * 4 + 8)  # keys and values of two heads, and an id, each position
 
 
+class WithoutCaches(FunctionSession):
+    live = None  # type: ignore[assignment]
+
+
 def test_sessions_without_caches_to_give_are_refused(eager: Made, tmp_path: Path) -> None:
-    session = counting(8)
+    session = WithoutCaches(lambda _: [0.0] * 8, 8)
     session.prefill([1, 2])
     assert not isinstance(session, Resumable)
     with pytest.raises(BadInput, match="cannot give their caches"):
