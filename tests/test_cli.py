@@ -182,7 +182,7 @@ def test_the_version_names_the_runtimes(gemma_edge: Cli) -> None:
 def test_an_internal_error_is_one_line_unless_a_traceback_is_asked_for(
     gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("first\nsecond")
 
     monkeypatch.setattr(text, "open_bundle", fail)
@@ -194,7 +194,7 @@ def test_an_internal_error_is_one_line_unless_a_traceback_is_asked_for(
 
 
 def test_interrupted(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(text, "open_bundle", interrupt)

@@ -92,7 +92,7 @@ def test_what_a_library_made_of_a_signal_is_no_internal_error(
 ) -> None:
     from runtime_py import text
 
-    def swallow(*_: object) -> None:
+    def swallow(*_: object, **__: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)

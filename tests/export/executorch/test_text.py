@@ -358,9 +358,14 @@ def test_halves_join_to_the_projection(seed: int, heads: int, half: int) -> None
 @pytest.mark.slow
 def test_nothing_of_the_file_stays_in_memory(tmp_path: Path) -> None:
     """The compiler keeps its graphs alive; a large model's constants must not be kept with them."""
+
+    def kept() -> int:
+        stores = [held for held in gc.get_objects() if isinstance(held, NamedDataStoreOutput)]
+        return sum(len(buffer) for store in stores for buffer in store.buffers)
+
+    before = kept()  # of other tests, which lower without writing a file
     tiny_pte(tiny_config("like-270m", num_hidden_layers=2), tmp_path, "int4-block32", "int8")
-    kept = [held for held in gc.get_objects() if isinstance(held, NamedDataStoreOutput)]
-    assert sum(len(buffer) for held in kept for buffer in held.buffers) == 0
+    assert kept() <= before
 
 
 def test_embedding_nibbles() -> None:
