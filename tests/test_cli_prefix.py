@@ -180,13 +180,16 @@ class Rewriting(GemmaFormat):
 OTHER: Message = {"role": "assistant", "content": "other words"}
 
 
-def test_a_conversation_that_is_rewritten_goes_on_from_the_prefix(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_a_conversation_that_is_rewritten_goes_on_from_where_it_can(
+    rewinds: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The .onnx cannot go back in its caches, but to the snapshot it can."""
+    """The caches go back to where the texts differ, or where they cannot do that, to the snapshot."""
     opened, chat = open_bundle(bundle, prefix=bundle.parent / "picture.cache"), Rewriting()
     prefix, session = opened.prefix, opened.session
     assert prefix.snapshot is not None
+    if not rewinds:
+        monkeypatch.setattr(session, "can_rewind", lambda *_: False)
     conversation = Conversation(
         session, opened.tokenizer, Sampler(), chat=chat, prefix=prefix, stop_ids=(), max_new_tokens=6
     )
@@ -196,8 +199,10 @@ def test_a_conversation_that_is_rewritten_goes_on_from_the_prefix(
     messages = [*prefix.first_turn("hello", (), session.vision), OTHER, Message(role="user", content="and you?")]
     whole = chat.encode(opened.tokenizer, messages, tokens_per_image=4)
     new = whole[len(prefix.snapshot.ids) :]
-    assert fed[: len(new)] == new
-    assert session.position == len(whole) + 5  # and the answer without its last id
+    answer = 5  # without its last id
+    assert fed[:-answer] == whole[answer - len(fed) :]
+    assert (len(fed) - answer < len(new)) == rewinds
+    assert session.position == len(whole) + answer
 
 
 # What is refused
