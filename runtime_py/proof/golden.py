@@ -63,7 +63,8 @@ class Row:
         delta = logits[columns].astype(np.float64) - expected
         log_p = expected - self.log_sum_exp
         log_q = expected + delta - log_sum_exp(logits)
-        terms = np.exp(log_p) * (log_p - log_q) - np.exp(log_p) + np.exp(log_q)
+        # No term is negative but by float error, which logits that are nearly equal would show.
+        terms = np.maximum(np.exp(log_p) * (log_p - log_q) - np.exp(log_p) + np.exp(log_q), 0.0)
         own, stands_for = len(self.top_columns), np.ones(len(columns))
         if len(columns) > own:
             stands_for[own:] = (len(logits) - own) / (len(columns) - own)
