@@ -81,3 +81,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
 
 def copy_bundle(bundle: Path, to: Path) -> Path:
     return Path(shutil.copytree(bundle, to))
+
+
+def refused(result: Run, code: int, *words: str) -> None:
+    """The command ended with ``code`` and one error line with ``words`` in it, and wrote nothing to stdout."""
+    assert result.code == code, result.err
+    assert result.out == ""
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line

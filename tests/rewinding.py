@@ -1,10 +1,10 @@
 """What the tests of every session ask about calls with several logits, and about going back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from runtime_py.sessions.protocol import Rewindable
+from runtime_py.sessions.protocol import Image, Rewindable
 
 
 def assert_rows_are_those_of_single_steps(
@@ -43,3 +43,16 @@ def assert_a_rewound_session_equals_one_that_never_went_on(
             tried += 1
         assert np.array_equal(drafting.step(token), plain.step(token)), index
     assert tried > len(ids) // 2
+
+
+def assert_guesses_after_an_image_are_checked_as_by_single_steps(
+    several: Rewindable, single: Rewindable, ids: list[int], images: Sequence[Image]
+) -> None:
+    """The last 12 of ``ids`` are text, and are verified in fours after a guess that was wrong."""
+    start = len(ids) - 12
+    assert np.array_equal(several.prefill(ids[:start], images), single.prefill(ids[:start], images))
+    several.verify([5, 4, 3])
+    several.rewind(start)
+    rows = [row for place in range(start, len(ids), 4) for row in several.verify(ids[place : place + 4])]
+    for row, token in zip(rows, ids[start:], strict=True):
+        assert np.abs(row - single.step(token)).max() <= 1e-4

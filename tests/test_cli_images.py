@@ -16,7 +16,7 @@ from export.manifest import MANIFEST, FileEntry, read_manifest, sha256_of
 from gemma3.errors import counted
 from quant.source import open_source
 from runtime_py.demo import about_images
-from tests.bundles import EXPORT, SEEING_CONFIG, Cli, copy_bundle, write_checkpoint
+from tests.bundles import EXPORT, SEEING_CONFIG, Cli, copy_bundle, refused, write_checkpoint
 
 TOKENS = 4  # per image
 
@@ -41,15 +41,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, size in (("a", (30, 40)), ("b", (28, 28)), ("wide", (300, 900))):
         Image.fromarray(random.integers(256, size=(*size, 3)).astype(np.uint8)).save(folder / f"{name}.png")
     return folder
-
-
-def refused(result: Any, code: int, *words: str) -> None:
-    assert result.code == code, result.err
-    assert result.out == ""
-    (line,) = result.err.splitlines()
-    assert line.startswith("error: ")
-    for word in words:
-        assert word in line
 
 
 # Export and validation

@@ -24,7 +24,7 @@ from runtime_py.generate import Sampler
 from runtime_py.prefix import prefix_ids
 from runtime_py.snapshot import write_snapshot
 from runtime_py.text import OpenBundle
-from tests.bundles import EXPORT, SEEING_CONFIG, Cli, Run, copy_bundle, write_checkpoint
+from tests.bundles import EXPORT, SEEING_CONFIG, Cli, copy_bundle, refused, write_checkpoint
 
 SYSTEM = "Be kind, be brief."
 
@@ -41,15 +41,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefill(open_bundle(folder / "b"), folder / "text.cache", system=SYSTEM)
     prefill(open_bundle(folder / "b"), folder / "picture.cache", system=SYSTEM, images=[folder / "a.png"])
     return folder / "b"
-
-
-def refused(result: Run, code: int, *words: str) -> None:
-    assert result.code == code, result.err
-    assert result.out == ""
-    (line,) = result.err.splitlines()
-    assert line.startswith("error: ")
-    for word in words:
-        assert word in line
 
 
 def test_prefill_says_what_it_wrote(gemma_edge: Cli, bundle: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from quant.integers import round_to_nearest
 from runtime_py.proof.golden import relative_rms
 from runtime_py.sessions.pte import PteSession
 from tests.pte_models import CHUNK, TinyPte, tiny_pte
+from tests.rewinding import assert_guesses_after_an_image_are_checked_as_by_single_steps
 from tests.seeing import TOLERANCE, assert_steps_equal, network_inputs, random_images
 from tests.shapes import VISION_SHAPES, random_model, random_pixels, tiny_vision_config, with_images
 
@@ -92,14 +93,7 @@ def test_the_vision_model_before_it_is_lowered(shape: str) -> None:
 @pytest.mark.slow
 def test_guesses_after_an_image_are_checked_as_by_single_steps(tiny: TinyPte) -> None:
     ids, images = with_images(tiny.config, [3, None, 20]), random_images(tiny.config, 1)
-    start = len(ids) - 12
-    several, single = tiny.session(), tiny.session()
-    assert np.array_equal(several.prefill(ids[:start], images), single.prefill(ids[:start], images))
-    several.verify([5, 4, 3])
-    several.rewind(start)
-    rows = [row for place in range(start, len(ids), 4) for row in several.verify(ids[place : place + 4])]
-    for row, token in zip(rows, ids[start:], strict=True):
-        assert np.abs(row - single.step(token)).max() <= 1e-4
+    assert_guesses_after_an_image_are_checked_as_by_single_steps(tiny.session(), tiny.session(), ids, images)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from export.onnx.read_back import read_back_onnx
 from gemma3.cache import COMPACTING_SLACK
 from gemma3.errors import BadInput
 from tests.onnx_models import TinyOnnx, tiny_onnx
+from tests.rewinding import assert_guesses_after_an_image_are_checked_as_by_single_steps
 from tests.seeing import TOLERANCE, assert_steps_equal, random_images
 from tests.shapes import VISION_SHAPES, random_model, tiny_config, tiny_vision_config, with_images
 
@@ -58,14 +59,7 @@ def test_images_attend_both_ways(tiny: TinyOnnx) -> None:
 
 def test_guesses_after_an_image_are_checked_as_by_single_steps(tiny: TinyOnnx) -> None:
     ids, images = with_images(tiny.config, [3, None, 20]), random_images(tiny.config, 1)
-    start = len(ids) - 12
-    several, single = tiny.session(), tiny.session()
-    assert np.array_equal(several.prefill(ids[:start], images), single.prefill(ids[:start], images))
-    several.verify([5, 4, 3])
-    several.rewind(start)
-    rows = [row for place in range(start, len(ids), 4) for row in several.verify(ids[place : place + 4])]
-    for row, token in zip(rows, ids[start:], strict=True):
-        assert np.abs(row - single.step(token)).max() <= 1e-4
+    assert_guesses_after_an_image_are_checked_as_by_single_steps(tiny.session(), tiny.session(), ids, images)
 
 
 def test_soft_tokens_equal_eager(tiny: TinyOnnx) -> None:
