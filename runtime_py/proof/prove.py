@@ -37,14 +37,15 @@ def prove(draft: "Draft") -> list[Check]:
     from runtime_py.proof.references import fresh_references
 
     manifest = draft.manifest
+    targets = targets_of(manifest)
     integers = [
-        *check_integers(draft.directory, manifest, draft.weights, targets_of(manifest)),
-        *check_kv_scales(draft.directory, manifest, draft.weights, targets_of(manifest)),
+        *check_integers(draft.directory, manifest, draft.weights, targets),
+        *check_kv_scales(draft.directory, manifest, draft.weights, targets),
     ]
     if not all(check.passed for check in integers):
         return integers  # with wrong weights, everything else fails too
     plan = make_plan(manifest)
-    fresh = fresh_references(manifest, plan, draft.weights, targets_of(manifest))
+    fresh = fresh_references(manifest, plan, draft.weights, targets)
     golden = {key: reference.at(plan.golden_positions) for key, reference in fresh.golden.items()}
     save_golden(draft.directory / GOLDEN, golden)
     save_plan(draft.directory / PLAN, plan, proofs_of(manifest, plan, golden))
