@@ -95,9 +95,9 @@ class ReferenceLogits:
     top_values: NDArray[np.float32]  # [P, K]
     log_sum_exp: NDArray[np.float32]  # [P], over the whole vocabulary
     argmax: NDArray[np.int32]  # [P]
-    # What limits are derived from, at each of the N positions that were recorded in the first place. For a reference
-    # with float activations the first is measured and the other two are 0; for one that rounds them it is the reverse.
-    # Of the references of one artifact only the first has noise of its own; the others have a copy (references.py).
+    # What limits are derived from, at the positions where it was measured. For a reference with float
+    # activations the first is measured and the other two are 0; for one that rounds them it is the reverse. Of the
+    # references of one artifact only the first has noise of its own; the others have a copy (references.py).
     float_error: NDArray[np.float32]  # the largest difference of a logit from the same model's in float64
     noise_kl: NDArray[np.float32]  # KL to the same model after its inputs are changed by one unit in the last place
     cost_kl: NDArray[np.float32]  # KL from the same model with float activations: what rounding them costs
@@ -168,10 +168,9 @@ def relative_rms(seen: SoftTokens, expected: SoftTokens) -> float:
 
 
 def log_sum_exp(logits: Logits) -> float:
-    """log Σ exp(logit), in float64."""
-    wide = logits.astype(np.float64)
-    peak = float(wide.max())
-    return peak + float(np.log(np.exp(wide - peak).sum()))
+    """log Σ exp(logit), added in float64. The exponentials are float32: each is off by 1e-7 of itself at most."""
+    peak = logits.max()
+    return float(peak) + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
 
 
 class Recorder:
@@ -185,7 +184,7 @@ class Recorder:
             random = np.random.default_rng(SEED)
             columns = random.choice(vocab_size, COLUMNS, replace=False)
             self._columns, self._top = np.sort(columns).astype(np.int32), TOP
-        self._rows: dict[int, Row] = {}
+        self.rows: dict[int, Row] = {}  # by position
 
     def add(self, position: int, logits: Logits) -> Row:
         """Add the row of ``position`` from the ``logits``, float32 [V], after the id at that position."""
@@ -193,7 +192,7 @@ class Recorder:
         total = float(np.float32(log_sum_exp(logits)))
         values = logits[self._columns]
         row = Row(position, self._columns, values, top, logits[top], total, int(np.argmax(logits)))
-        self._rows[position] = row
+        self.rows[position] = row
         return row
 
     def reference(
@@ -203,8 +202,8 @@ class Recorder:
 
         What limits are derived from is 0.
         """
-        positions = sorted(self._rows)
-        rows = [self._rows[position] for position in positions]
+        positions = sorted(self.rows)
+        rows = [self.rows[position] for position in positions]
         return ReferenceLogits(
             ids=self._ids,
             positions=np.asarray(positions, np.int32),
@@ -272,9 +271,9 @@ AXES: dict[str, tuple[type[np.generic], str]] = {
     "top_values": (np.float32, "PK"),
     "log_sum_exp": (np.float32, "P"),
     "argmax": (np.int32, "P"),
-    "float_error": (np.float32, "N"),
+    "float_error": (np.float32, "F"),
     "noise_kl": (np.float32, "N"),
-    "cost_kl": (np.float32, "N"),
+    "cost_kl": (np.float32, "C"),
     "soft_tokens": (np.float32, "ISE"),
     "soft_noise": (np.float32, "L"),
     "soft_cost": (np.float32, "I"),
@@ -316,7 +315,7 @@ def _check_arrays(fields: Mapping[str, NDArray[np.generic]], images: NDArray[np.
         distances = fields[name].astype(np.float64)
         if not (np.isfinite(distances).all() and (distances >= 0).all()):
             raise ValueError(f"{name} holds a value that is no distance")
-    if not (sizes["P"] and sizes["M"] and sizes["N"]):
+    if not all(sizes[axis] for axis in "PMFNC"):
         raise ValueError("no logits to compare with")
     for name in ("positions", "columns", "top_columns", "argmax"):
         if fields[name].size and int(fields[name].min()) < 0:

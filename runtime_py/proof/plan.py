@@ -22,14 +22,16 @@ from gemma3.images import Pixels
 from runtime_py.sessions.protocol import Image, SoftTokens
 
 # The length of the sequence: so many windows past the first wrap of the larger bounded cache, and so many turns of that
-# cache, but never more than the context. If the larger numbers ask for more than STEP_EVERYTHING positions, these must
-# do, or what the smaller numbers ask for. A fault that grows with the distance between positions, such as a wrong RoPE
-# base, shows more in a longer sequence.
-WINDOWS_PAST_THE_WRAP, TURNS = (1, 4), (2, 3)
+# cache, and for a multimodal model so many images more, but never more than the context. If the larger numbers ask for
+# more than STEP_EVERYTHING positions, these must do, or what the smaller numbers ask for. A fault that grows with the
+# distance between positions, such as a wrong RoPE base, shows more in a longer sequence.
+WINDOWS_PAST_THE_WRAP, TURNS, MORE_IMAGES = (1, 4), (2, 3), (2, 4)
 # The walk ONE_BY_ONE feeds every id of a sequence up to this length by itself. In a longer sequence it does so only for
 # the ids at most NEAR positions from a landmark, and feeds the ids between them in chunks.
 STEP_EVERYTHING = 1024
 NEAR = 16
+# The noise and the float error of a reference are measured over at most so many of the sequence's first positions.
+MEASURED = 1024
 # Golden vectors keep the positions at most this far from a landmark.
 GOLDEN_NEAR = 1
 TAIL = 8  # positions decoded one by one after the whole prompt
@@ -38,7 +40,6 @@ SEED = 20_250_312
 # repeat in this order. Its first n entries, for n ≥ 3, do not read the same backwards, which reveals a reversed order.
 IMAGES = 2
 ORDER = (0, 0, 1, 0, 1, 1)
-MORE_FOR_IMAGES = 4  # the sequence of a multimodal model is longer by so many images
 
 ODD_SIZES, ONE_BY_ONE, CHUNKS, WHOLE_PROMPT = "odd-sizes", "one-by-one", "chunks", "whole-prompt"
 
@@ -68,6 +69,14 @@ class Plan:
         found = {end for walk, lengths in self.walks.items() if walk != ONE_BY_ONE for end in ends(lengths)}
         return sorted(found.union(near(self.landmarks.values(), GOLDEN_NEAR, len(self.ids))))
 
+    def measured(self, soft_tokens: int) -> int:
+        """How many of the first positions serve to measure what limits follow from. They end before or after an image.
+
+        An image has ``soft_tokens`` of them.
+        """
+        end = min(MEASURED, len(self.ids))
+        return next((place for place in self.image_places if place < end < place + soft_tokens), end)
+
     def images_between(self, start: int, end: int) -> slice:
         """The slice of ``image_places`` that lies in the positions ``start`` … ``end`` − 1."""
         return slice(bisect_left(self.image_places, start), bisect_left(self.image_places, end))
@@ -89,22 +98,19 @@ def make_plan(manifest: Manifest, longer: bool = False) -> Plan:
     layouts = [artifact.cache for artifact in manifest.artifacts.values()]
     window, chunk, vision = manifest.model.sliding_window, manifest.chunk, manifest.model.vision
     wraps = sorted({local_slots(layout) for layout in layouts})
+    soft_tokens = 0 if vision is None else vision.tokens_per_image
     least, most = (
-        max(wraps[-1] + windows * window, turns * wraps[-1] + NEAR)
-        for windows, turns in zip(WINDOWS_PAST_THE_WRAP, TURNS, strict=True)
+        max(wraps[-1] + windows * window, turns * wraps[-1] + NEAR) + more * soft_tokens
+        for windows, turns, more in zip(WINDOWS_PAST_THE_WRAP, TURNS, MORE_IMAGES, strict=True)
     )
-    length = most if longer else max(least, min(most, STEP_EVERYTHING))
-    if vision is not None:
-        length += MORE_FOR_IMAGES * vision.tokens_per_image
-    length = min(manifest.context, length)
+    length = min(manifest.context, most if longer else max(least, min(most, STEP_EVERYTHING)))
     landmarks = {"first": 0, "chunk-end": chunk - 1, "W-1": window - 1, "W": window, "W+1": window + 1}
     landmarks |= {f"{count}W": count * window for count in range(2, WINDOWS_PAST_THE_WRAP[-1] + 1)}
     for slots in wraps:
         landmarks |= {f"wrap-{turn}-of-{slots}-slots": turn * slots for turn in range(1, TURNS[-1] + 1)}
     landmarks["last"] = length - 1
-    places, soft_tokens = [], 0
+    places: list[int] = []
     if vision is not None:
-        soft_tokens = vision.tokens_per_image
         places = image_places(soft_tokens, [chunk, window, *wraps], length)
         landmarks |= {f"image-{number + 1}": place + soft_tokens - 1 for number, place in enumerate(places)}
     landmarks = {name: position for name, position in landmarks.items() if position < length}

@@ -1,10 +1,11 @@
 """Computes fresh references: the logits of each artifact's quantized eager model along a plan.
 
-All references of artifacts with the same weights are computed together, layer by layer (quant/streamed.py): in float32,
-in float64, with each rounding, and with changed inputs.
+All references of artifacts with the same weights are computed together, layer by layer (quant/streamed.py): in float32
+and with each rounding. A second pass, over the plan's first positions, measures what limits follow from: the distance
+from float64, and from the same model with changed inputs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import count
@@ -36,6 +37,7 @@ from runtime_py.proof.plan import Plan, plan_images
 from runtime_py.sessions.eager import EagerSession
 from runtime_py.sessions.protocol import Logits, SoftTokens
 
+WIDE_CACHE = "wide-cache"  # the key of FLOAT without the rounding of an int8 KV cache; no file is compared with it
 DRAWS = 4  # how many times the noise of a small model is measured, with other changes each time
 
 
@@ -108,54 +110,68 @@ def references(
     place. A small model has few values near a rounding boundary, and one draw may miss them all, so its noise is the
     largest of several draws.
     """
-    # Each variant but the first is compared with its origin.
-    variants, origins = [Variant(), Variant(torch.float64)], {1: 0}
-    numbers = {FLOAT: 0}
-    draws: dict[str, range] = {}
-
-    def add(key: str, variant: Variant, noisy: bool) -> None:
-        numbers[key], origins[len(variants)] = len(variants), numbers[FLOAT]
-        first = len(variants) + 1
-        draws[key] = range(first, first + noisy * (DRAWS if config.vocab_size <= FULL_VOCABULARY else 1))
-        origins.update(dict.fromkeys(draws[key], first - 1))
-        variants.extend((variant, *(replace(variant, nudge=seed) for seed in range(len(draws[key])))))
-
+    # The variants along the whole plan, by key, and with which other one a variant's logits are compared for its cost.
+    variants, origins = {FLOAT: Variant()}, dict[str, str]()
     if weights.kv:
-        add(FLOAT, Variant(round_heads=True), noisy=True)
+        variants, origins = {WIDE_CACHE: Variant(), FLOAT: Variant(round_heads=True)}, {FLOAT: WIDE_CACHE}
     for key, rounding in (roundings or {}).items():
-        add(key, Variant(rounding=rounding, round_heads=bool(weights.kv)), key in noisy)
+        variants[key], origins[key] = Variant(rounding=rounding, round_heads=bool(weights.kv)), FLOAT
+    # The changed variants along the plan's beginning, each after the key of the variant that it is compared with.
+    exact = (next(iter(variants)), Variant(torch.float64))
+    draws = range(DRAWS if config.vocab_size <= FULL_VOCABULARY else 1)
+    nudged = [key for key in variants if key in noisy or (weights.kv and key == FLOAT)]
+    changed = [exact, *((key, replace(variants[key], nudge=seed)) for key in nudged for seed in draws)]
 
     layers = config.num_layers + (0 if config.vision is None else config.vision.num_hidden_layers)
     done = count(1)
-    with closing(Progress(layers + 1)) as progress:  # the head is the last one
-        model = Streamed(config, weights, variants, lambda: progress.show(next(done), "layers of the reference"))
-        soft_tokens = encode(model, images)
-        changes = {
-            number: [relative_rms(*pair) for pair in zip(soft_tokens[number], soft_tokens[origin], strict=True)]
-            for number, origin in origins.items()
-        }
-        recorded = {*numbers.values(), *origins.values()}
-        recorders = {number: Recorder(plan.ids, config.vocab_size) for number in sorted(recorded)}
-        differences: dict[int, list[Difference]] = {number: [] for number in origins}
-        for position, logits in zip(plan.positions, logits_along(model, plan, soft_tokens), strict=True):
-            rows = {number: recorder.add(position, logits[number]) for number, recorder in recorders.items()}
-            for number, origin in origins.items():
-                differences[number].append(rows[origin].compare(logits[number]))
+    with closing(Progress(2 * layers)) as progress:
 
-    kl = {number: np.asarray([one.kl for one in found], np.float32) for number, found in differences.items()}
-    found = {key: recorders[number].reference(images, soft_tokens[number]) for key, number in numbers.items()}
-    error = np.asarray([one.max_abs for one in differences[1]], np.float32)
-    found[FLOAT] = replace(found[FLOAT], float_error=error, soft_noise=np.asarray(changes[1], np.float32))
-    for key, tries in draws.items():
-        number = numbers[key]
-        found[key] = replace(found[key], cost_kl=kl[number], soft_cost=np.asarray(changes[number], np.float32))
-        if tries:
-            noise = max((kl[one] for one in tries), key=lambda one: float(one.sum()))
-            soft_noise = np.asarray([change for one in tries for change in changes[one]], np.float32)
-            # The vision model rounds nothing for the cache, so that FLOAT's distance in float64 counts as well.
-            soft_noise = np.concatenate((found[key].soft_noise, soft_noise)) if key == FLOAT else soft_noise
-            found[key] = replace(found[key], noise_kl=noise, soft_noise=soft_noise)
-    return found
+        def report() -> None:
+            progress.show(next(done), "layers of the reference")
+
+        model = Streamed(config, weights, list(variants.values()), report)
+        soft_tokens = dict(zip(variants, encode(model, images), strict=True))
+        recorders = {key: Recorder(plan.ids, config.vocab_size) for key in variants}
+        costs: dict[str, list[float]] = {key: [] for key in origins}
+        for position, found in logits_along(model, plan, len(plan.ids), list(soft_tokens.values())):
+            logits = dict(zip(variants, found, strict=True))
+            rows = {key: recorders[key].add(position, one) for key, one in logits.items()}
+            for key, origin in origins.items():
+                costs[key].append(rows[origin].compare(logits[key]).kl)
+
+        end = plan.measured(0 if config.vision is None else config.vision.tokens_per_image)
+        first_images = images[: 1 + max(plan.image_numbers[plan.images_between(0, end)], default=0)]
+        model = Streamed(config, weights, [variant for _, variant in changed], report)
+        changed_tokens = encode(model, first_images)
+        differences: list[list[Difference]] = [[] for _ in changed]
+        for position, found in logits_along(model, plan, end, changed_tokens):
+            for (key, _), one, compared in zip(changed, found, differences, strict=True):
+                compared.append(recorders[key].rows[position].compare(one))
+
+    references = {key: recorders[key].reference(images, soft_tokens[key]) for key in variants}
+    for key, origin in origins.items():
+        cost, soft_cost = floats(costs[key]), changes(soft_tokens[key], soft_tokens[origin])
+        references[key] = replace(references[key], cost_kl=cost, soft_cost=soft_cost)
+    error = floats(one.max_abs for one in differences[0])
+    soft_error = changes(changed_tokens[0], soft_tokens[exact[0]])
+    references[FLOAT] = replace(references[FLOAT], float_error=error, soft_noise=soft_error)
+    for key in nudged:
+        tries = [number for number, (of, _) in enumerate(changed) if of == key and number > 0]
+        noise = max((floats(one.kl for one in differences[number]) for number in tries), key=lambda one: one.sum())
+        soft_noise = [changes(changed_tokens[number], soft_tokens[key]) for number in tries]
+        # The vision model rounds nothing for the cache, so that FLOAT's distance in float64 counts as well.
+        soft_noise = [soft_error, *soft_noise] if key == FLOAT else soft_noise
+        references[key] = replace(references[key], noise_kl=noise, soft_noise=np.concatenate(soft_noise))
+    return references
+
+
+def floats(values: Iterable[float]) -> NDArray[np.float32]:
+    return np.asarray(list(values), np.float32)
+
+
+def changes(seen: SoftTokens, expected: SoftTokens) -> NDArray[np.float32]:
+    """float32 [I]: how far the soft tokens ``seen`` of the first I images are from the expected ones (relative_rms)."""
+    return floats(map(relative_rms, seen, expected[: len(seen)]))
 
 
 def encode(model: Streamed, images: NDArray[np.uint8]) -> list[SoftTokens]:
@@ -166,17 +182,20 @@ def encode(model: Streamed, images: NDArray[np.uint8]) -> list[SoftTokens]:
     return [one.numpy() for one in model.soft_tokens(pixels)]
 
 
-def logits_along(model: Streamed, plan: Plan, soft_tokens: Sequence[SoftTokens]) -> Iterator[list[Logits]]:
-    """The logits of each variant of ``model`` at one of the plan's positions after the other.
+def logits_along(
+    model: Streamed, plan: Plan, end: int, soft_tokens: Sequence[SoftTokens]
+) -> Iterator[tuple[int, list[Logits]]]:
+    """The logits of each variant of ``model`` at the plan's positions below ``end``, after each position.
 
-    ``soft_tokens`` [I, T, E] are those of each variant.
+    ``soft_tokens`` [I, T, E] are those of each variant, of the images below ``end`` at least.
     """
-    tokens = torch.tensor([plan.ids])
-    numbers = list(plan.image_numbers)
+    positions = [position for position in plan.positions if position < end]
+    tokens = torch.tensor([plan.ids[:end]])
+    numbers = list(plan.image_numbers[plan.images_between(0, end)])
     images = [torch.from_numpy(one[numbers])[None] for one in soft_tokens] if numbers else None
     hidden = model.hidden(tokens, images)
-    for logits in model.logits([one[0, list(plan.positions)] for one in hidden]):
-        yield [one.numpy() for one in logits]
+    for position, logits in zip(positions, model.logits([one[0, positions] for one in hidden]), strict=True):
+        yield position, [one.numpy() for one in logits]
 
 
 def eager_session(

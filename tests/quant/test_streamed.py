@@ -43,7 +43,7 @@ def difference(
     model = Streamed(config, weights, [Variant(dtype, rounding), Variant()])
     soft_tokens = encode(model, images)
     expected_soft = [session.encode_image(image) for image in images]
-    found = [one.astype(np.float64) for one, _ in logits_along(model, plan, soft_tokens)]
+    found = [one.astype(np.float64) for _, (one, _) in logits_along(model, plan, len(plan.ids), soft_tokens)]
     fed = every_position(session, plan.ids, plan.images_to_feed(expected_soft), frozenset(plan.positions))
     expected = [logits.astype(np.float64) for _, logits in fed]
     assert len(found) == len(expected) == len(plan.positions)

@@ -175,7 +175,7 @@ class _Made:
         return replace(
             reference,
             float_error=np.zeros(positions, np.float32),
-            noise_kl=drawn(1e-4, positions),
+            noise_kl=drawn(1e-4, max(1, positions // 2)),
             cost_kl=drawn(4e-4, positions),
             soft_noise=drawn(1e-3, 4 * images),
             soft_cost=drawn(9e-3, images),

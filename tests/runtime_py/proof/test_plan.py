@@ -5,7 +5,7 @@ import pytest
 
 from gemma3.cache import COMPACTING_SLACK
 from gemma3.config import parse_config
-from runtime_py.proof.plan import Plan, local_slots, make_plan, plan_images
+from runtime_py.proof.plan import MEASURED, Plan, local_slots, make_plan, plan_images
 from scripts.random_checkpoint import SHAPES
 from tests.manifests import CONTEXT, manifest_of, seeing_manifest
 from tests.shapes import VISION_SHAPES, tiny_config, tiny_vision_config
@@ -89,7 +89,7 @@ def test_the_real_shape_has_images_across_the_window_and_past_the_wraps() -> Non
     config = parse_config(SHAPES["4b"])
     manifest = manifest_of(config, context=4096, chunk=256)
     plan = make_plan(manifest)
-    assert len(plan.ids) == 2 * 1280 + 16 + 4 * 256
+    assert len(plan.ids) == 2 * 1280 + 16 + 2 * 256
     assert plan_images(manifest).shape == (2, 896, 896, 3)
     across = [place for place in plan.image_places if place <= 1024 < place + 256]
     assert len(across) == 1
@@ -103,3 +103,11 @@ def test_the_squares_of_the_probe_images_differ() -> None:
     squares = images.reshape(2, 2, 14, 2, 14, 3).mean(axis=(2, 4)).reshape(8, 3)
     distances = np.abs(squares[:, None] - squares[None]).max(axis=-1)
     assert distances[~np.eye(8, dtype=bool)].min() > 10
+
+
+def test_limits_are_measured_up_to_an_image_that_would_be_cut() -> None:
+    plan = make_plan(manifest_of(parse_config(SHAPES["4b"]), context=4096, chunk=256))
+    assert plan.image_places[1] < MEASURED < plan.image_places[1] + 256
+    assert plan.measured(256) == plan.image_places[1]
+    text = make_plan(manifest_of(tiny_config()))
+    assert text.measured(0) == len(text.ids)

@@ -59,7 +59,9 @@ class Reference internal constructor(arrays: Map<String, StoredArray>, images: S
         )) {
             require(distances.all { it.isFinite() && it >= 0 }) { "$name holds a value that is no distance" }
         }
-        require(positions.isNotEmpty() && columns.isNotEmpty() && noiseKl.isNotEmpty()) { "no logits to compare with" }
+        require(positions.isNotEmpty() && columns.isNotEmpty() && listOf(floatError, noiseKl, costKl).all { it.isNotEmpty() }) {
+            "no logits to compare with"
+        }
         val indices = mapOf(
             "positions" to positions, "columns" to columns.asList(),
             "top_columns" to topColumns.toArray().asList(), "argmax" to argmax.toArray().asList(),
@@ -130,8 +132,8 @@ class Reference internal constructor(arrays: Map<String, StoredArray>, images: S
         /** The axes of each array. Axes with the same letter have the same size. */
         private val AXES = mapOf(
             "ids" to "T", "positions" to "P", "columns" to "M", "values" to "PM", "top_columns" to "PK",
-            "top_values" to "PK", "log_sum_exp" to "P", "argmax" to "P", "float_error" to "N", "noise_kl" to "N",
-            "cost_kl" to "N", "soft_tokens" to "ISE", "soft_noise" to "L", "soft_cost" to "I",
+            "top_values" to "PK", "log_sum_exp" to "P", "argmax" to "P", "float_error" to "F", "noise_kl" to "N",
+            "cost_kl" to "C", "soft_tokens" to "ISE", "soft_noise" to "L", "soft_cost" to "I",
         )
         private val INTEGERS = setOf("ids", "positions", "columns", "top_columns", "argmax")
 

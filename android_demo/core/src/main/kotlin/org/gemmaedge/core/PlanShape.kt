@@ -14,12 +14,10 @@ internal class PlanShape private constructor(
     private val vision = manifest.model.vision
     private val softTokens = vision?.tokensPerImage ?: 0
     private val wraps = manifest.artifacts.values.map { localSlots(it.cache) }.distinct().sorted()
-    private val least = sequence(1, 2)
-    private val most = sequence(MOST_WINDOWS, MOST_TURNS)
-    private val length = minOf(
-        manifest.context,
-        (if (longer) most else maxOf(least, minOf(most, STEP_EVERYTHING))) + MORE_FOR_IMAGES * softTokens,
-    )
+    private val least = sequence(1, 2, 2)
+    private val most = sequence(MOST_WINDOWS, MOST_TURNS, MOST_IMAGES)
+    private val length =
+        minOf(manifest.context, if (longer) most else maxOf(least, minOf(most, STEP_EVERYTHING)))
     private val places = if (vision == null) emptyList() else imagePlaces()
     private val landmarks = landmarks()
 
@@ -30,7 +28,8 @@ internal class PlanShape private constructor(
         plan.walks == walks() &&
         plan.walks.keys.first() == ODD_SIZES // which order says what is fed first
 
-    private fun sequence(windows: Int, turns: Int) = maxOf(wraps.last() + windows * window, turns * wraps.last() + NEAR)
+    private fun sequence(windows: Int, turns: Int, images: Int) =
+        maxOf(wraps.last() + windows * window, turns * wraps.last() + NEAR) + images * softTokens
 
     private fun localSlots(layout: CacheLayout): Int =
         layout.layers.filter { it.kind == SLIDING }.minOfOrNull { it.slots } ?: layout.context
@@ -99,10 +98,10 @@ internal class PlanShape private constructor(
         private const val SLIDING = "sliding_attention"
         private const val MOST_WINDOWS = 4
         private const val MOST_TURNS = 3
+        private const val MOST_IMAGES = 4
         private const val STEP_EVERYTHING = 1024
         private const val NEAR = 16
         private const val TAIL = 8
-        private const val MORE_FOR_IMAGES = 4
         private val ORDER = listOf(0, 0, 1, 0, 1, 1)
 
         /** The shapes that a plan for the model may have: ours, and the longer one of bundles up to version 0.4.0. */
