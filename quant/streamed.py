@@ -144,11 +144,20 @@ class Streamed:
         return weight.detach() if isinstance(weight, Tensor) else weight.dequantize()
 
     def _through(self, prefix: str, make: Callable[[], nn.Module], x: Sequence[Tensor]) -> list[Tensor]:
-        """What a part of the model makes of each variant's x."""
-        found = list(x)
+        """What a part of the model makes of each variant's x.
+
+        Variants that have had the same x and rounding until here share the result: some kernels differ in the text
+        model's layers, but not in the vision model's.
+        """
+        found: dict[tuple[int, tuple[Round | None, ...]], Tensor] = {}
+        results = list(x)
         for number, part in self._part(prefix, make):
-            found[number] = part(x[number])
-        return found
+            rounds = tuple(module.round for module in part.modules() if isinstance(module, RoundedLinear))
+            key = (id(x[number]), rounds)
+            if key not in found:
+                found[key] = part(x[number])
+            results[number] = found[key]
+        return results
 
     def _part(self, prefix: str, make: Callable[[], Part]) -> Iterator[tuple[int, Part]]:
         """The part of the model whose weights' names begin with ``prefix``, for each variant: (its number, the part).

@@ -3,7 +3,7 @@
 `make test-arm` runs each kind (docs/validation.md#on-arm). ARM processors without dot products round nothing.
 """
 
-from functools import partial
+from functools import cache, partial
 
 from export.onnx.layers import block_size
 from quant.activations import Round, fake_quantize_per_block, fake_quantize_per_token
@@ -12,7 +12,7 @@ from quant.integers import IntegerWeight
 
 def per_block(name: str, weight: IntegerWeight) -> Round:
     """ONNX Runtime's own kernels: all on x86, and on ARM those that KleidiAI does not replace. They round by block."""
-    return partial(fake_quantize_per_block, size=block_size(name, weight))
+    return _per_block(block_size(name, weight))
 
 
 def kleidiai(name: str, weight: IntegerWeight) -> Round:
@@ -23,3 +23,9 @@ def kleidiai(name: str, weight: IntegerWeight) -> Round:
     block = block_size(name, weight)
     whole = block % 32 == 0 and weight.codes.shape[1] % block == 0
     return fake_quantize_per_token if weight.bits == 4 and whole else per_block(name, weight)
+
+
+@cache
+def _per_block(size: int) -> Round:
+    """One object for each size, by which others see that two roundings are the same."""
+    return partial(fake_quantize_per_block, size=size)

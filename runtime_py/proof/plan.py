@@ -30,7 +30,8 @@ WINDOWS_PAST_THE_WRAP, TURNS, MORE_IMAGES = (1, 4), (2, 3), (2, 4)
 # the ids at most NEAR positions from a landmark, and feeds the ids between them in chunks.
 STEP_EVERYTHING = 1024
 NEAR = 16
-# The noise and the float error of a reference are measured over at most so many of the sequence's first positions.
+# What does not depend on the depth takes at most so many of the sequence's first positions: a reference's noise and
+# float error, and the walk that is repeated after a reset.
 MEASURED = 1024
 # Golden vectors keep the positions at most this far from a landmark.
 GOLDEN_NEAR = 1
@@ -226,6 +227,11 @@ def _images_whole(lengths: Iterable[int], places: Iterable[int], soft_tokens: in
 def ends(lengths: Iterable[int]) -> list[int]:
     """The position of the last id of each call."""
     return [end - 1 for end in itertools.accumulate(lengths)]
+
+
+def beginning(lengths: Sequence[int], most: int) -> tuple[int, ...]:
+    """The first of ``lengths``, as many as add up to ``most`` or less, but at least one."""
+    return tuple(lengths[: max(1, sum(end <= most for end in itertools.accumulate(lengths)))])
 
 
 def _lengths_to(positions: Iterable[int], length: int) -> tuple[int, ...]:

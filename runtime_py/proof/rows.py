@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from export.checks import Check
 from gemma3.images import Pixels
 from runtime_py.proof.golden import Difference, ReferenceLogits
 from runtime_py.proof.limits import limits_of, walk_id
-from runtime_py.proof.plan import Plan
+from runtime_py.proof.plan import ONE_BY_ONE, Plan
 from runtime_py.proof.walks import Judge, summarize
 from runtime_py.sessions.protocol import Logits, Rewindable, Session, calls
 
@@ -17,7 +18,7 @@ WALK = "several-logits"
 
 
 def check_rows(session: Session, plan: Plan, references: Mapping[str, ReferenceLogits], artifact: str) -> list[Check]:
-    """Feed ``plan`` to a new ``session``, the text in calls that give the logits of all their positions.
+    """Feed ``plan`` to a new ``session``, with the logits of all positions of a call, where the plan has single ids.
 
     ``references`` are by name. Returns the checks of the first one that the logits agree with; if there is none, of the
     first. A session that gives the logits of one position only has no checks.
@@ -36,13 +37,20 @@ def check_rows(session: Session, plan: Plan, references: Mapping[str, ReferenceL
 
 
 def rows(session: Rewindable, plan: Plan, images: Sequence[Pixels]) -> Iterator[tuple[int, Logits]]:
-    """(position, logits [V]) of the plan's text. Images are fed between its pieces."""
+    """(position, logits [V]) of the text that the walk ONE_BY_ONE feeds by single ids. The rest is only fed."""
     to_feed = plan.images_to_feed([session.encode_image(image) for image in images])
-    for call in calls(session, plan.ids, to_feed, text_chunk=session.most_logits):
-        if call.image is None:
-            yield from enumerate(session.verify(call.ids), session.position - len(call.ids))
-        else:
-            session.prefill(call.ids, (call.image,))
+    end = 0
+    for single, lengths in groupby(plan.walks[ONE_BY_ONE], lambda length: length == 1):
+        start, end = end, end + sum(lengths)
+        ids, own = plan.ids[start:end], to_feed[plan.images_between(start, end)]
+        if not single:
+            session.prefill(ids, own)
+            continue
+        for call in calls(session, ids, own, text_chunk=session.most_logits):
+            if call.image is None:
+                yield from enumerate(session.verify(call.ids), session.position - len(call.ids))
+            else:
+                session.prefill(call.ids, (call.image,))
 
 
 def _judged(artifact: str, name: str, reference: ReferenceLogits, differences: Sequence[Difference]) -> list[Check]:

@@ -15,7 +15,7 @@ from export.checks import Check
 from gemma3.host.progress import Progress
 from runtime_py.proof.golden import Difference, ReferenceLogits, relative_rms
 from runtime_py.proof.limits import RESET, Tolerances, judged, landmark_id, soft_tokens_id, walk_id
-from runtime_py.proof.plan import ONE_BY_ONE, Plan
+from runtime_py.proof.plan import MEASURED, ONE_BY_ONE, Plan, beginning
 from runtime_py.sessions.protocol import Image, Logits, Session, SoftTokens
 
 
@@ -29,7 +29,7 @@ def check_session(
     prefix: str = "",
     suffix: str = "",
 ) -> list[Check]:
-    """Feed every walk of ``plan`` to a new ``session``, then the first walk again, which must give the same logits.
+    """Feed every walk of ``plan`` to a new ``session``, then the first one's beginning again, with equal logits.
 
     If soft tokens of the plan's images are ``given``, they are fed instead of the session's own, which are then not
     compared. The id of every check begins with ``prefix``, and its name ends with ``suffix``. The ids in ``tolerances``
@@ -48,7 +48,8 @@ def check_session(
 
     fresh: dict[int, Logits] = {}
     fed = 0
-    with closing(Progress(len(plan.ids) * (len(plan.walks) + 1))) as progress:
+    again = beginning(plan.walks[first], MEASURED)
+    with closing(Progress(len(plan.ids) * len(plan.walks) + sum(again))) as progress:
         for walk, lengths in plan.walks.items():
             differences = []
             for position, logits in follow(session, plan, lengths, to_feed(walk)):
@@ -63,7 +64,7 @@ def check_session(
             if walk == ONE_BY_ONE:
                 checks += at_landmarks(judge, plan, differences)
         changes = []
-        for position, logits in follow(session, plan, plan.walks[first], to_feed(first)):
+        for position, logits in follow(session, plan, again, to_feed(first)):
             changes.append(float(np.abs(logits - fresh[position]).max()))
             progress.show(fed + position, f"positions of .{artifact}")
     change = _largest(changes)
