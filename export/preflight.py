@@ -29,6 +29,7 @@ from gemma3.config import ModelConfig
 from gemma3.errors import DoesNotFit
 from gemma3.host.memory import Room, memory_room
 from gemma3.host.progress import minutes
+from gemma3.names import VISION_TOWER
 from quant.methods import form_in
 from quant.recipe import SCHEMES, Recipe
 from quant.source import QuantizedCheckpoint, Source
@@ -41,6 +42,8 @@ SMALL_FILES_BYTES = 64 << 20
 BASE = 800 << 20  # a process with torch
 TOKEN_BYTES = 2900  # of a process that compares and writes the tokenizer's files, for each token of the vocabulary
 START_SECONDS = 10.0
+# The proof feeds the text model a sequence of about so many windows, and the vision model so many images.
+WINDOWS, IMAGES = 2.5, 2
 TOO_MUCH = 1.25
 
 
@@ -99,7 +102,7 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
     name, largest = max(forms.items(), key=lambda item: _count(item[1]))
     table = _count(largest)
     reading = table if isinstance(source, QuantizedCheckpoint) else table * (1 + source.tensor(name).element_size())
-    billions = sum(map(_count, forms.values())) / 1e9
+    trillions = fed(config, forms) / 1e12
     layers = config.num_layers + (config.vision.num_hidden_layers if config.vision else 0)
     seconds, memory, disk = START_SECONDS, BASE + TOKEN_BYTES * config.vocab_size, SMALL_FILES_BYTES
     for target in targets:
@@ -110,9 +113,18 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
         writing = cost.base + cost.layer_bytes * layers + reading + int(cost.file * size + cost.tables * table)
         running = int(cost.running * size) + layouts[target.name].total_bytes
         memory = max(memory, BASE + max(writing, running))
-        seconds += cost.layer_seconds * layers + cost.billion_seconds * billions
+        seconds += cost.layer_seconds * layers + cost.trillion_seconds * trillions
         disk += size
     return Need(seconds, memory, disk)
+
+
+def fed(config: ModelConfig, forms: Mapping[str, Weight]) -> float:
+    """How many multiplications one pass of the proof takes: each weight, by the positions (patches) that it meets."""
+    patches = 0 if config.vision is None else IMAGES * config.vision.patches_per_side**2
+    return sum(
+        _count(form) * (patches if name.startswith(VISION_TOWER) else WINDOWS * config.sliding_window)
+        for name, form in forms.items()
+    )
 
 
 def forms_in(source: Source, recipe: Recipe) -> Mapping[str, Weight]:

@@ -107,7 +107,7 @@ class Cost:
     tables: float = 0.0  # and how many more times a byte for each value of the largest matrix
     running: float = 2.0  # how many times they are in memory when it runs
     layer_seconds: float = 1.0
-    billion_seconds: float = 60.0  # for a billion weights, the proof included
+    trillion_seconds: float = 40.0  # for 10¹² times that a weight meets a position of the proof's sequence
 
 
 class Export(Protocol):

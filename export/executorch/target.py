@@ -59,6 +59,6 @@ PTE = Target(
         file=1.0,
         running=1.75,
         layer_seconds=4.0,
-        billion_seconds=200.0,
+        trillion_seconds=150.0,
     ),
 )

@@ -72,5 +72,5 @@ ONNX = Target(
     roundings={"int8-per-block": _per_block, "int8-kleidiai": _kleidiai, FLOAT: _float},
     read_kv=_read_kv,
     can_keep_float=True,
-    cost=Cost(tables=1.0, running=1.75, layer_seconds=0.2, billion_seconds=200.0),
+    cost=Cost(tables=1.0, running=1.75, layer_seconds=0.2, trillion_seconds=150.0),
 )
