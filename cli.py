@@ -773,15 +773,24 @@ def open_chat(
     lookup: bool,
     draft: Path | None,
 ) -> "OpenBundle":
-    """The bundle, for chats that begin as the options say, and that guess ahead. Raises BadInput."""
+    """The bundle, for chats that begin as the options say, and that guess ahead.
+
+    Raises BadInput, and DoesNotFit for a system text that leaves no room for a turn.
+    """
     from runtime_py.prefix import Prefix
+    from runtime_py.sessions.protocol import check_ids
     from runtime_py.text import open_bundle
 
     if system is not None and prefix is not None:
         raise BadInput(f"{prefix}: has a system text of its own; leave out --system")
     words = read_system(system)
     opened = open_bundle(bundle, format, threads, prefix=prefix, lookup=lookup, draft=draft)
-    return opened if words is None else replace(opened, prefix=Prefix(words))
+    if words is None:
+        return opened
+    beginning, session = Prefix(words), opened.session
+    shortest = opened.chat.encode(opened.tokenizer, beginning.first_turn("?", (), session.vision))
+    check_ids(shortest, vocab_size=session.vocab_size, position=0, context=session.context)
+    return replace(opened, prefix=beginning)
 
 
 def read_system(path: Path | None) -> str | None:

@@ -211,6 +211,7 @@ def test_options_that_do_not_go_together(gemma_edge: Cli, bundle: Path, tmp_path
     refused(gemma_edge("prefill", bundle, "--system", tmp_path / "empty", "-o", tmp_path / "out"), 3, "is empty")
     (tmp_path / "long").write_text("word " * 100)
     refused(gemma_edge("prefill", bundle, "--system", tmp_path / "long", "-o", tmp_path / "out"), 4, "context of 96")
+    refused(gemma_edge("chat", bundle, "--system", tmp_path / "long"), 4, "context of 96")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="pass chat as well"):
         generate(open_bundle(bundle, prefix=prefix), "hello")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from export.checks import Check
 from export.manifest import GOLDEN, MANIFEST, PLAN, Manifest, changed_files, read_manifest
-from export.target import Target, references_of
+from export.target import FLOAT, Target, references_of
 from gemma3.errors import VerificationFailed
 from quant.recipe import SCHEMES, Integers
 from runtime_py.backends import backend_of, open_session
@@ -20,7 +20,7 @@ from runtime_py.proof.limits import RESET, Tolerances, limits_of, stricter, tole
 from runtime_py.proof.plan import IMAGES, Plan, make_plan
 from runtime_py.proof.plan_file import ProofPlan, ReferenceProof, load_plan, save_plan
 from runtime_py.proof.subject import Subject
-from runtime_py.proof.walks import advice_on_activations, check_session
+from runtime_py.proof.walks import advice_on_rounding, check_session
 
 if TYPE_CHECKING:
     from export.bundle import Draft
@@ -51,7 +51,8 @@ def prove(draft: "Draft") -> list[Check]:
     save_plan(draft.directory / PLAN, plan, proofs_of(manifest, plan, golden))
     subjects = subjects_of(draft.directory, manifest, plan, fresh, draft.weights)
     checks = [*integers, *fresh_checks(subjects), *extra_checks(subjects, drafts=True)]
-    for advice in advice_on_activations(checks):
+    keep_float = [format for format, artifact in manifest.artifacts.items() if artifact.references == (FLOAT,)]
+    for advice in advice_on_rounding(checks, keep_float):
         log.warning("%s", advice)
     return checks
 

@@ -6,7 +6,7 @@ the first walk, an image's first occurrence is fed as pixels.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -126,11 +126,21 @@ def cost_checks(judge: Judge, reference: ReferenceLogits) -> list[Check]:
     return judge.checks(ACTIVATIONS, "what rounding costs: the reference against itself without it", figures)
 
 
-def advice_on_activations(checks: Sequence[Check]) -> list[str]:
-    """A line for each artifact in whose ``checks`` rounding activations costs more than TOO_MUCH."""
-    return [
-        f".{check.artifact}: rounding activations to int8 costs a KL divergence of {check.value:.2g} nats on average; "
+def advice_on_rounding(checks: Sequence[Check], keep_float: Collection[str] = ()) -> list[str]:
+    """A line for each artifact in whose ``checks`` rounding costs more than TOO_MUCH.
+
+    Those of ``keep_float`` round no activations, so it is the rounding of keys and values.
+    """
+    activations = (
+        "rounding activations to int8 costs a KL divergence of {:.2g} nats on average; "
         "in a .onnx --activations float avoids it (slower); qat --activations int8 trains the weights for it"
+    )
+    cache = (
+        "an int8 KV cache costs a KL divergence of {:.2g} nats on average; --kv float32 avoids it, "
+        "and --kv-data with text like yours may lower it"
+    )
+    return [
+        f".{check.artifact}: " + (cache if check.artifact in keep_float else activations).format(check.value)
         for check in checks
         if (check.id, check.metric) == (ACTIVATIONS, "kl_mean") and check.value > TOO_MUCH
     ]

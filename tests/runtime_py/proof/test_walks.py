@@ -30,7 +30,7 @@ from runtime_py.proof.limits import (
 from runtime_py.proof.plan import Plan, make_plan, plan_images
 from runtime_py.proof.references import references
 from runtime_py.proof.table import validation_table
-from runtime_py.proof.walks import check_session
+from runtime_py.proof.walks import ACTIVATIONS, advice_on_rounding, check_session
 from runtime_py.sessions.eager import EagerSession
 from runtime_py.sessions.protocol import Call, Image, Logits, Session, SoftTokens, soft_tokens_of
 from tests.manifests import CHUNK, CONTEXT, manifest_of, seeing_manifest
@@ -362,3 +362,14 @@ def test_the_table_marks_failed_checks() -> None:
         "",
         "limits of pte, id: kl_mean ≤ 0.001",
     ]
+
+
+def test_advice_names_what_is_rounded() -> None:
+    def cost(format: str, value: float) -> Check:
+        return Check(format, ACTIVATIONS, "kl_mean", "what rounding costs", value, None, True)
+
+    checks = [cost("pte", 0.02), cost("onnx", 0.03)]
+    pte, onnx = advice_on_rounding(checks, keep_float=["onnx"])
+    assert pte.startswith(".pte: rounding activations")
+    assert onnx.startswith(".onnx: an int8 KV cache costs a KL divergence of 0.03 nats")
+    assert advice_on_rounding([cost("pte", 0.005)]) == []
