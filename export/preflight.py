@@ -29,7 +29,7 @@ from gemma3.config import ModelConfig
 from gemma3.errors import DoesNotFit
 from gemma3.host.memory import Room, memory_room
 from gemma3.host.progress import minutes
-from gemma3.names import VISION_TOWER
+from gemma3.names import EMBEDDING, HEAD, VISION_TOWER, head_of
 from quant.methods import form_in
 from quant.recipe import SCHEMES, Recipe
 from quant.source import QuantizedCheckpoint, Source
@@ -41,9 +41,10 @@ log = logging.getLogger(__name__)
 SMALL_FILES_BYTES = 64 << 20
 BASE = 800 << 20  # a process with torch
 TOKEN_BYTES = 2900  # of a process that compares and writes the tokenizer's files, for each token of the vocabulary
-START_SECONDS = 10.0
-# The proof feeds the text model a sequence of about so many windows, and the vision model so many images.
-WINDOWS, IMAGES = 2.5, 2
+START_SECONDS, TOKEN_SECONDS = 8.0, 7e-5
+# The proof feeds the text model a sequence of about so many windows, and compares so many of its logits (or all of a
+# short one's). It feeds the vision model so many images.
+WINDOWS, COMPARED, IMAGES = 2.5, 300, 2
 TOO_MUCH = 1.25
 
 
@@ -104,7 +105,8 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
     reading = table if isinstance(source, QuantizedCheckpoint) else table * (1 + source.tensor(name).element_size())
     trillions = fed(config, forms) / 1e12
     layers = config.num_layers + (config.vision.num_hidden_layers if config.vision else 0)
-    seconds, memory, disk = START_SECONDS, BASE + TOKEN_BYTES * config.vocab_size, SMALL_FILES_BYTES
+    seconds = START_SECONDS + TOKEN_SECONDS * config.vocab_size
+    memory, disk = BASE + TOKEN_BYTES * config.vocab_size, SMALL_FILES_BYTES
     for target in targets:
         cost, size = (
             target.cost,
@@ -121,10 +123,14 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
 def fed(config: ModelConfig, forms: Mapping[str, Weight]) -> float:
     """How many multiplications one pass of the proof takes: each weight, by the positions (patches) that it meets."""
     patches = 0 if config.vision is None else IMAGES * config.vision.patches_per_side**2
-    return sum(
-        _count(form) * (patches if name.startswith(VISION_TOWER) else WINDOWS * config.sliding_window)
-        for name, form in forms.items()
-    )
+    text = WINDOWS * config.sliding_window
+
+    def positions(name: str) -> float:
+        if name in (EMBEDDING, HEAD):
+            return min(text, COMPARED) if name == head_of(config) else 0
+        return patches if name.startswith(VISION_TOWER) else text
+
+    return sum(_count(form) * positions(name) for name, form in forms.items())
 
 
 def forms_in(source: Source, recipe: Recipe) -> Mapping[str, Weight]:
