@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from export.checks import Check
-from gemma3.images import Pixels
 from runtime_py.proof.golden import Difference, ReferenceLogits
 from runtime_py.proof.limits import limits_of, walk_id
 from runtime_py.proof.plan import ONE_BY_ONE, Plan
 from runtime_py.proof.walks import Judge, summarize
-from runtime_py.sessions.protocol import Logits, Rewindable, Session, calls
+from runtime_py.sessions.protocol import Logits, Rewindable, Session, SoftTokens, calls
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ def check_rows(session: Session, plan: Plan, references: Mapping[str, ReferenceL
         return []
     log.info("validating .%s in calls that give several logits", artifact)
     differences: dict[str, list[Difference]] = {name: [] for name in references}
-    for position, logits in rows(session, plan, list(next(iter(references.values())).images)):
+    for position, logits in rows(session, plan, list(next(iter(references.values())).soft_tokens)):
         for name, reference in references.items():
             difference = reference.compare(position, logits)
             if difference is not None:
@@ -36,9 +35,12 @@ def check_rows(session: Session, plan: Plan, references: Mapping[str, ReferenceL
     return next((checks for checks in judged if all(check.passed for check in checks)), judged[0])
 
 
-def rows(session: Rewindable, plan: Plan, images: Sequence[Pixels]) -> Iterator[tuple[int, Logits]]:
-    """(position, logits [V]) of the text that the walk ONE_BY_ONE feeds by single ids. The rest is only fed."""
-    to_feed = plan.images_to_feed([session.encode_image(image) for image in images])
+def rows(session: Rewindable, plan: Plan, soft_tokens: Sequence[SoftTokens]) -> Iterator[tuple[int, Logits]]:
+    """(position, logits [V]) of the text that the walk ONE_BY_ONE feeds by single ids. The rest is only fed.
+
+    ``soft_tokens`` [T, E] are those of each image. (The walks compare what the session makes of the pixels.)
+    """
+    to_feed = plan.images_to_feed(soft_tokens)
     end = 0
     for single, lengths in groupby(plan.walks[ONE_BY_ONE], lambda length: length == 1):
         start, end = end, end + sum(lengths)
