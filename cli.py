@@ -84,16 +84,27 @@ Model = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face checkpoint directory, 'demo' or 'demo-vision'.")
 ]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A directory that `gemma-edge export` wrote.")]
+PresetOption = Annotated[
+    Literal["fast", "balanced", "exact"] | None,
+    typer.Option(
+        "--preset",
+        help="How weights are stored. MLPs are int4 per row (fast), int4 per 32 columns (balanced) or int8 (exact), "
+        "all else is int8 [balanced; a quantized checkpoint's own recipe].",
+    ),
+]
 SchemeOption = Annotated[
     Literal["fp32", "int4-channel", "int4-block32", "sfp8"] | None,
-    typer.Option("--scheme", help="How linear layers are stored [int4-block32; a quantized checkpoint's own]."),
+    typer.Option(
+        "--scheme", help="How all linear layers are stored, instead of --preset [int4-block32 beside --embedding]."
+    ),
 ]
 EmbeddingOption = Annotated[
     Literal["int8", "int4", "sfp8"] | None,
     typer.Option("--embedding", help="How the embedding table is stored [int8; fp32 with that scheme]."),
 ]
 RecipeOption = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE", help="A recipe (.toml) instead of --scheme and --embedding.")
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="A recipe (.toml) instead of --preset, --scheme and --embedding."),
 ]
 FORMATS = "pte or onnx"
 Format = Annotated[
@@ -252,6 +263,7 @@ def export(
     format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", callback=_known_format, help=f"{FORMATS}, or both of them.")
     ] = BOTH,
+    preset: PresetOption = None,
     scheme: SchemeOption = None,
     embedding: EmbeddingOption = None,
     recipe: RecipeOption = None,
@@ -290,7 +302,7 @@ def export(
         manifest = export_bundle(
             model,
             out,
-            recipe=recipe_of(scheme, embedding, recipe),
+            recipe=recipe_of(preset, scheme, embedding, recipe),
             activations=activations,
             formats=None if format == BOTH else [format],
             context=context,
@@ -311,6 +323,7 @@ def quantize(
         Literal["rtn", "gptq", "hqq"],
         typer.Option("--method", help="rtn: round to nearest. gptq: GPTQ, with --data. hqq: HQQ's scales, no data."),
     ] = "rtn",
+    preset: PresetOption = None,
     scheme: SchemeOption = None,
     embedding: EmbeddingOption = None,
     recipe: RecipeOption = None,
@@ -321,13 +334,13 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint without training. `gemma-edge export` takes the result as it is."""
     from gemma3.host.atomic import refuse_target
-    from quant.recipe import DEFAULT_SCHEME
+    from quant.recipe import DEFAULT
     from runtime_py.api import open_checkpoint, save_checkpoint
     from runtime_py.api import quantize as run
 
     with whole(out):
         refuse_target(out)
-        wanted = recipe_of(scheme, embedding, recipe) or DEFAULT_SCHEME
+        wanted = recipe_of(preset, scheme, embedding, recipe) or DEFAULT
         quantized = run(open_checkpoint(model), wanted, method, data=data or [], tokens=tokens)
         save_checkpoint(quantized, out)
     for name, verdict in quantized.weights.verdicts.items():
@@ -340,6 +353,7 @@ def quantize(
 def qat(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="The quantized checkpoint's directory; must not exist.")],
+    preset: PresetOption = None,
     scheme: SchemeOption = None,
     embedding: EmbeddingOption = None,
     recipe: RecipeOption = None,
@@ -389,10 +403,10 @@ def qat(
     from gemma3.host.atomic import refuse_target
     from quant.qat.distill import distill, open_sources
     from quant.qat.loop import Settings, default_lr
-    from quant.recipe import DEFAULT_SCHEME, preset
+    from quant.recipe import DEFAULT
 
     refuse_target(out)
-    wanted = recipe_of(scheme, embedding, recipe) or preset(DEFAULT_SCHEME)
+    wanted = recipe_of(preset, scheme, embedding, recipe) or DEFAULT
     lr = default_lr(wanted) if lr is None else lr
     distill(
         open_sources(model, init, teacher),
@@ -752,15 +766,19 @@ def demo(
 # Functions that several commands use.
 
 
-def recipe_of(scheme: str | None, embedding: str | None, file: Path | None) -> "Recipe | None":
+def recipe_of(preset: str | None, scheme: str | None, embedding: str | None, file: Path | None) -> "Recipe | None":
     """The recipe that the options ask for; None if they ask for none. Raises BadInput."""
-    from quant.recipe import DEFAULT_SCHEME, preset, read_recipe
+    from quant.recipe import PRESETS, read_recipe, scheme_recipe
 
+    asked = {"--preset": preset, "--recipe": file, "--scheme and --embedding": scheme or embedding}
+    given = [option for option, value in asked.items() if value]
+    if len(given) > 1:
+        raise BadInput(f"{given[0]} says everything about the weights; leave out {' or '.join(given[1:])}")
+    if preset is not None:
+        return PRESETS[preset]
     if file is not None:
-        if scheme or embedding:
-            raise BadInput(f"{file}: a recipe says everything; leave out --scheme and --embedding")
         return read_recipe(file)
-    return preset(scheme or DEFAULT_SCHEME, embedding) if scheme or embedding else None
+    return scheme_recipe(scheme or "int4-block32", embedding) if scheme or embedding else None
 
 
 def open_chat(

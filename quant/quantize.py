@@ -16,7 +16,7 @@ from gemma3.errors import BadInput
 from quant.gptq import gptq
 from quant.hqq import hqq
 from quant.methods import IntegerMethod, quantize_weights, round_on_demand, rtn
-from quant.recipe import DEFAULT_SCHEME, Recipe, preset
+from quant.recipe import DEFAULT, Recipe
 from quant.source import QuantizedCheckpoint, Source
 
 log = logging.getLogger(__name__)
@@ -80,13 +80,13 @@ def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) 
 
 
 def in_recipe(source: Source, recipe: Recipe | None = None) -> QuantizedCheckpoint:
-    """A full-precision checkpoint rounded to nearest in ``recipe`` (int4-block32 if None); a quantized one as it is.
+    """A full-precision checkpoint rounded to nearest in ``recipe`` (None: the default); a quantized one as it is.
 
     What ``recipe`` says about activations holds for a quantized checkpoint too. Raises BadInput when that was quantized
     by other schemes than those of ``recipe``, and what ``quantize`` raises.
     """
     if not isinstance(source, QuantizedCheckpoint):
-        return quantize(source, recipe or preset(DEFAULT_SCHEME))
+        return quantize(source, recipe or DEFAULT)
     if recipe is not None and recipe.schemes != source.recipe.schemes:
         raise BadInput(
             f"{source.path}: is quantized as {source.recipe.name} already, not {recipe.name}; leave the scheme out, "

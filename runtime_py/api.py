@@ -19,7 +19,7 @@ from export.checks import Check
 from export.manifest import Manifest
 from gemma3.cache import CacheDtype
 from gemma3.errors import BadInput
-from quant.recipe import DEFAULT_SCHEME, Activations, Recipe, preset
+from quant.recipe import DEFAULT, Activations, Recipe, named_recipe
 from runtime_py.backends import BACKENDS, backend_of
 from runtime_py.backends import open_session as _open_session
 from runtime_py.generate import Sampler
@@ -60,13 +60,13 @@ def open_checkpoint(model: str | Path) -> "Source":
 
 def quantize(
     checkpoint: "Source",
-    recipe: str | Recipe = DEFAULT_SCHEME,
+    recipe: str | Recipe = DEFAULT,
     method: Literal["rtn", "gptq", "hqq"] = "rtn",
     *,
     data: Sequence[Path] = (),
     tokens: int | None = None,
 ) -> "QuantizedCheckpoint":
-    """Quantize a full-precision checkpoint by ``recipe`` (or the preset of a scheme's name), without training.
+    """Quantize a full-precision checkpoint by ``recipe``, or the preset or scheme of this name, without training.
 
     ``method`` chooses the integers. "gptq" is calibrated on the first ``tokens`` tokens (None: 65,536) of the files
     ``data``. Raises BadInput when the checkpoint is quantized already, and for recipes and data that do not fit.
@@ -75,7 +75,7 @@ def quantize(
     from quant.quantize import quantize as run
     from quant.source import full_precision
 
-    wanted = preset(recipe) if isinstance(recipe, str) else recipe
+    wanted = named_recipe(recipe) if isinstance(recipe, str) else recipe
     return run(full_precision(checkpoint), wanted, method, data=data, tokens=tokens or CALIBRATION_TOKENS)
 
 
@@ -93,7 +93,7 @@ def export_bundle(
     checkpoint: "str | Path | Source",
     out: str | Path,
     *,
-    recipe: Recipe | None = None,
+    recipe: str | Recipe | None = None,
     activations: Activations | None = None,
     formats: Sequence[str] | None = None,
     context: int | None = None,
@@ -104,12 +104,12 @@ def export_bundle(
 ) -> Manifest:
     """Export a checkpoint to ``formats`` (None: all known ones) and prove the files. Then the bundle ``out`` appears.
 
-    A full-precision checkpoint is rounded to nearest in ``recipe`` (None: int4-block32); a quantized one keeps its
-    integers. ``activations`` replaces what the recipe says about them (see ``quant.recipe.Rule``). ``kv`` is the dtype
-    of the KV caches; scales of an int8 one are calibrated on the files ``kv_data`` (see ``quant.kv.calibrate``). The
-    other arguments are those of ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what cannot be
-    exported, and VerificationFailed when a file does not agree with its reference. After any error nothing is left
-    behind.
+    A full-precision checkpoint is rounded to nearest in ``recipe``, or the preset or scheme of this name (None: the
+    default preset); a quantized one keeps its integers. ``activations`` replaces what the recipe says about them (see
+    ``quant.recipe.Rule``). ``kv`` is the dtype of the KV caches; scales of an int8 one are calibrated on the files
+    ``kv_data`` (see ``quant.kv.calibrate``). The other arguments are those of ``export.bundle.draft_bundle``. Raises
+    BadInput and DoesNotFit for what cannot be exported, and VerificationFailed when a file does not agree with its
+    reference. After any error nothing is left behind.
     """
     from gemma3.host.atomic import refuse_target
 
@@ -123,7 +123,9 @@ def export_bundle(
 
     source = open_checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
     targets = [backend_of(format).target for format in formats or BACKENDS]
-    wanted = recipe or (source.recipe if isinstance(source, QuantizedCheckpoint) else preset(DEFAULT_SCHEME))
+    if isinstance(recipe, str):
+        recipe = named_recipe(recipe)
+    wanted = recipe or (source.recipe if isinstance(source, QuantizedCheckpoint) else DEFAULT)
     if activations is not None:
         wanted = wanted.with_activations(activations)
     check_exportable(source, targets, wanted, context, chunk, kv)

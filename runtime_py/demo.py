@@ -9,7 +9,7 @@ from export.checks import require_passed
 from export.manifest import TOKENIZER, Manifest, chat_format, read_manifest
 from gemma3.checkpoint import DEMOS
 from gemma3.tokenizer import Tokenizer
-from quant.recipe import DEFAULT_SCHEME, preset
+from quant.recipe import DEFAULT
 from quant.source import Source
 from runtime_py.api import export_bundle, open_checkpoint, open_session, validate
 from runtime_py.measure.bench import bench
@@ -36,7 +36,7 @@ def run_demo(out: Path | None = None) -> Iterator[str]:
             bundle = (out or Path(scratch)) / model
             bundle.parent.mkdir(parents=True, exist_ok=True)
             source = open_checkpoint(model)
-            export_bundle(source, bundle, recipe=preset(DEFAULT_SCHEME))
+            export_bundle(source, bundle, recipe=DEFAULT)
             log.info("replaying the golden vectors, as `gemma-edge validate` does anywhere")
             require_passed(validate(bundle))
             yield from about(bundle, source)

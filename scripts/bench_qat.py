@@ -18,7 +18,7 @@ from gemma3.checkpoint import load_model, open_checkpoint, resolve_checkpoint
 from quant.methods import quantize_weights
 from quant.qat.fake import prepare
 from quant.qat.loss import Distillation
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from runtime_py.report import table
 
 RECIPES = (("int4-block32", "int8"), ("int4-block32", "int4"), ("int4-channel", "int8"), ("sfp8", "sfp8"))
@@ -54,7 +54,7 @@ def main() -> None:
         parameter.requires_grad_("norm" not in name)  # as in training
     steps = {"none": step(plain, teacher, tokens)}
     for scheme, embedding in RECIPES:
-        start = quantize_weights(checkpoint.items(), preset(scheme, embedding))
+        start = quantize_weights(checkpoint.items(), scheme_recipe(scheme, embedding))
         steps[f"{scheme}, embedding {embedding}"] = step(prepare(load_model(checkpoint), start), teacher, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.repetitions + 1):

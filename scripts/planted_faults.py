@@ -34,7 +34,7 @@ from gemma3.config import SLIDING, ModelConfig
 from quant.integers import IntegerWeight
 from quant.kv import PerChannel, calibrate
 from quant.quantize import in_recipe
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from quant.source import open_source
 from runtime_py.backends import backend_of
 from runtime_py.proof import prove
@@ -219,7 +219,7 @@ def other_rope(config: ModelConfig) -> Any:
 def proof_of(checkpoint: Path, format: str, scheme: str, fault: Fault, context: int, chunk: int) -> list[Check]:
     """The checks of a file of ``format`` with ``fault``, exported from ``checkpoint`` in ``scheme``."""
     backend = backend_of(format)
-    quantized = in_recipe(open_source(checkpoint), preset(scheme))
+    quantized = in_recipe(open_source(checkpoint), scheme_recipe(scheme))
     right = backend.target.export
 
     dtype: CacheDtype = "float32" if fault.kv is None else "int8"

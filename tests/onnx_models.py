@@ -18,7 +18,7 @@ from gemma3.model import Gemma3
 from quant.eager import with_integer_weights
 from quant.integers import IntegerWeight
 from quant.methods import quantize_weights
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from quant.weights import QuantizedWeights
 from runtime_py.sessions.onnx import OnnxSession
 from tests.seeing import eager_logits
@@ -68,7 +68,7 @@ def quantized_weights(config: ModelConfig, scheme: str, embedding: str | None) -
     state = random_model(config).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    return quantize_weights(state.items(), preset(scheme, embedding))
+    return quantize_weights(state.items(), scheme_recipe(scheme, embedding))
 
 
 def tiny_onnx(

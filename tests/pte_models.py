@@ -19,7 +19,7 @@ from quant.activations import per_token
 from quant.eager import quantized_model, with_integer_weights
 from quant.integers import IntegerWeight
 from quant.methods import quantize_weights
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from quant.weights import QuantizedWeights, Weights
 from runtime_py.sessions.pte import PteSession
 from tests.seeing import eager_logits
@@ -67,7 +67,7 @@ def tiny_pte(
     state = random_model(config).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    weights = quantize_weights(state.items(), preset(scheme, embedding))
+    weights = quantize_weights(state.items(), scheme_recipe(scheme, embedding))
     chunk = CHUNK if config.vision is None else max(CHUNK, config.vision.tokens_per_image)
     layout = cache_layout(config, "ring", context, chunk)
     path = directory / "model.pte"

@@ -674,10 +674,11 @@ def test_bench_refuses(gemma_edge: Cli, bundle: Path, options: tuple[str, ...], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["fp32", "int4-block32", "int4-channel"])
-def test_both_formats_are_proven_and_agree(gemma_edge: Cli, checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize("name", ["fp32", "fast", "balanced", "exact"])
+def test_both_formats_are_proven_and_agree(gemma_edge: Cli, checkpoint: Path, tmp_path: Path, name: str) -> None:
     both = tmp_path / "both"
-    result = gemma_edge("export", checkpoint, "-o", both, "--scheme", scheme, *EXPORT)
+    option = "--scheme" if name == "fp32" else "--preset"
+    result = gemma_edge("export", checkpoint, "-o", both, option, name, *EXPORT)
     assert result.code == 0, result.err
     assert "every check passed" in result.err
     report = json.loads((both / MANIFEST).read_text())["artifacts"]["pte"]["details"]
@@ -687,7 +688,7 @@ def test_both_formats_are_proven_and_agree(gemma_edge: Cli, checkpoint: Path, tm
         format: gemma_edge("generate", both, "--chat", "hello", "-n", "12", "--format", format).out
         for format in ("pte", "onnx")
     }
-    if scheme == "fp32":
+    if name == "fp32":
         assert answers["pte"] == answers["onnx"]
 
     data = bytearray((both / "model.pte").read_bytes())

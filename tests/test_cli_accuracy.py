@@ -12,7 +12,7 @@ import pytest
 import cli
 from gemma3.checkpoint import open_checkpoint
 from quant.methods import quantize_weights
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from quant.stored import save_quantized
 from tests.bundles import EXPORT, Cli, Run, copy_bundle, rewrite_tensors, run, write_checkpoint
 
@@ -32,7 +32,7 @@ def text(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(checkpoint: Path) -> Path:
-    recipe = preset("int4-block32", "int4")
+    recipe = scheme_recipe("int4-block32", "int4")
     source = open_checkpoint(checkpoint)
     save_quantized(
         checkpoint.parent / "rtn", quantize_weights(source.items(), recipe), recipe, "rtn", source=checkpoint

@@ -220,11 +220,13 @@ def test_accuracy_on_conversations_with_images(gemma_edge: Cli, seeing: Path, bu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["fp32", "int4-block32", "sfp8"])
+@pytest.mark.parametrize(
+    ("option", "name"), [("--scheme", "fp32"), ("--scheme", "sfp8"), ("--preset", "fast"), ("--preset", "exact")]
+)
 def test_both_formats_agree_on_images(
-    gemma_edge: Cli, seeing: Path, pictures: Path, tmp_path: Path, scheme: str
+    gemma_edge: Cli, seeing: Path, pictures: Path, tmp_path: Path, option: str, name: str
 ) -> None:
-    result = gemma_edge("export", seeing, "-o", tmp_path / "out", "--scheme", scheme, *EXPORT)
+    result = gemma_edge("export", seeing, "-o", tmp_path / "out", option, name, *EXPORT)
     assert result.code == 0, result.err
     manifest = read_manifest(tmp_path / "out")
     names = [method.name for method in manifest.artifacts["pte"].methods]
@@ -233,7 +235,7 @@ def test_both_formats_agree_on_images(
     image = ("--image", pictures / "a.png", "-n", "8")
     pte, onnx = (gemma_edge("generate", tmp_path / "out", "what", *image, "--format", one) for one in ("pte", "onnx"))
     assert pte.code == onnx.code == 0
-    if scheme == "fp32":
+    if name == "fp32":
         assert pte.out == onnx.out
     source = shutil.copytree(pictures, tmp_path / "source", dirs_exist_ok=True)
     shutil.copytree(seeing, source, dirs_exist_ok=True)

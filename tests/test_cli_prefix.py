@@ -16,7 +16,7 @@ from export.manifest import MANIFEST
 from gemma3.chat import GemmaFormat, Image, Message, Part
 from gemma3.tokenizer import Tokenizer
 from quant.quantize import in_recipe
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from runtime_py.api import generate, open_bundle, open_checkpoint, prefill
 from runtime_py.backends import backend_of
 from runtime_py.conversation import Conversation
@@ -277,7 +277,7 @@ def test_keys_of_an_earlier_chat_do_not_get_into_the_file(bundle: Path, tmp_path
 @pytest.mark.slow
 def test_the_demo_goes_on_from_a_file_in_both_formats(tmp_path: Path) -> None:
     """Past the window of 64 and the wraps of its caches, to the bit."""
-    quantized = in_recipe(open_checkpoint("demo"), preset("int4-block32"))
+    quantized = in_recipe(open_checkpoint("demo"), scheme_recipe("int4-block32"))
     targets = [backend_of(format).target for format in ("pte", "onnx")]
     with draft_bundle(quantized, tmp_path / "demo", targets=targets) as draft:
         seal(draft, [])

@@ -9,7 +9,7 @@ import torch
 from export.manifest import read_manifest
 from export.onnx.read_back import read_back_onnx
 from gemma3.checkpoint import open_checkpoint
-from quant.recipe import preset
+from quant.recipe import PRESETS, scheme_recipe
 from quant.stored import load_quantized
 from tests.bundles import EXPORT, Cli, Run, rewrite_tensors, write_checkpoint
 
@@ -31,7 +31,7 @@ def test_quantized_integers_reach_the_file(
     assert result.code == 0, result.err
     assert "model.norm.weight: float32: kept by rule *norm*.weight" in result.out
     stored = load_quantized(tmp_path / "made")
-    assert (stored.method, stored.recipe) == (method, preset("int4-channel", "int4"))
+    assert (stored.method, stored.recipe) == (method, scheme_recipe("int4-channel", "int4"))
 
     result = gemma_edge("export", tmp_path / "made", "-o", tmp_path / "bundle", "--format", "onnx", *EXPORT)
     assert result.code == 0, result.err
@@ -71,10 +71,38 @@ def test_a_recipe_file(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> Non
     assert manifest.recipe == "mine"
     assert str(manifest.weights["model.layers.0.mlp.up_proj.weight"]) == "int8-channel: round to nearest"
     result = gemma_edge("export", checkpoint, "-o", tmp_path / "no", "--scheme", "fp32", *options)
-    assert_refused(result, "a recipe says everything; leave out --scheme and --embedding")
+    assert_refused(result, "--recipe says everything about the weights; leave out --scheme and --embedding")
     recipe.write_text(recipe.read_text() + '[[rule]]\npattern = "*.vision.*"\nscheme = "float32"\n')
     result = gemma_edge("export", checkpoint, "-o", tmp_path / "no", *options)
     assert_refused(result, "rule *.vision.* matches no weight")
+
+
+def test_presets(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    made, bundle = tmp_path / "made", tmp_path / "bundle"
+    assert gemma_edge("quantize", checkpoint, "-o", made, "--preset", "exact").code == 0
+    stored = load_quantized(made)
+    assert stored.recipe == PRESETS["exact"]
+    assert gemma_edge("export", made, "-o", bundle, "--format", "onnx", "--preset", "exact", *EXPORT).code == 0
+    assert read_manifest(bundle).recipe == "exact"
+    result = gemma_edge("export", made, "-o", tmp_path / "no", "--preset", "fast", *EXPORT)
+    assert_refused(result, "is quantized as exact already, not fast")
+
+
+@pytest.mark.parametrize("command", ["export", "quantize", "qat"])
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        (("--scheme", "int4-channel"), "--scheme and --embedding"),
+        (("--embedding", "int4"), "--scheme and --embedding"),
+        (("--recipe", "mine.toml"), "--recipe"),
+    ],
+)
+def test_a_preset_stands_alone(
+    gemma_edge: Cli, checkpoint: Path, tmp_path: Path, command: str, options: tuple[str, str], left: str
+) -> None:
+    result = gemma_edge(command, checkpoint, "-o", tmp_path / "no", "--preset", "fast", *options)
+    assert_refused(result, f"--preset says everything about the weights; leave out {left}")
+    assert not (tmp_path / "no").exists()
 
 
 def test_sfp8_as_integers_and_exact(gemma_edge: Cli, checkpoint: Path, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def planted(work: Path) -> Iterator[tuple[str, Path]]:
     from export.bundle import draft_bundle
     from export.target import Export, Target
     from quant.quantize import in_recipe
-    from quant.recipe import preset
+    from quant.recipe import scheme_recipe
     from quant.source import open_source
     from runtime_py.api import export_bundle
     from runtime_py.backends import backend_of
@@ -204,7 +204,7 @@ def planted(work: Path) -> Iterator[tuple[str, Path]]:
 
     checkpoint = small_checkpoint(work / "checkpoint", 3, 8.0)
     right = work / "right"
-    quantized = in_recipe(open_source(checkpoint), preset("int4-block32"))
+    quantized = in_recipe(open_source(checkpoint), scheme_recipe("int4-block32"))
     export_bundle(quantized, right, formats=["onnx"], context=CONTEXT, chunk=CHUNK)
     yield RIGHT.name, right
     target: Target = backend_of("onnx").target

@@ -3,10 +3,11 @@
 llama.cpp then multiplies exactly the bundle's values: (n − 8) · d in Q4_0, n · d in Q8_0. Our scales are on the
 bfloat16 grid and at least 2⁻¹⁷, so float16 holds them. ``export_tensors`` writes the tensors and the metadata into a
 folder, and scripts/peers/write_gguf.py makes a file of them, in an environment that has the package gguf.
+``export_floats`` does the same with a full-precision checkpoint, which llama.cpp can then quantize by itself.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from export.manifest import read_manifest
 from export.onnx.file import load_graph, read_initializer
 from export.onnx.read_back import stored_integers
+from gemma3.checkpoint import Checkpoint
 from gemma3.config import ModelConfig
 from gemma3.errors import BadInput
 from quant.integers import IntegerWeight
@@ -48,11 +50,21 @@ def export_tensors(bundle: Path, folder: Path) -> None:
     manifest = read_manifest(bundle)
     if "onnx" not in manifest.artifacts:
         raise BadInput(f"{bundle}: holds no .onnx, from which the integers are read; export it with --format both")
-    tensors = {}
-    for index, (name, kind, data) in enumerate(_tensors(bundle / manifest.artifacts["onnx"].file)):
+    _write(folder, manifest.model, _tensors(bundle / manifest.artifacts["onnx"].file))
+
+
+def export_floats(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write tensors.json and a .npy of each tensor of a text-only, tied checkpoint into ``folder``, all in float32."""
+    weights = ((name, weight.float() + name.endswith("norm.weight")) for name, weight in checkpoint.items())
+    _write(folder, checkpoint.config, ((gguf_name(name), "F32", weight.numpy()) for name, weight in weights))
+
+
+def _write(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, str, NDArray[Any]]]) -> None:
+    entries = {}
+    for index, (name, kind, data) in enumerate(tensors):
         np.save(folder / f"{index}.npy", data)
-        tensors[name] = {"file": f"{index}.npy", "type": kind}
-    (folder / "tensors.json").write_text(json.dumps({"metadata": metadata(manifest.model), "tensors": tensors}))
+        entries[name] = {"file": f"{index}.npy", "type": kind}
+    (folder / "tensors.json").write_text(json.dumps({"metadata": metadata(config), "tensors": entries}))
 
 
 def _tensors(graph: Path) -> Iterator[tuple[str, str, NDArray[Any]]]:

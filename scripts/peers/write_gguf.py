@@ -19,7 +19,8 @@ def main() -> None:
     writer = gguf.GGUFWriter(path, "gemma3")
     for name, value in content["metadata"]["add"].items():
         getattr(writer, f"add_{name}")(value)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    floats = all(tensor["type"] == "F32" for tensor in content["tensors"].values())
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if floats else gguf.LlamaFileType.MOSTLY_Q4_0)
     # llama.cpp needs a vocabulary of the right size, but the text of its pieces is never used.
     size = content["metadata"]["vocab_size"]
     writer.add_tokenizer_model("llama")

@@ -18,7 +18,7 @@ from gemma3.tokenizer import Tokenizer
 from gemma3.tokenizer_files import parse_model
 from gemma3.write_tokenizer_json import as_tokenizer_json
 from quant.quantize import in_recipe
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from quant.source import open_source
 from runtime_py import api
 from scripts.random_checkpoint import made_up_tokenizer
@@ -36,7 +36,7 @@ def export(checkpoint: Path, out: Path, prove: Prove = lambda _: (), context: in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "prove", prove)
         api.export_bundle(
-            checkpoint, out, recipe=preset("int4-block32"), formats=["onnx"], context=context, chunk=CHUNK
+            checkpoint, out, recipe=scheme_recipe("int4-block32"), formats=["onnx"], context=context, chunk=CHUNK
         )
 
 
@@ -247,4 +247,4 @@ def test_a_bad_companion_is_noticed_before_exporting(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(BadInput, match=r"generation_config\.json: eos_token_id is x"):
-        check_exportable(open_source(checkpoint), [ONNX], preset("int4-block32"), CONTEXT, CHUNK)
+        check_exportable(open_source(checkpoint), [ONNX], scheme_recipe("int4-block32"), CONTEXT, CHUNK)

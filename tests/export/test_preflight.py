@@ -15,7 +15,7 @@ from gemma3.checkpoint import open_checkpoint
 from gemma3.errors import BadInput, DoesNotFit
 from gemma3.host.memory import Room
 from quant.quantize import quantize
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from quant.source import Source
 from quant.weights import ideal_bytes, shape_of
 from runtime_py.api import export_bundle
@@ -32,7 +32,7 @@ def source(tmp_path: Path) -> Source:
 
 def run(source: Source, folder: Path, targets: tuple[Target, ...] = BOTH) -> module.Need:
     layouts = cache_layouts(source.config, targets, 96, 8)
-    return preflight(source, targets, preset("int4-block32"), layouts, folder)
+    return preflight(source, targets, scheme_recipe("int4-block32"), layouts, folder)
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int4-block32", "int4-channel", "sfp8"])
@@ -40,12 +40,12 @@ def run(source: Source, folder: Path, targets: tuple[Target, ...] = BOTH) -> mod
 def test_forms_are_those_of_the_quantized_weights(tmp_path: Path, scheme: str, seeing: bool) -> None:
     base = {"base": SEEING_CONFIG} if seeing else {}
     source = open_checkpoint(write_checkpoint(tmp_path / "checkpoint", **base))
-    quantized = quantize(source, preset(scheme))
-    planned, made = forms_in(source, preset(scheme)), quantized.weights
+    quantized = quantize(source, scheme_recipe(scheme))
+    planned, made = forms_in(source, scheme_recipe(scheme)), quantized.weights
     assert list(planned) == list(made.forms)
     assert {name: shape_of(form) for name, form in planned.items()} == made.shapes
     assert ideal_bytes(planned.values()) == made.ideal_bytes
-    assert forms_in(quantized, preset(scheme)) is made.forms
+    assert forms_in(quantized, scheme_recipe(scheme)) is made.forms
 
 
 def test_it_says_what_an_export_takes(source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,7 +66,7 @@ def test_more_formats_need_more(source: Source, tmp_path: Path) -> None:
 
 
 def test_memory_that_does_not_fit(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = need_of(source, BOTH, preset("int4-block32"), cache_layouts(source.config, BOTH, 96, 8)).memory
+    needed = need_of(source, BOTH, scheme_recipe("int4-block32"), cache_layouts(source.config, BOTH, 96, 8)).memory
     monkeypatch.setattr(module, "memory_room", lambda: Room(needed // 2, 0))
     with pytest.raises(DoesNotFit, match=r"GB of memory are needed, 0\.\d GB are free; end other programs"):
         export_bundle(source, tmp_path / "out", context=96, chunk=8)

@@ -17,7 +17,7 @@ from export.target import Target
 from gemma3.cache import cache_layout
 from quant.eager import quantized_model
 from quant.methods import quantize_weights
-from quant.recipe import Verdict, preset
+from quant.recipe import Verdict, scheme_recipe
 from quant.sfp8 import Sfp8Weight, encode_weight
 from quant.weights import QuantizedWeights, Weight
 from runtime_py.sessions.onnx import OnnxSession
@@ -51,7 +51,7 @@ def test_gaussian_weights(target: Target, least: float) -> None:
 
 
 def test_only_sfp8_is_replaced_and_the_verdict_says_so() -> None:
-    weights = quantize_weights(random_model(tiny_config()).named_parameters(), preset("sfp8", "int8"))
+    weights = quantize_weights(random_model(tiny_config()).named_parameters(), scheme_recipe("sfp8", "int8"))
     ready, stand_ins = for_target(weights, ONNX)
     decibels = {name: one.decibels for name, one in stand_ins.items()}
     assert {(one.kind, one.scheme) for one in stand_ins.values()} == {("sfp8", "int8-block32-padded")}

@@ -9,7 +9,7 @@ from quant.activations import fake_quantize_per_token, per_token
 from quant.eager import RowsEmbedding, RowsLinear, with_integer_weights
 from quant.integers import round_to_nearest
 from quant.methods import quantize_weights
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from tests.shapes import random_model, random_tokens, tiny_config
 
 
@@ -39,7 +39,7 @@ def test_executorch_operators_differ_by_a_step_at_most(x: np.ndarray) -> None:
 
 def test_integers_replace_the_weights_and_the_shared_table_is_one_object() -> None:
     config = tiny_config()
-    quantized = quantize_weights(random_model(config).named_parameters(), preset("int4-block32"))
+    quantized = quantize_weights(random_model(config).named_parameters(), scheme_recipe("int4-block32"))
     tokens = torch.tensor([random_tokens(config, 24)])
     plain = random_model(config)(tokens)
     exact, rounded = random_model(config), random_model(config)

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from quant.gptq import gptq, gptq_weight, hessian, least_costly_scales
 from quant.integers import IntegerWeight, absmax_scales, bf16_grid, in_groups, nearest_codes, round_to_nearest
 from quant.methods import quantize_weights
-from quant.recipe import Integers, preset
+from quant.recipe import Integers, scheme_recipe
 from tests.shapes import random_model, random_tokens, tiny_config
 
 SCHEMES = st.builds(Integers, st.sampled_from([4, 8]), st.sampled_from([32, 128, None]), pad=st.just(True))
@@ -119,7 +119,7 @@ def test_not_finite() -> None:
 @pytest.mark.parametrize("shape", ["like-4b", "untied"])
 def test_a_network(shape: str) -> None:
     """Every linear layer is calibrated on its inputs in the network whose earlier layers have their integers."""
-    config, recipe = tiny_config(shape), preset("int4-block32")
+    config, recipe = tiny_config(shape), scheme_recipe("int4-block32")
     batches = [torch.tensor([random_tokens(config, 40, seed)]) for seed in range(3)]
     original, model = random_model(config), random_model(config)
     layers = [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
@@ -147,7 +147,7 @@ def test_a_network(shape: str) -> None:
 
 
 def test_other_schemes_are_left_to_the_recipe() -> None:
-    config, recipe = tiny_config(), preset("sfp8", "sfp8")
+    config, recipe = tiny_config(), scheme_recipe("sfp8", "sfp8")
     model = random_model(config)
     layers = [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
     method = gptq(layers, model.hidden, [torch.tensor([random_tokens(config, 8)])], recipe)

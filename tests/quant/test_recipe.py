@@ -6,7 +6,7 @@ import torch
 from gemma3.errors import BadInput
 from quant.integers import IntegerWeight
 from quant.methods import quantize_weights
-from quant.recipe import SCHEMES, Integers, Recipe, Rule, Verdict, preset, read_recipe
+from quant.recipe import PRESETS, SCHEMES, Integers, Recipe, Rule, Verdict, named_recipe, read_recipe, scheme_recipe
 from quant.sfp8 import Sfp8Weight
 from tests.shapes import random_model, tiny_config, tiny_vision_config
 
@@ -18,8 +18,8 @@ def weights(shape: str = "like-270m") -> list[tuple[str, torch.Tensor]]:
 @pytest.mark.parametrize("shape", ["like-270m", "untied"])
 @pytest.mark.parametrize("scheme", ["int4-block32", "int4-channel"])
 @pytest.mark.parametrize("embedding", [None, "int4", "int8"])
-def test_presets(shape: str, scheme: str, embedding: str | None) -> None:
-    quantized = quantize_weights(weights(shape), preset(scheme, embedding))
+def test_schemes(shape: str, scheme: str, embedding: str | None) -> None:
+    quantized = quantize_weights(weights(shape), scheme_recipe(scheme, embedding))
     assert quantized.verdicts.keys() == dict(weights(shape)).keys()
     for name, weight in quantized.tensors.items():
         if "norm" in name:
@@ -36,10 +36,25 @@ def test_presets(shape: str, scheme: str, embedding: str | None) -> None:
     assert ("lm_head.weight" in quantized.tensors) == (shape == "untied")
 
 
+@pytest.mark.parametrize("shape", ["like-270m", "untied"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_every_model(shape: str, name: str) -> None:
+    text = quantize_weights(weights(shape), named_recipe(name))
+    seeing = quantize_weights(random_model(tiny_vision_config()).named_parameters(), named_recipe(name))
+    for found in (text, seeing):
+        assert all("norm" in weight or "proj" not in weight or weight in found.integers for weight in text.tensors)
+    assert (text.integers["model.embed_tokens.weight"].bits, named_recipe(name).name) == (8, name)
+
+
+def test_the_bits_of_presets_are_in_order() -> None:
+    sizes = {name: quantize_weights(weights(), recipe).ideal_bytes for name, recipe in PRESETS.items()}
+    assert sizes["fast"] <= sizes["balanced"] <= sizes["exact"]
+
+
 @pytest.mark.parametrize("scheme", ["fp32", "int4-block32", "int4-channel", "sfp8"])
 def test_of_the_vision_model_only_the_linear_layers_are_quantized(scheme: str) -> None:
     named = list(random_model(tiny_vision_config()).named_parameters())
-    quantized = quantize_weights(named, preset(scheme))
+    quantized = quantize_weights(named, scheme_recipe(scheme))
     vision = [(name, weight) for name, weight in named if name.startswith(("vision_tower.", "multi_modal_projector."))]
     linears = [name for name, weight in vision if name.endswith(("proj.weight", "fc1.weight", "fc2.weight"))]
     assert len(linears) == 2 * 6
@@ -67,7 +82,7 @@ def test_a_recipe_may_quantize_the_vision_model_in_another_way(tmp_path: Path) -
 
 
 def test_fp32_keeps_everything() -> None:
-    quantized = quantize_weights(weights(), preset("fp32"))
+    quantized = quantize_weights(weights(), scheme_recipe("fp32"))
     assert not quantized.integers
     for name, weight in weights():
         kept = quantized.tensors[name]
@@ -106,17 +121,19 @@ def test_bad_weights_are_named() -> None:
 
 def test_unknown_names() -> None:
     with pytest.raises(BadInput, match="scheme 'int3' is unknown; use one of fp32, int4-block32"):
-        preset("int3")
+        scheme_recipe("int3")
+    with pytest.raises(BadInput, match="recipe 'int3' is unknown; use one of fast, balanced, exact, fp32"):
+        named_recipe("int3")
     with pytest.raises(BadInput, match="embedding 'int2' is unknown; use one of int8, int4"):
-        preset("int4-block32", "int2")
+        scheme_recipe("int4-block32", "int2")
     with pytest.raises(BadInput, match="has no meaning with scheme fp32"):
-        preset("fp32", "int8")
+        scheme_recipe("fp32", "int8")
 
 
 def test_sfp8() -> None:
-    quantized = quantize_weights(weights("untied"), preset("sfp8", "sfp8"))
+    quantized = quantize_weights(weights("untied"), scheme_recipe("sfp8", "sfp8"))
     assert all(isinstance(weight, Sfp8Weight) or "norm" in name for name, weight in quantized.tensors.items())
-    mixed = quantize_weights(weights("untied"), preset("sfp8", "int4")).tensors
+    mixed = quantize_weights(weights("untied"), scheme_recipe("sfp8", "int4")).tensors
     assert isinstance(mixed["model.layers.0.mlp.up_proj.weight"], Sfp8Weight)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         table = mixed[name]

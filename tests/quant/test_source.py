@@ -6,7 +6,7 @@ import torch
 
 from gemma3.errors import BadInput
 from quant.quantize import in_recipe
-from quant.recipe import Recipe, preset
+from quant.recipe import DEFAULT, Recipe, scheme_recipe
 from quant.source import QuantizedCheckpoint, open_source
 from quant.stored import save_quantized
 from quant.weights import QuantizedWeights
@@ -18,7 +18,7 @@ def opened(path: Path, recipe: Recipe | None = None) -> QuantizedCheckpoint:
 
 @pytest.fixture(scope="module")
 def quantized(checkpoint: Path) -> Path:
-    made = opened(checkpoint, preset("int4-channel"))
+    made = opened(checkpoint, scheme_recipe("int4-channel"))
     out = checkpoint.parent / "quantized"
     save_quantized(out, made.weights, made.recipe, "gptq", source=checkpoint)
     return out
@@ -26,15 +26,15 @@ def quantized(checkpoint: Path) -> Path:
 
 def test_a_float_checkpoint(checkpoint: Path) -> None:
     source = opened(checkpoint)
-    assert (source.recipe, source.method) == (preset("int4-block32"), "rtn")
+    assert (source.recipe, source.method) == (DEFAULT, "rtn")
     assert source.weights.integers
-    assert opened(checkpoint, preset("fp32")).weights.integers == {}
+    assert opened(checkpoint, scheme_recipe("fp32")).weights.integers == {}
 
 
 @pytest.mark.parametrize("scheme", [None, "int4-channel"])
 def test_stored_integers_stay_as_they_are(checkpoint: Path, quantized: Path, scheme: str | None) -> None:
-    made = opened(checkpoint, preset("int4-channel"))
-    source = opened(quantized, None if scheme is None else preset(scheme))
+    made = opened(checkpoint, scheme_recipe("int4-channel"))
+    source = opened(quantized, None if scheme is None else scheme_recipe(scheme))
     assert (source.path, source.recipe, source.method) == (quantized, made.recipe, "gptq")
     assert source.config == made.config
     for name, weight in made.weights.integers.items():
@@ -44,7 +44,7 @@ def test_stored_integers_stay_as_they_are(checkpoint: Path, quantized: Path, sch
 
 def test_another_scheme_is_refused(quantized: Path) -> None:
     with pytest.raises(BadInput, match=r"is quantized as int4-channel\+embedding-int8 already, not int4-block32\+emb"):
-        opened(quantized, preset("int4-block32"))
+        opened(quantized, scheme_recipe("int4-block32"))
 
 
 def test_weights_of_another_model(checkpoint: Path, quantized: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from gemma3.errors import BadInput
 from quant.integers import IntegerWeight
 from quant.methods import form_in, quantize_weights
 from quant.quantize import quantize
-from quant.recipe import SCHEMES, Recipe, Rule, preset
+from quant.recipe import SCHEMES, Recipe, Rule, scheme_recipe
 from quant.stored import load_quantized, save_quantized
 from quant.weights import OnDemand, QuantizedWeights, Weight, form_of, shape_of
 from tests.bundles import rewrite_tensors, write_checkpoint
@@ -23,7 +23,7 @@ def tensors_of(weight: Weight) -> tuple[torch.Tensor, ...]:
 def on_demand(tmp_path: Path, scheme: str) -> dict[str, tuple[QuantizedWeights, QuantizedWeights]]:
     """Weights that are made when they are asked for, and the same ones in memory."""
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "checkpoint"))
-    recipe = preset(scheme)
+    recipe = scheme_recipe(scheme)
     rounded = quantize(checkpoint, recipe).weights
     whole = quantize_weights(checkpoint.items(), recipe)
     save_quantized(tmp_path / "saved", whole, recipe, "rtn", source=checkpoint.path)
@@ -105,4 +105,4 @@ def test_a_value_that_is_not_finite_is_refused_at_once(tmp_path: Path, value: fl
     path = write_checkpoint(tmp_path / "checkpoint")
     rewrite_tensors(path, lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
     with pytest.raises(BadInput, match=f"{name}: cannot be stored as .*: 1 values are NaN or infinite"):
-        quantize(open_checkpoint(path), preset("int4-block32"))
+        quantize(open_checkpoint(path), scheme_recipe("int4-block32"))

@@ -70,8 +70,10 @@ def test_what_is_wrong_is_said_before_any_work(checkpoint: Path, bundle: Path, t
         export_bundle(source, tmp_path / "out", formats=["tflite"])
     with pytest.raises(DoesNotFit, match="context 161"):
         export_bundle(source, tmp_path / "out", context=161)
-    with pytest.raises(BadInput, match="scheme 'int3' is unknown"):
+    with pytest.raises(BadInput, match="recipe 'int3' is unknown"):
         quantize(source, "int3")
+    with pytest.raises(BadInput, match="recipe 'int3' is unknown"):
+        export_bundle(source, tmp_path / "out", recipe="int3")
     with pytest.raises(BadInput, match="method 'awq' is unknown"):
         quantize(source, "int4-block32", "awq")  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="is quantized already"):

@@ -12,7 +12,7 @@ from gemma3.model import Gemma3
 from quant.methods import quantize_weights
 from quant.qat.loop import Settings, train
 from quant.qat.processes import processes
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from quant.weights import QuantizedWeights
 from tests.shapes import random_model, random_pixels, random_tokens, tiny_config, tiny_vision_config, with_images
 
@@ -24,7 +24,7 @@ SEEING = tiny_vision_config()
 def networks(config: ModelConfig = CONFIG, scheme: str = "int4-block32") -> tuple[Gemma3, Gemma3, QuantizedWeights]:
     """(student, teacher, the student's weights rounded to nearest)."""
     student = random_model(config)
-    start = quantize_weights(student.named_parameters(), preset(scheme))
+    start = quantize_weights(student.named_parameters(), scheme_recipe(scheme))
     return student, random_model(config), start
 
 

@@ -13,7 +13,7 @@ from quant.eager import with_integer_weights
 from quant.integers import IntegerWeight, round_to_nearest
 from quant.methods import quantize_weights
 from quant.qat.fake import BorrowedHead, FakeInteger, FakeSfp8, convert, prepare
-from quant.recipe import Activations, preset
+from quant.recipe import Activations, scheme_recipe
 from quant.sfp8 import encode_weight
 from quant.weights import QuantizedWeights
 from tests.shapes import random_model, random_tokens, tiny_config
@@ -23,7 +23,7 @@ RECIPES = [(scheme, table) for scheme in ("int4-block32", "int4-channel") for ta
 
 def prepared(scheme: str, table: str, shape: str = "all-global") -> tuple[Gemma3, QuantizedWeights]:
     model = random_model(tiny_config(shape))
-    start = quantize_weights(model.named_parameters(), preset(scheme, table))
+    start = quantize_weights(model.named_parameters(), scheme_recipe(scheme, table))
     prepare(model, start)
     return model, start
 
@@ -106,7 +106,7 @@ def test_converts_to_the_weights_that_it_computed_with(scheme: str, table: str, 
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_the_prepared_network_is_the_quantized_reference(shape: str, activations: Activations) -> None:
     model, reference = random_model(tiny_config(shape)), random_model(tiny_config(shape))
-    start = quantize_weights(model.named_parameters(), preset("int4-block32", "int4"))
+    start = quantize_weights(model.named_parameters(), scheme_recipe("int4-block32", "int4"))
     prepare(model, start, activations)
     with_integer_weights(reference, start.integers, per_token if activations == "int8" else keep_float)
     tokens = torch.tensor([random_tokens(model.config, 20)])
@@ -116,7 +116,7 @@ def test_the_prepared_network_is_the_quantized_reference(shape: str, activations
 
 def test_starts_from_integers_that_are_not_the_nearest() -> None:
     model = random_model(tiny_config("all-global"))
-    start = quantize_weights(model.named_parameters(), preset("int4-block32"))
+    start = quantize_weights(model.named_parameters(), scheme_recipe("int4-block32"))
     generator = torch.Generator().manual_seed(0)
     for weight in start.integers.values():
         moves = torch.randint(-2, 3, weight.codes.shape, generator=generator)

@@ -18,7 +18,7 @@ from gemma3.errors import BadInput
 from quant.methods import quantize_weights
 from quant.qat.loop import Settings, default_lr, train
 from quant.qat.loss import Distillation, Loss
-from quant.recipe import preset
+from quant.recipe import scheme_recipe
 from quant.weights import QuantizedWeights
 from tests.quant.qat.run import CONFIG, SEEING, flat, illustrated, networks, once, rows
 from tests.shapes import random_model, with_images
@@ -51,7 +51,7 @@ def assert_equal(left: QuantizedWeights, right: QuantizedWeights | dict[str, Ten
 @pytest.mark.parametrize("loss", ["full", "sampled"])
 def test_training_brings_the_student_closer(tmp_path: Path, scheme: str, loss: Loss) -> None:
     student, teacher = random_model(CONFIG), random_model(CONFIG)
-    start = quantize_weights(student.named_parameters(), preset(scheme))
+    start = quantize_weights(student.named_parameters(), scheme_recipe(scheme))
     tokens, unseen = rows(64), rows(16, seed=1000)
 
     def divergence() -> float:
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path: Path, monkeypatch: p
 
 
 def test_sfp8_has_a_lower_default_learning_rate() -> None:
-    assert default_lr(preset("sfp8")) < default_lr(preset("int4-channel"))
+    assert default_lr(scheme_recipe("sfp8")) < default_lr(scheme_recipe("int4-channel"))
 
 
 def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +129,7 @@ ENCODER = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
 
 def test_with_images_the_vision_model_trains_too(tmp_path: Path) -> None:
     student, teacher = random_model(SEEING), random_model(SEEING)
-    start = quantize_weights(student.named_parameters(), preset("int4-channel"))
+    start = quantize_weights(student.named_parameters(), scheme_recipe("int4-channel"))
     tokens, images, ignored = illustrated(24)
     unseen, unseen_images, _ = illustrated(30)
     pixels = torch.cat(unseen_images[24:]) / 255
@@ -155,7 +155,7 @@ def test_with_images_the_vision_model_trains_too(tmp_path: Path) -> None:
 
 def test_without_images_the_vision_model_stays_as_it_was(tmp_path: Path) -> None:
     student = random_model(SEEING)
-    start = quantize_weights(student.named_parameters(), preset("int4-channel"))
+    start = quantize_weights(student.named_parameters(), scheme_recipe("int4-channel"))
     tokens = torch.tensor([with_images(SEEING, [16], seed=row) for row in range(4)])
     settings = Settings(steps=2, batch=2, warmup=0)
     weights = train(student, random_model(SEEING), start, tokens, settings, tmp_path, save_every=1)

@@ -1,16 +1,19 @@
 """The GGUF tensors hold a bundle's integers: decoded as ggml's documentation of its blocks says, in plain Python."""
 
+import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from gemma3.checkpoint import open_checkpoint
 from gemma3.config import parse_config
 from gemma3.errors import BadInput
 from quant.integers import IntegerWeight
-from scripts.peers.same_integers import gguf_name, packed
+from scripts.peers.same_integers import export_floats, gguf_name, packed
 from tests.shapes import SHAPES, random_model
 
 
@@ -62,3 +65,13 @@ def test_what_no_type_holds_is_refused(bits: int, group: int) -> None:
 def test_every_weight_has_a_name_of_its_own() -> None:
     names = [name for name, _ in random_model(parse_config(SHAPES["like-270m"])).named_parameters()]
     assert len({gguf_name(name) for name in names if name != "lm_head.weight"}) == len(set(names) - {"lm_head.weight"})
+
+
+def test_the_floats_of_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(checkpoint)
+    export_floats(opened, tmp_path)
+    tensors = json.loads((tmp_path / "tensors.json").read_text())["tensors"]
+    assert len(tensors) == len(opened.names)
+    for name, added in (("model.layers.1.mlp.down_proj.weight", 0), ("model.norm.weight", 1)):
+        found = np.load(tmp_path / tensors[gguf_name(name)]["file"])
+        assert np.array_equal(found, opened.tensor(name).float().numpy() + np.float32(added))
