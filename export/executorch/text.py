@@ -11,7 +11,8 @@ differences, besides those of export/executorch/layers.py, and their reasons:
 * The caches are buffers that custom operators write in place. Sliding-window layers keep a ring. One mask and one set
   of slots per step serve all of them, and there is no state besides the keys and values.
 * XNNPACK computes the attention of sliding-window layers, over the whole ring, because a ring is short. Full-attention
-  layers use ``llama.custom_sdpa``, which reads only as many keys as there are.
+  layers use ``llama.custom_sdpa``, which reads only as many keys as there are. It reads them once for each query head,
+  so a call of one token passes the query heads of a key/value head as positions, which share one reading (``attend``).
 * 1/√d, by which scores are multiplied, is part of the gain of the queries' norm. That is exact for powers of two, such
   as 1/16 in all Gemma 3 models but the 27B, and elsewhere as exact as another multiplication.
 
@@ -55,8 +56,8 @@ from quant.weights import Weight, Weights
 
 
 @dataclass(frozen=True)
-class ImageFlag:
-    """Whether a call is an image, as a number and as a tensor: 1 for an image and 0 for text."""
+class Flag:
+    """A condition on a call, as a number and as a tensor: 1 where it holds, else 0."""
 
     number: int  # a symbol while tracing
     factor: Tensor  # float32 [1]
@@ -79,7 +80,8 @@ class Step:
     cos: Tensor  # [1, S, 1, D/2]
     sin: Tensor  # [1, S, 1, D/2]
     ring: RingStep | None = None  # sliding-window layers only
-    image: ImageFlag | None = None  # None: a text-only model
+    image: Flag | None = None  # the call is an image; None: a text-only model
+    single: Flag | None = None  # full-attention layers only: the call is one position, and not one of the first
 
 
 class HeadProjection(nn.Module):
@@ -139,14 +141,29 @@ class Attention(nn.Module):
         return project(out, self.output)[0]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
-        """Write the new keys and values [1, S, K, D] to the cache. Returns the heads' outputs [1, S, H, D]."""
+        """Write the new keys and values [1, S, K, D] to the cache. Returns the heads' outputs [1, S, H, D].
+
+        ``custom_sdpa`` reads all keys and values once for each query head. For a single query, at p, the H/K heads of
+        a key/value head are passed as the queries of H/K positions. Without the causal mask all of them attend to
+        everything up to the end of the call, which is p if they begin at p − H/K + 1. So p must be at least H/K − 1.
+
+        Both ways are computed, because only the inputs of the call say which one is needed. The other one begins at
+        position 0, where it reads no more keys than it has queries.
+        """
         operators = torch.ops.llama
-        cached_keys, cached_values = self.get_buffer("keys"), self.get_buffer("values")
-        operators.update_cache(keys, cached_keys, step.start)
-        operators.update_cache(values, cached_values, step.start)
-        if step.image is not None:
-            return self.attend_to_text_or_image(queries, step.start, step.image)
-        return operators.custom_sdpa(queries, cached_keys, cached_values, step.start, None, 0.0, True, 1.0)
+        cached = self.get_buffer("keys"), self.get_buffer("values")
+        operators.update_cache(keys, cached[0], step.start)
+        operators.update_cache(values, cached[1], step.start)
+        single, groups = step.single, self.groups
+        if single is None:
+            return self.attend_per_head(queries, step.start, step.image)
+        per_head = self.attend_per_head(queries, step.start * (1 - single.number), step.image)
+        as_positions = exchange(queries, self.kv_heads, groups).view(1, -1, self.kv_heads, self.head_dim)
+        last = as_positions.narrow(1, as_positions.shape[1] - groups, groups)
+        start = (step.start - (groups - 1)) * single.number
+        out = operators.custom_sdpa(last, *cached, start, None, 0.0, False, 1.0)
+        out = exchange(out, groups, self.kv_heads).view(1, 1, -1, self.head_dim)
+        return per_head * (1.0 - single.factor) + out * single.factor
 
     def attend_in_ring(self, queries: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
         """``attend`` for a sliding-window layer, [S, K, H/K, D]: one product takes all queries of a key/value head."""
@@ -163,14 +180,15 @@ class Attention(nn.Module):
         out = torch.bmm(weights, cached_values.view(heads, slots, dim))
         return out.view(heads, -1, groups, dim).permute(1, 0, 2, 3).contiguous()
 
-    def attend_to_text_or_image(self, queries: Tensor, start: int, image: ImageFlag) -> Tensor:
+    def attend_per_head(self, queries: Tensor, start: int, image: Flag | None) -> Tensor:
         """Causal attention for text; for an image, attention to everything up to the end of the call.
 
-        Both are computed, because only the input of the call says which one is needed. The other one begins at position
-        0, where it reads only as many keys as there are queries: a single one when decoding.
+        For a multimodal model both are computed, as ``attend`` does it.
         """
         cached = (self.get_buffer("keys"), self.get_buffer("values"))
         sdpa = torch.ops.llama.custom_sdpa
+        if image is None:
+            return sdpa(queries, *cached, start, None, 0.0, True, 1.0)
         causal = sdpa(queries, *cached, start * (1 - image.number), None, 0.0, True, 1.0)
         whole = sdpa(queries, *cached, start * image.number, None, 0.0, False, 1.0)
         return causal * (1.0 - image.factor) + whole * image.factor
@@ -181,6 +199,13 @@ def by_head(x: Tensor, heads: int, groups: int, dim: int) -> Tensor:
     if heads == 1:
         return x.view(1, -1, groups, dim)
     return x.view(-1, heads, groups, dim).permute(1, 0, 2, 3).contiguous()
+
+
+def exchange(x: Tensor, outer: int, inner: int) -> Tensor:
+    """[n, inner, outer, D] from x, [n, outer, inner, D] or the same numbers in another shape."""
+    if outer == 1 or inner == 1:
+        return x.view(-1, inner, outer, x.shape[-1])
+    return x.view(-1, outer, inner, x.shape[-1]).permute(0, 2, 1, 3).contiguous()
 
 
 class MLP(nn.Module):
@@ -219,13 +244,12 @@ class Layer(nn.Module):
         return x + self.after_mlp(self.mlp(self.before_mlp(x)))
 
 
-def image_flag(embeddings: Tensor) -> ImageFlag:
-    """The flag of a call, from the last channel of its first embedding (float32 [1, S, E + 1])."""
-    is_image = embeddings[0, :1, -1] > 0.5
-    number = cast(int, is_image.to(torch.int64).item())
+def flag_of(condition: Tensor) -> Flag:
+    """The flag of a condition, bool [1]."""
+    number = cast(int, condition.to(torch.int64).item())
     torch._check(number >= 0)  # type: ignore[no-untyped-call]
     torch._check(number <= 1)  # type: ignore[no-untyped-call]
-    return ImageFlag(number, is_image.float())
+    return Flag(number, condition.float())
 
 
 class ExecutorchModel(nn.Module):
@@ -270,7 +294,8 @@ class ExecutorchModel(nn.Module):
         torch._check_is_size(start)  # type: ignore[no-untyped-call]
         torch._check(start + length <= self.context)  # type: ignore[no-untyped-call]
         positions = start_pos + torch.arange(length)
-        image = None if self.config.vision is None else image_flag(inputs)
+        # The last channel of the first embedding says whether a call is an image.
+        image = None if self.config.vision is None else flag_of(inputs[0, :1, -1] > 0.5)
         steps = {kind: self.step(kind, start, positions, start_pos + (length - 1), image) for kind in self.specs}
         if self.config.vision is None:
             # The factor is not folded into the table's scales, because these must stay the quantizer's.
@@ -282,13 +307,13 @@ class ExecutorchModel(nn.Module):
         last = x.narrow(0, length - count, count)
         return project(self.norm(last), self.head)[0].unsqueeze(0)
 
-    def step(self, kind: LayerKind, start: int, positions: Tensor, last: Tensor, image: ImageFlag | None) -> Step:
+    def step(self, kind: LayerKind, start: int, positions: Tensor, last: Tensor, image: Flag | None) -> Step:
         """What the layers of ``kind`` share in a call at ``positions`` [S], which ends at the position ``last`` [1]."""
         angles = positions.view(1, -1, 1, 1).float() * self.get_buffer(f"{kind}_frequencies")
         cos, sin = angles.cos(), angles.sin()
         window = self.specs[kind].window
         if window is None:
-            return Step(start, cos, sin, image=image)
+            return Step(start, cos, sin, image=image, single=self.single(positions, last))
         ring = self.ring
         slots = (positions % ring).view(1, -1)
         # The position that each slot holds after this step, negative for a slot that is not written yet. ``ring`` is
@@ -299,6 +324,15 @@ class ExecutorchModel(nn.Module):
         mask = torch.where(visible & (slot_positions >= 0), 0.0, float("-inf")).unsqueeze(1)
         heads, dim = self.specs[kind].num_key_value_heads, self.specs[kind].head_dim
         return Step(start, cos, sin, RingStep(slots.expand(heads * dim, -1), slots.expand(heads, -1), mask), image)
+
+    def single(self, positions: Tensor, last: Tensor) -> Flag | None:
+        """The flag for ``Attention.attend``. None where query heads share no keys, or a cache has fewer slots."""
+        spec = self.specs[FULL]
+        groups = spec.num_attention_heads // spec.num_key_value_heads
+        if not 1 < groups <= self.context:
+            return None
+        first = positions[:1]
+        return flag_of((first == last) & (first >= groups - 1))
 
 
 class TokenEmbedding(nn.Module):
