@@ -139,8 +139,8 @@ def _preset(name: str, mlp: str) -> Recipe:
     return _of_linears(name, Rule("*.self_attn.*_proj.weight", "int8-channel"), Rule("*.mlp.*_proj.weight", mlp))
 
 
-# The values of --preset. Attention is a tenth to a third of the linear layers' weights, but in int4 it costs nearly as
-# much accuracy as all the rest, so every preset keeps it in int8. docs/experiments.md has the figures.
+# The values of --preset. Attention is a tenth to a third of the linear layers' weights, but two fifths of what int4
+# costs came from it, so every preset keeps it in int8. docs/experiments.md has the figures.
 PRESETS = {
     "fast": _preset("fast", "int4-channel"),
     "balanced": _preset("balanced", "int4-block32"),
