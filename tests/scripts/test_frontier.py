@@ -22,8 +22,8 @@ def test_recipes_are_named_after_what_they_do() -> None:
         base = path.stem.split("-")[0]
         rules = [rule for rule in read_recipe(path).rules if rule not in (*KEPT, *VISION_LINEARS)]
         assert rules[-1].pattern == LINEARS
-        if base in ("block32", "block128", "channel"):
-            mixed = path.stem in ("channel-mlp", "channel-attention")
+        if base in ("block32", "channel"):
+            mixed = path.stem == "channel-mlp"
             assert rules[-1].scheme == ("int4-block32" if mixed else f"int4-{base}")
 
 
