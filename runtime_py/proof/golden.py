@@ -168,9 +168,10 @@ def relative_rms(seen: SoftTokens, expected: SoftTokens) -> float:
 
 
 def log_sum_exp(logits: Logits) -> float:
-    """log Σ exp(logit), added in float64. The exponentials are float32: each is off by 1e-7 of itself at most."""
-    peak = logits.max()
-    return float(peak) + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
+    """log Σ exp(logit), in float64."""
+    wide = logits.astype(np.float64)
+    peak = float(wide.max())
+    return peak + float(np.log(np.exp(wide - peak).sum()))
 
 
 class Recorder:

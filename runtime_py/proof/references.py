@@ -148,21 +148,21 @@ def references(
             for (key, _), one, compared in zip(changed, found, differences, strict=True):
                 compared.append(recorders[key].rows[position].compare(one))
 
-    references = {key: recorders[key].reference(images, soft_tokens[key]) for key in variants}
+    results = {key: recorders[key].reference(images, soft_tokens[key]) for key in variants}
     for key, origin in origins.items():
         cost, soft_cost = floats(costs[key]), changes(soft_tokens[key], soft_tokens[origin])
-        references[key] = replace(references[key], cost_kl=cost, soft_cost=soft_cost)
+        results[key] = replace(results[key], cost_kl=cost, soft_cost=soft_cost)
     error = floats(one.max_abs for one in differences[0])
     soft_error = changes(changed_tokens[0], soft_tokens[exact[0]])
-    references[FLOAT] = replace(references[FLOAT], float_error=error, soft_noise=soft_error)
+    results[FLOAT] = replace(results[FLOAT], float_error=error, soft_noise=soft_error)
     for key in nudged:
         tries = [number for number, (of, _) in enumerate(changed) if of == key and number > 0]
         noise = max((floats(one.kl for one in differences[number]) for number in tries), key=lambda one: one.sum())
         soft_noise = [changes(changed_tokens[number], soft_tokens[key]) for number in tries]
         # The vision model rounds nothing for the cache, so that FLOAT's distance in float64 counts as well.
         soft_noise = [soft_error, *soft_noise] if key == FLOAT else soft_noise
-        references[key] = replace(references[key], noise_kl=noise, soft_noise=np.concatenate(soft_noise))
-    return references
+        results[key] = replace(results[key], noise_kl=noise, soft_noise=np.concatenate(soft_noise))
+    return results
 
 
 def floats(values: Iterable[float]) -> NDArray[np.float32]:
