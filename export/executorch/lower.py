@@ -240,6 +240,8 @@ def forget(manager: Any) -> None:
     for name in manager.methods:
         program = manager.exported_program(name)
         program.state_dict.clear()
+        for node in program.graph.nodes:
+            node.meta.clear()  # its "spec" holds the storage of a constant
         for _, delegate, _ in get_lowered_submodules(program.graph_module):
             delegate.named_data_store_output.buffers.clear()
 
