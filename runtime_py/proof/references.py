@@ -18,6 +18,7 @@ from export.manifest import Artifact, Manifest
 from export.target import FLOAT, Target, rounding_of
 from gemma3.cache import cache_layout
 from gemma3.config import ModelConfig
+from gemma3.host.memory import give_back
 from gemma3.host.progress import Progress
 from gemma3.images import network_input
 from quant.activations import Rounding
@@ -79,6 +80,7 @@ def fresh_references(
             exact[format] = found[FLOAT]
             if FLOAT in keys[format]:
                 golden[keys[format][FLOAT]] = found[FLOAT]
+    give_back()  # a runtime opens the file next
     return FreshReferences(golden, exact)
 
 
