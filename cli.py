@@ -320,9 +320,13 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="The quantized checkpoint's directory; must not exist.")],
     method: Annotated[
-        Literal["rtn", "gptq", "hqq"],
-        typer.Option("--method", help="rtn: round to nearest. gptq: GPTQ, with --data. hqq: HQQ's scales, no data."),
-    ] = "rtn",
+        Literal["mse", "rtn", "gptq"],
+        typer.Option(
+            "--method",
+            help="mse: round to nearest, scales of least squared error. rtn: the same with absmax scales. gptq: GPTQ, "
+            "with --data.",
+        ),
+    ] = "mse",
     preset: PresetOption = None,
     scheme: SchemeOption = None,
     embedding: EmbeddingOption = None,

@@ -43,7 +43,7 @@ from gemma3.tokenizer import (
     START_OF_TURN,
 )
 from quant.kv import PerChannel
-from quant.quantize import in_recipe
+from quant.quantize import OF_WEIGHTS_ALONE, in_recipe
 from quant.recipe import Recipe, Rule
 from quant.source import QuantizedCheckpoint, Source
 from quant.weights import QuantizedWeights
@@ -339,13 +339,13 @@ def weights_behind(manifest: Manifest, source: Source, targets: Mapping[str, Tar
     """
     if source.config != manifest.model:
         raise BadInput(f"{source.path}: not the checkpoint of this bundle, whose manifest has another configuration")
-    if manifest.method != "rtn" and not isinstance(source, QuantizedCheckpoint):
+    if manifest.method not in OF_WEIGHTS_ALONE and not isinstance(source, QuantizedCheckpoint):
         raise BadInput(
             f"{source.path}: is not quantized; give the checkpoint with the {manifest.method} integers that the bundle "
             "was exported from"
         )
     rules = tuple(Rule(pattern, scheme) for pattern, scheme in manifest.rules.items())
-    weights = in_recipe(source, Recipe(manifest.recipe, rules)).weights
+    weights = in_recipe(source, Recipe(manifest.recipe, rules), manifest.method).weights
     exact_sfp8 = not any(artifact.stand_ins for artifact in manifest.artifacts.values())
     return {name: for_target(weights, targets[name], exact_sfp8)[0] for name in manifest.artifacts}
 

@@ -98,10 +98,10 @@ class Manifest:
     """Everything about a bundle but its proof. ``artifacts`` is by format: "pte", "onnx".
 
     ``rules`` are the recipe's, pattern to scheme; the first match wins. ``method`` says how the integers were chosen:
-    "rtn", "gptq", "hqq", "qat". ``weights`` has the verdict on each weight. ``chunk`` is the most tokens that one
-    call takes: of text, or the soft tokens of one image. ``files`` lists every file but the manifest by its path from
-    the bundle. ``validation`` is what the proof measured. ``sampling`` is what the checkpoint proposes; generation is
-    greedy unless a user asks for it.
+    "mse", "rtn", "gptq", "qat"; in older files also "hqq". ``weights`` has the verdict on each weight. ``chunk`` is the
+    most tokens that one call takes: of text, or the soft tokens of one image. ``files`` lists every file but the
+    manifest by its path from the bundle. ``validation`` is what the proof measured. ``sampling`` is what the checkpoint
+    proposes; generation is greedy unless a user asks for it.
     """
 
     schema_version: str

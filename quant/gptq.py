@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.integers import IntegerWeight, absmax_scales, bf16_grid, nearest_codes, round_to_nearest
+from quant.integers import IntegerWeight, least_costly_scales, nearest_codes, round_to_nearest
 from quant.methods import IntegerMethod, rtn
 from quant.recipe import SCHEMES, Integers, Recipe
 
@@ -127,7 +127,8 @@ def _corrected(weight: Tensor, factor: Tensor, plain: IntegerWeight) -> IntegerW
             here = column - start
             if place == 0:
                 ahead = original if plain.per_channel else left[here : here + size]
-                scales[group] = least_costly_scales(ahead.T, cost[column : column + size], bits)
+                grouped, weights = ahead.T.unsqueeze(1), cost[column : column + size]
+                scales[group] = least_costly_scales(grouped, bits, SHARES_OF_ABSMAX, weights)[:, 0]
             scale = scales[group]
             codes[column] = nearest_codes(left[here, :, None], scale, bits)[:, 0]
             values = codes[column] * scale
@@ -135,20 +136,6 @@ def _corrected(weight: Tensor, factor: Tensor, plain: IntegerWeight) -> IntegerW
             step = (left[here] - values) / inverse[here, here]
             left[here + 1 :].addr_(inverse[here, here + 1 :], step, alpha=-1)
     return IntegerWeight(codes.T.to(torch.int8).contiguous(), scales.T.contiguous(), bits, plain.group)
-
-
-def least_costly_scales(values: Tensor, cost: Tensor, bits: int) -> Tensor:
-    """float32 scales [rows] on the bfloat16 grid for values [rows, size].
-
-    Among the candidates (see SHARES_OF_ABSMAX) each row gets the scale with the least squared error, where ``cost``
-    [size] is the weight of each column's error.
-    """
-    grouped = values.unsqueeze(1)
-    absmax = absmax_scales(grouped, bits)
-    candidates = torch.stack([bf16_grid(absmax * share) for share in SHARES_OF_ABSMAX])  # [shares, rows, 1]
-    errors = [(nearest_codes(grouped, scales, bits) * scales[..., None] - grouped).square() for scales in candidates]
-    costs = torch.stack([(error * cost).sum(-1) for error in errors])
-    return candidates.gather(0, costs.argmin(0, keepdim=True))[0, :, 0]
 
 
 def _factor(hessian: Tensor) -> Tensor:

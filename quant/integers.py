@@ -107,6 +107,26 @@ def absmax_scales(grouped: Tensor, bits: int) -> Tensor:
     return grouped.abs().amax(-1) / (2 ** (bits - 1) - 0.5)
 
 
+def least_costly_scales(grouped: Tensor, bits: int, shares: Sequence[float], cost: Tensor | None = None) -> Tensor:
+    """float32 scales [rows, groups] on the bfloat16 grid for values [rows, groups, size].
+
+    Among ``shares`` of the absmax scale, each group gets the one with the least squared error; of equals the first.
+    ``cost`` [size] is the weight of each column's error (None: all weigh the same).
+    """
+    absmax = absmax_scales(grouped, bits)
+    best, least = bf16_grid(absmax), torch.full(absmax.shape, torch.inf, dtype=torch.float64)
+    for share in shares:
+        scales = bf16_grid(absmax * share)
+        errors = nearest_codes(grouped, scales, bits).mul_(scales[..., None]).sub_(grouped).square_()
+        if cost is not None:
+            errors *= cost
+        # Processors add in different orders. In float64 that cannot make another candidate the best one.
+        total = errors.sum(-1, dtype=torch.float64)
+        best = torch.where(total < least, scales, best)
+        least = torch.minimum(total, least)
+    return best
+
+
 def nearest_codes(grouped: Tensor, scales: Tensor, bits: int) -> Tensor:
     """The nearest codes to values [rows, groups, size] under scales [rows, groups], as floats of the values' shape."""
     limit = 2 ** (bits - 1)
@@ -120,12 +140,13 @@ def round_to_nearest(
     *,
     pad: bool = False,
     choose_scales: Callable[[Tensor, int], Tensor] = absmax_scales,
+    chosen: Tensor | None = None,
 ) -> IntegerWeight:
     """The integers of weight [rows, columns]: codes rounded to nearest under scales on the bfloat16 grid.
 
-    ``choose_scales`` gives the scales before they are snapped to the grid. ``group_size`` None means per channel.
-    Raises ValueError on NaN or infinite weights, and when the group size does not divide the columns, unless ``pad``
-    lets the last group be shorter.
+    ``choose_scales`` gives the scales before they are snapped to the grid. With ``chosen``, the scales [rows, groups]
+    of an earlier rounding, it is not asked. ``group_size`` None means per channel. Raises ValueError on NaN or infinite
+    weights, and when the group size does not divide the columns, unless ``pad`` lets the last group be shorter.
     """
     rows, columns = weight.shape
     size = columns if group_size is None or (pad and group_size > columns) else group_size
@@ -136,7 +157,7 @@ def round_to_nearest(
     for part in blocks_of_rows(weight.shape):
         grouped = in_groups(weight[part].float(), size)
         require_finite(grouped)
-        scales[part] = bf16_grid(choose_scales(grouped, bits))
+        scales[part] = bf16_grid(choose_scales(grouped, bits)) if chosen is None else chosen[part]
         rounded = nearest_codes(grouped, scales[part], bits)
         codes[part] = rounded.to(torch.int8).view(len(grouped), -1)[:, :columns]
     return IntegerWeight(codes, scales, bits, size if columns % size else None)

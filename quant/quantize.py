@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,14 +13,15 @@ from gemma3.checkpoint import Checkpoint, load_model
 from gemma3.data import pack
 from gemma3.errors import BadInput
 from quant.gptq import gptq
-from quant.hqq import hqq
-from quant.methods import IntegerMethod, quantize_weights, round_on_demand, rtn
+from quant.methods import IntegerMethod, mse, quantize_weights, round_on_demand, rtn
 from quant.recipe import DEFAULT, Recipe
 from quant.source import QuantizedCheckpoint, Source
 
 log = logging.getLogger(__name__)
 
-PostTraining = Literal["rtn", "gptq", "hqq"]
+# The methods that see nothing but the weight. A bundle's integers can be made again by them from the checkpoint.
+OF_WEIGHTS_ALONE: dict[str, IntegerMethod] = {"mse": mse, "rtn": rtn}
+METHODS = (*OF_WEIGHTS_ALONE, "gptq")
 
 CALIBRATION_TOKENS = 65_536
 ROW_TOKENS = 512
@@ -31,36 +31,35 @@ ROWS_AT_ONCE = 4
 def quantize(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    method: PostTraining = "rtn",
+    method: str = "mse",
     *,
     data: Sequence[Path] = (),
     tokens: int = CALIBRATION_TOKENS,
 ) -> QuantizedCheckpoint:
-    """``checkpoint`` quantized by ``recipe``. ``method`` chooses the integers: round to nearest, GPTQ or HQQ.
+    """``checkpoint`` quantized by ``recipe``. ``method``, one of METHODS, chooses the integers.
 
-    Integers rounded to nearest are made again from the checkpoint whenever one is used; the others stay in memory.
-    GPTQ is calibrated on the first ``tokens`` tokens of the files ``data``: text, or rows (docs/quantization.md)
-    without images. Raises BadInput for an unknown method, for GPTQ without ``data`` or another method with it, for data
-    that cannot be used, and when the recipe or the tokenizer does not fit the checkpoint.
+    They are rounded to nearest, under the scales of least squared error or under absmax scales, and then made again
+    from the checkpoint whenever one is used; or they are GPTQ's, and stay in memory. GPTQ is calibrated on the first
+    ``tokens`` tokens of the files ``data``: text, or rows (docs/quantization.md) without images. Raises BadInput for an
+    unknown method, for GPTQ without ``data`` or another method with it, for data that cannot be used, and when the
+    recipe or the tokenizer does not fit the checkpoint.
     """
-    if method not in get_args(PostTraining):
-        raise BadInput(f"method {method!r} is unknown; use one of {', '.join(get_args(PostTraining))}")
+    if method not in METHODS:
+        raise BadInput(f"method {method!r} is unknown; use one of {', '.join(METHODS)}")
     if method == "gptq" and not data:
         raise BadInput("method gptq needs text; give files with --data")
     if method != "gptq" and data:
         raise BadInput(f"method {method} takes no data; leave out --data")
     checkpoint.tokenizer  # noqa: B018 (raises for one that no bundle can have, before minutes of work)
     log.info("quantizing %d weights: %s", len(checkpoint.names), recipe.name)
-    chosen: IntegerMethod = hqq if method == "hqq" else rtn
-    if method == "gptq":
+    if method in OF_WEIGHTS_ALONE:
+        weights = round_on_demand(checkpoint.names, checkpoint.tensor, recipe, OF_WEIGHTS_ALONE[method])
+    else:
         for name in checkpoint.names:  # raises for a weight without a rule, before minutes of work
             recipe.rule(name)
         model = load_model(checkpoint)
         layers = [(names.layer(index), layer) for index, layer in enumerate(model.model.layers)]
         chosen = gptq(layers, model.hidden, calibration_rows(checkpoint, data, tokens), recipe)
-    if method == "rtn":
-        weights = round_on_demand(checkpoint.names, checkpoint.tensor, recipe)
-    else:
         weights = quantize_weights(checkpoint.items(), recipe, chosen)
     return QuantizedCheckpoint(checkpoint.path, checkpoint.config, checkpoint.companions, weights, recipe, method)
 
@@ -79,14 +78,14 @@ def calibration_rows(checkpoint: Checkpoint, data: Sequence[Path], tokens: int) 
     return [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
 
 
-def in_recipe(source: Source, recipe: Recipe | None = None) -> QuantizedCheckpoint:
-    """A full-precision checkpoint rounded to nearest in ``recipe`` (None: the default); a quantized one as it is.
+def in_recipe(source: Source, recipe: Recipe | None = None, method: str = "mse") -> QuantizedCheckpoint:
+    """A full-precision checkpoint quantized by ``recipe`` (None: the default) and ``method``; a quantized one as it is.
 
     What ``recipe`` says about activations holds for a quantized checkpoint too. Raises BadInput when that was quantized
     by other schemes than those of ``recipe``, and what ``quantize`` raises.
     """
     if not isinstance(source, QuantizedCheckpoint):
-        return quantize(source, recipe or DEFAULT)
+        return quantize(source, recipe or DEFAULT, method)
     if recipe is not None and recipe.schemes != source.recipe.schemes:
         raise BadInput(
             f"{source.path}: is quantized as {source.recipe.name} already, not {recipe.name}; leave the scheme out, "

@@ -31,7 +31,7 @@ class QuantizedCheckpoint:
     companions: Companions
     weights: QuantizedWeights
     recipe: Recipe
-    method: str  # how the integers were chosen: "rtn", "gptq", "hqq", "qat"
+    method: str  # how the integers were chosen: "mse", "rtn", "gptq", "qat"; in old files also "hqq"
 
     @property
     def tokenizer(self) -> Tokenizer:

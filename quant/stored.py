@@ -63,7 +63,7 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights of a quantized checkpoint, and the recipe and method ("rtn", "gptq", "qat", …) that made them."""
+    """The weights of a quantized checkpoint, and the recipe and method ("mse", "gptq", "qat", …) that made them."""
 
     weights: QuantizedWeights
     recipe: Recipe

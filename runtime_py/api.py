@@ -61,14 +61,15 @@ def open_checkpoint(model: str | Path) -> "Source":
 def quantize(
     checkpoint: "Source",
     recipe: str | Recipe = DEFAULT,
-    method: Literal["rtn", "gptq", "hqq"] = "rtn",
+    method: Literal["mse", "rtn", "gptq"] = "mse",
     *,
     data: Sequence[Path] = (),
     tokens: int | None = None,
 ) -> "QuantizedCheckpoint":
     """Quantize a full-precision checkpoint by ``recipe``, or the preset or scheme of this name, without training.
 
-    ``method`` chooses the integers. "gptq" is calibrated on the first ``tokens`` tokens (None: 65,536) of the files
+    ``method`` chooses the integers: "mse" rounds to nearest under the scales with the least squared error, "rtn" under
+    absmax scales. "gptq" is calibrated on the first ``tokens`` tokens (None: 65,536) of the files
     ``data``. Raises BadInput when the checkpoint is quantized already, and for recipes and data that do not fit.
     """
     from quant.quantize import CALIBRATION_TOKENS
@@ -104,12 +105,12 @@ def export_bundle(
 ) -> Manifest:
     """Export a checkpoint to ``formats`` (None: all known ones) and prove the files. Then the bundle ``out`` appears.
 
-    A full-precision checkpoint is rounded to nearest in ``recipe``, or the preset or scheme of this name (None: the
-    default preset); a quantized one keeps its integers. ``activations`` replaces what the recipe says about them (see
-    ``quant.recipe.Rule``). ``kv`` is the dtype of the KV caches; scales of an int8 one are calibrated on the files
-    ``kv_data`` (see ``quant.kv.calibrate``). The other arguments are those of ``export.bundle.draft_bundle``. Raises
-    BadInput and DoesNotFit for what cannot be exported, and VerificationFailed when a file does not agree with its
-    reference. After any error nothing is left behind.
+    A full-precision checkpoint is quantized by ``recipe``, or the preset or scheme of this name (None: the default
+    preset), with the default method of ``quantize``; a quantized one keeps its integers. ``activations`` replaces what
+    the recipe says about them (see ``quant.recipe.Rule``). ``kv`` is the dtype of the KV caches; scales of an int8 one
+    are calibrated on the files ``kv_data`` (see ``quant.kv.calibrate``). The other arguments are those of
+    ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what cannot be exported, and VerificationFailed
+    when a file does not agree with its reference. After any error nothing is left behind.
     """
     from gemma3.host.atomic import refuse_target
 

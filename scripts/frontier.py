@@ -56,7 +56,7 @@ from scripts.peers.results import Results, Row, Run
 from scripts.peers.same_integers import export_floats
 from scripts.peers.turns import Peer, Plan, take_turns
 
-METHODS, QAT = ("rtn", "gptq"), "qat"
+METHODS, QAT = ("rtn", "mse", "gptq"), "qat"
 LLAMA, FLOATS, TYPES = "llama.cpp", "F32", ("Q4_0", "Q4_K_M")
 NOTHING = "–"
 T = TypeVar("T")

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from quant.gptq import gptq, gptq_weight, hessian, least_costly_scales
-from quant.integers import IntegerWeight, absmax_scales, bf16_grid, in_groups, nearest_codes, round_to_nearest
+from quant.gptq import gptq, gptq_weight, hessian
+from quant.integers import IntegerWeight, bf16_grid, in_groups, nearest_codes, round_to_nearest
 from quant.methods import quantize_weights
 from quant.recipe import Integers, scheme_recipe
 from tests.shapes import random_model, random_tokens, tiny_config
@@ -51,24 +51,6 @@ def test_columns_that_are_independent_are_rounded_to_nearest(
     grouped = in_groups(weight, integers.group_size)
     nearest = nearest_codes(grouped, integers.scales, integers.bits).view(len(weight), -1)
     assert torch.equal(integers.codes.float(), nearest[:, : weight.shape[1]])
-
-
-@given(
-    values=arrays(np.float32, (3, 32), elements=st.floats(-100, 100, width=32)),
-    cost=arrays(np.float32, 32, elements=st.floats(0.0625, 100, width=32)),
-    bits=st.sampled_from([4, 8]),
-)
-def test_scales_cost_at_most_what_absmax_does(values: np.ndarray, cost: np.ndarray, bits: int) -> None:
-    x, weights = torch.from_numpy(values), torch.from_numpy(cost)
-
-    def total(scales: torch.Tensor) -> torch.Tensor:
-        codes = nearest_codes(x.unsqueeze(1), scales, bits)
-        return ((codes * scales[..., None])[:, 0] - x).square().mul(weights).sum(-1)
-
-    absmax = bf16_grid(absmax_scales(x.unsqueeze(1), bits))
-    found = least_costly_scales(x, weights, bits)[:, None]
-    assert torch.equal(bf16_grid(found), found)
-    assert (total(found) <= total(absmax) * (1 + 1e-6)).all()
 
 
 def correlated(columns: int, tokens: int = 400) -> torch.Tensor:

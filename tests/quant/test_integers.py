@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from quant.integers import MAX_SCALE, MIN_SCALE, IntegerWeight, bf16_grid, in_groups, round_to_nearest
+from quant.integers import (
+    MAX_SCALE,
+    MIN_SCALE,
+    IntegerWeight,
+    bf16_grid,
+    in_groups,
+    least_costly_scales,
+    round_to_nearest,
+)
 
 weights = st.tuples(st.integers(1, 4), st.integers(1, 3)).flatmap(
     lambda shape: arrays(
@@ -83,6 +91,40 @@ def test_a_shorter_last_group(values: np.ndarray, cut: int, bits: int, group_siz
     assert short.group == (None if weight.shape[1] % size == 0 else size)
     assert torch.equal(short.scales, filled.scales)
     assert torch.equal(short.dequantize(), filled.dequantize()[:, : weight.shape[1]])
+
+
+@given(
+    values=arrays(np.float32, (3, 96), elements=st.floats(-100, 100, width=32)),
+    cost=st.none() | arrays(np.float32, 32, elements=st.floats(0.0625, 100, width=32)),
+    bits=st.sampled_from([4, 8]),
+    shares=st.lists(st.floats(0.5, 1.1), min_size=1, max_size=5),
+)
+def test_least_costly_scales_by_brute_force(
+    values: np.ndarray, cost: np.ndarray | None, bits: int, shares: list[float]
+) -> None:
+    """NumPy tries every candidate, in float64, group by group."""
+    limit = 2 ** (bits - 1)
+    weights = None if cost is None else torch.from_numpy(cost)
+    found = least_costly_scales(in_groups(torch.from_numpy(values), 32), bits, shares, weights)
+    for row, group in np.ndindex(3, 3):
+        x = values[row, 32 * group : 32 * group + 32].astype(np.float64)
+        absmax = np.float32(np.abs(x).max()) / np.float32(limit - 0.5)
+        candidates = bf16_grid(torch.tensor([float(absmax * np.float32(share)) for share in shares])).double().numpy()
+
+        def total(scale: float, x: np.ndarray = x) -> float:
+            error = np.rint(x / scale).clip(-limit, limit - 1) * scale - x
+            return float((error**2 * (1 if cost is None else cost)).sum())
+
+        chosen = float(found[row, group])
+        assert chosen in candidates
+        # In float32 a value may be on the other side of a tie between two codes, where its error is the same.
+        assert total(chosen) <= min(map(total, candidates)) * (1 + 1e-5)
+
+
+def test_of_equal_candidates_the_first_is_taken() -> None:
+    grouped = torch.tensor([[[7.0, -7.0]]])  # as codes: ±7 in steps of 1, and just as exactly ±1 in steps of 7
+    assert least_costly_scales(grouped, 4, [7.5 / 7, 7.5]).item() == 1
+    assert least_costly_scales(grouped, 4, [7.5, 7.5 / 7]).item() == 7
 
 
 def test_shapes() -> None:

@@ -158,8 +158,8 @@ def test_scheme_names_state_bits_and_groups() -> None:
 def test_the_verdict_states_the_padding() -> None:
     quantized = quantize_weights([("a", torch.ones(2, 40)), ("b", torch.ones(2, 64))], Recipe("", (Rule("*", PADDED),)))
     assert quantized.verdicts == {
-        "a": Verdict(PADDED, "round to nearest, its last group 8 of 32 columns"),
-        "b": Verdict(PADDED, "round to nearest"),
+        "a": Verdict(PADDED, "round to nearest with the least squared error, its last group 8 of 32 columns"),
+        "b": Verdict(PADDED, "round to nearest with the least squared error"),
     }
     assert quantized.integers["a"].scales.shape == (2, 2)
 

@@ -26,7 +26,7 @@ def quantized(checkpoint: Path) -> Path:
 
 def test_a_float_checkpoint(checkpoint: Path) -> None:
     source = opened(checkpoint)
-    assert (source.recipe, source.method) == (DEFAULT, "rtn")
+    assert (source.recipe, source.method) == (DEFAULT, "mse")
     assert source.weights.integers
     assert opened(checkpoint, scheme_recipe("fp32")).weights.integers == {}
 

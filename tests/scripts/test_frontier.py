@@ -32,21 +32,25 @@ def test_a_recipe_is_measured_once(
 ) -> None:
     options = ["quality", str(checkpoint), str(tmp_path), "--recipes", str(RECIPES / "channel.toml")]
     options += ["--calibration", str(text), "--text", str(text), "--tokens", "60", "--formats", "onnx"]
-    for measured in (2, 0):
+    for measured in (3, 0):
         monkeypatch.setattr(sys, "argv", ["frontier", *options])
         frontier.main()
         assert capsys.readouterr().err.count("channel by") == measured
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quality"]
     points = [frontier.read(frontier.Point, file) for file in tmp_path.glob("quality/*.json")]
-    assert {point.method for point in points} == {"rtn", "gptq"}
+    assert {point.method for point in points} == {"rtn", "mse", "gptq"}
     for point in points:
         assert point.quality["onnx"].tokens == 60
         assert point.quality["onnx"].kl.value > 0
     monkeypatch.setattr(sys, "argv", ["frontier", "show", str(tmp_path)])
     frontier.main()
     header, _, row = capsys.readouterr().out.splitlines()
-    assert [cell.strip() for cell in header.split("|")[3:-1]] == ["KL, rtn", "KL, gptq", "ΔNLL, rtn", "ΔNLL, gptq"]
-    assert row.split("|")[3].strip().startswith(f"{points[points[0].method != 'rtn'].quality['onnx'].kl.value:.5f}")
+    methods = ("rtn", "mse", "gptq")
+    columns = [f"{figure}, {method}" for figure in ("KL", "ΔNLL") for method in methods]
+    assert [cell.strip() for cell in header.split("|")[3:-1]] == columns
+    kl = {point.method: f"{point.quality['onnx'].kl.value:.5f}" for point in points}
+    for cell, method in zip(row.split("|")[3:], methods, strict=False):
+        assert cell.strip().startswith(kl[method])
 
 
 def test_recorded_logits_are_those_of_the_stretches(checkpoint: Path, tmp_path: Path) -> None:
