@@ -15,7 +15,7 @@ from quant.weights import OnDemand, QuantizedWeights, Weight, form_of
 IntegerMethod = Callable[[str, Tensor, Integers], tuple[IntegerWeight, str]]
 
 
-# The candidates of ``mse`` for a scale: the largest weight of a group lies so many steps from 0. 7.5 is absmax; it comes
+# The candidates of ``mse`` for a scale: the largest weight of a group lies so many steps from 0. 7.5 is absmax, and the
 # first, so that no group is worse. At 7 or 8 lies that of a checkpoint that was trained for 4 bits. The more steps, the
 # more of the largest weights is clipped and the closer are all others, which pays in long rows. A bundle says no more
 # than "mse" of how its integers were chosen: with other candidates they could not be made again.
