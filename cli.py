@@ -390,7 +390,7 @@ def qat(
     ] = "float",
     init: Annotated[
         Path | None,
-        typer.Option("--init", metavar="DIR", help="Start from what `quantize` wrote [from rounding to nearest]."),
+        typer.Option("--init", metavar="DIR", help="Start from what `quantize` wrote [from --method mse]."),
     ] = None,
     teacher: Annotated[
         str | None, typer.Option("--teacher", metavar="CHECKPOINT", help="The model to learn from [the checkpoint].")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.integers import IntegerWeight, least_costly_scales, nearest_codes, round_to_nearest
-from quant.methods import IntegerMethod, rtn
+from quant.methods import IntegerMethod, mse
 from quant.recipe import SCHEMES, Integers, Recipe
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ Run = Callable[[Tensor], object]
 
 
 def gptq(layers: Sequence[tuple[str, nn.Module]], run: Run, batches: Sequence[Tensor], recipe: Recipe) -> IntegerMethod:
-    """A method for ``quantize_weights``: calibrated integers inside ``layers``, round to nearest elsewhere.
+    """A method for ``quantize_weights``: calibrated integers inside ``layers``, those of ``mse`` elsewhere.
 
     ``layers`` are the network's layers in order, as (name, module). Each takes its predecessor's output as its first
     argument. ``run`` runs the network on one of ``batches``, token ids [B, S]. The weights of the layers are replaced
@@ -56,7 +56,7 @@ def gptq(layers: Sequence[tuple[str, nn.Module]], run: Run, batches: Sequence[Te
 
     def method(name: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
         if name not in found:
-            integers, how = rtn(name, weight, scheme)
+            integers, how = mse(name, weight, scheme)
             return integers, f"{how} (not in a layer)"
         integers, ratio = found[name]
         return integers, f"gptq, {ratio:.3f} of the calibration error of round to nearest"

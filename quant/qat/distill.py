@@ -33,8 +33,8 @@ SAMPLE = ("qat.txt", "qat.jsonl", "qat_images.jsonl")
 class Sources:
     """What a training run starts from.
 
-    ``checkpoint`` is the model to train, ``init`` a quantized form of it whose codes are the start (None: round to
-    nearest), and ``teacher`` the model to learn from (None: the checkpoint itself).
+    ``checkpoint`` is the model to train, ``init`` a quantized form of it whose codes are the start (None: those of
+    ``mse``), and ``teacher`` the model to learn from (None: the checkpoint itself).
     """
 
     checkpoint: Checkpoint
