@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemma3.checkpoint import open_checkpoint
 from gemma3.errors import BadInput
+from quant.integers import round_to_nearest
 from quant.quantize import in_recipe
 from quant.recipe import DEFAULT, Recipe, scheme_recipe
 from quant.source import QuantizedCheckpoint, open_source
@@ -40,6 +42,26 @@ def test_stored_integers_stay_as_they_are(checkpoint: Path, quantized: Path, sch
     for name, weight in made.weights.integers.items():
         assert torch.equal(source.weights.integers[name].codes, weight.codes)
         assert torch.equal(source.weights.integers[name].scales, weight.scales)
+
+
+def test_a_method_of_an_older_version(checkpoint: Path, tmp_path: Path) -> None:
+    made = opened(checkpoint)
+    save_quantized(tmp_path / "old", made.weights, made.recipe, "hqq", source=checkpoint)
+    assert opened(tmp_path / "old").method == "hqq"
+    with pytest.raises(BadInput, match="method 'hqq' is unknown; use one of mse, rtn, gptq"):
+        in_recipe(open_source(checkpoint), method="hqq")
+
+
+def test_the_method_of_a_bundle_is_used_again(checkpoint: Path) -> None:
+    source, recipe = open_source(checkpoint), scheme_recipe("int4-channel")
+    found = {method: in_recipe(source, recipe, method) for method in ("mse", "rtn")}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert [one.method for one in found.values()] == ["mse", "rtn"]
+    assert found["mse"].weights.verdicts[name] != found["rtn"].weights.verdicts[name]
+    expected = round_to_nearest(open_checkpoint(checkpoint).tensor(name), 4, None)
+    rounded = found["rtn"].weights.integers[name]
+    assert torch.equal(rounded.codes, expected.codes)
+    assert not torch.equal(found["mse"].weights.integers[name].codes, expected.codes)
 
 
 def test_another_scheme_is_refused(quantized: Path) -> None:
