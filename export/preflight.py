@@ -30,6 +30,7 @@ from gemma3.errors import DoesNotFit
 from gemma3.host.memory import Room, memory_room
 from gemma3.host.progress import minutes
 from gemma3.names import EMBEDDING, HEAD, VISION_TOWER, head_of
+from quant.integers import IntegerWeight
 from quant.methods import form_in
 from quant.recipe import SCHEMES, Recipe
 from quant.source import QuantizedCheckpoint, Source
@@ -42,6 +43,7 @@ SMALL_FILES_BYTES = 64 << 20
 BASE = 800 << 20  # a process with torch
 TOKEN_BYTES = 2900  # of a process that compares and writes the tokenizer's files, for each token of the vocabulary
 START_SECONDS, TOKEN_SECONDS = 8.0, 7e-5
+SEARCH_SECONDS = 1e-8  # to choose the scale of a 4-bit weight (quant.methods.mse), once
 # The proof feeds the text model a sequence of about so many windows, and compares so many of its logits (or all of a
 # short one's). It feeds the vision model so many images.
 WINDOWS, COMPARED, IMAGES = 2.5, 300, 2
@@ -106,7 +108,11 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
     trillions = fed(config, forms) / 1e12
     layers = config.num_layers + (config.vision.num_hidden_layers if config.vision else 0)
     seconds = START_SECONDS + TOKEN_SECONDS * config.vocab_size
-    memory, disk = BASE + TOKEN_BYTES * config.vocab_size, SMALL_FILES_BYTES
+    searched = [form for form in forms.values() if isinstance(form, IntegerWeight) and form.bits == 4]
+    searched = [] if isinstance(source, QuantizedCheckpoint) else searched
+    seconds += SEARCH_SECONDS * sum(map(_count, searched))
+    base = BASE + 2 * sum(form.scales.numel() for form in searched)  # the chosen scales are kept, in bfloat16
+    memory, disk = base + TOKEN_BYTES * config.vocab_size, SMALL_FILES_BYTES
     for target in targets:
         cost, size = (
             target.cost,
@@ -114,7 +120,7 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
         )
         writing = cost.base + cost.layer_bytes * layers + reading + int(cost.file * size + cost.tables * table)
         running = int(cost.running * size) + layouts[target.name].total_bytes
-        memory = max(memory, BASE + max(writing, running))
+        memory = max(memory, base + max(writing, running))
         seconds += cost.layer_seconds * layers + cost.trillion_seconds * trillions
         disk += size
     return Need(seconds, memory, disk)

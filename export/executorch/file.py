@@ -7,9 +7,9 @@ payload of a delegate is another flatbuffer, the XNNPACK graph. Its constants ar
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -48,11 +48,14 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A matrix multiplication in a delegate, with a weight [rows, columns]. Only integer weights are read."""
+    """A matrix multiplication in a delegate, with a weight [rows, columns]. Only integer weights can be read.
+
+    Integers take up to twice the bytes that they have in the file, so ``read`` reads them when it is called.
+    """
 
     rows: int
     columns: int
-    weight: IntegerWeight | None  # None: floating point
+    read: Callable[[], IntegerWeight] | None  # None: floating point
 
 
 class PteFile:
@@ -131,7 +134,7 @@ class PteFile:
             for node in graph["xnodes"]:
                 if node["xnode_union_type"] == "XNNFullyConnected":
                     linear = self._linear(values[node["xnode_union"]["filter_id"]], graph["constant_data"])
-                    if linear.rows > 1 or linear.weight is not None:
+                    if linear.rows > 1 or linear.read is not None:
                         yield linear
 
     def _linear(self, value: dict[str, Any], constants: list[dict[str, Any]]) -> StoredLinear:
@@ -139,19 +142,22 @@ class PteFile:
         rows, columns = tensor["dims"]
         if params is None:
             return StoredLinear(rows, columns, None)
+        codes, scales = (
+            self.named[constants[index]["named_key"]]
+            for index in (tensor["constant_buffer_idx"], params["scale_buffer_idx"])
+        )
+        return StoredLinear(rows, columns, partial(self._integers, tensor, codes, scales))
 
-        def data(index: int) -> Tensor:
-            return torch.from_numpy(self.segment(self.named[constants[index]["named_key"]]))
-
-        codes = data(tensor["constant_buffer_idx"])
-        scales = data(params["scale_buffer_idx"])
+    def _integers(self, tensor: dict[str, Any], codes_at: int, scales_at: int) -> IntegerWeight:
+        """The weight of a matrix multiplication. ``codes_at`` and ``scales_at`` are segments."""
+        rows, columns = tensor["dims"]
+        codes, scales = (torch.from_numpy(self.segment(index)) for index in (codes_at, scales_at))
         grouped = tensor["datatype"] == "xnn_datatype_qbint4"
         scales = scales.view(torch.bfloat16 if grouped else torch.float32).float().view(rows, -1)
         if tensor["datatype"] == "xnn_datatype_qcint8":
-            return StoredLinear(rows, columns, IntegerWeight(codes.view(torch.int8).view(rows, columns), scales, 8))
+            return IntegerWeight(codes.view(torch.int8).view(rows, columns), scales, 8)
         # A row with an odd number of columns ends in half a byte of padding.
-        codes = unpack_nibbles(codes.view(rows, -1), first="low")[:, :columns]
-        return StoredLinear(rows, columns, IntegerWeight(codes, scales, 4))
+        return IntegerWeight(unpack_nibbles(codes.view(rows, -1), first="low")[:, :columns], scales, 4)
 
 
 def unpack_nibbles(packed: Tensor, first: Literal["low", "high"]) -> Tensor:

@@ -57,7 +57,7 @@ def stored_integers(file: PteFile) -> Iterator[tuple[str, IntegerWeight]]:
             yield EMBEDDING, embedding_integers(file, name, arguments)
     head_dim = cache_shapes_pte(file)[1][-1]  # of the first layer's values
     for name, linears in groupby(named_linears(file), key=lambda pair: pair[0]):
-        parts = [linear.weight for _, linear in linears if linear.weight is not None]
+        parts = [linear.read() for _, linear in linears if linear.read is not None]
         if len(parts) == 2:
             yield name, join_halves(parts[0], parts[1], head_dim)
         elif parts:
