@@ -9,6 +9,7 @@ from torch import Tensor
 from export.checks import Check
 from export.manifest import Manifest
 from export.target import Target
+from gemma3.host.memory import give_back
 from quant.weights import QuantizedWeights, Weights, forms_of
 
 
@@ -81,4 +82,5 @@ def check_integers(
         equal, total = counts.total_equal, counts.total_equal + counts.total_unequal
         name = f"integers in the file are the quantizer's ({equal} of {total})"
         checks.append(Check(format, "integers", "equal", name, equal / total, 1.0, equal == total))
+        give_back()  # the matrices that were read
     return checks
