@@ -8,8 +8,10 @@ well as in float32. So these figures show whether anything else differs.
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from statistics import mean, median
 
 import numpy as np
@@ -21,6 +23,7 @@ from export.checks import Check
 from export.executorch.target import PTE
 from export.target import FLOAT, rounding_of
 from gemma3.config import LayerSpec, ModelConfig
+from gemma3.host.progress import Progress
 from gemma3.model import LayerKV, attention_mask, rope_angles
 from gemma3.model import Step as ModelStep
 from quant.activations import Rounding
@@ -80,7 +83,13 @@ def check_single_steps(subject: Subject) -> list[Check]:
     fed = feed(session, plan, compared, reference.images)
     del session  # its memory is needed for the reference
     rounding = rounding_of(PTE, name, subject.artifact.float_activations)
-    found = steps(fed, manifest.model, subject.weights, rounding)
+    done = count(1)
+    with closing(Progress(manifest.model.num_layers)) as progress:
+
+        def report() -> None:
+            progress.show(next(done), "layers of the single steps")
+
+        found = steps(fed, manifest.model, subject.weights, rounding, report)
     agreement = limits_of(subject.exact, FLOAT, 1).max_abs
     assert agreement is not None
     mean_limit, max_limit = step_limits([step.wide.kl for step in found], reference)
@@ -182,20 +191,26 @@ def joined(single: Iterable[Call], compared: Collection[int], chunk: int) -> Ite
         yield Call(waiting)
 
 
-def steps(fed: Fed, config: ModelConfig, weights: QuantizedWeights, rounding: Rounding) -> list[Step]:
+def steps(
+    fed: Fed,
+    config: ModelConfig,
+    weights: QuantizedWeights,
+    rounding: Rounding,
+    report: Callable[[], None] = lambda: None,
+) -> list[Step]:
     """The compared calls of ``fed``, each against the reference's from the same cache, in float32 and in float64.
 
     All of them go through the reference together. In each layer, the new positions of a call attend to what the file's
-    cache got at the positions before the call, and to one another.
+    cache got at the positions before the call, and to one another. ``report`` is called after each layer.
     """
     variants = (Variant(rounding=rounding), Variant(torch.float64, rounding))
-    model = Streamed(config, weights, variants)
-    length, count = len(fed.ids), sum(len(call.ids) for call in fed.calls.values())
+    model = Streamed(config, weights, variants, report)
+    length, added = len(fed.ids), sum(len(call.ids) for call in fed.calls.values())
     ends = torch.tensor(list(fed.calls))
     sizes = torch.tensor([len(call.ids) for call in fed.calls.values()])
     number = torch.arange(len(sizes)).repeat_interleave(sizes)  # of the call that each new position is in
     last = sizes.cumsum(0) - 1  # where each call's last position is among the new ones
-    positions = torch.arange(count) - last[number] + ends[number]
+    positions = torch.arange(added) - last[number] + ends[number]
     is_image = torch.tensor([call.image is not None for call in fed.calls.values()])[number]
     own = number[:, None] == number  # [S, S]: in the same call
     before = torch.arange(length) <= (ends - sizes)[number][:, None]  # [S, T]: before the call
@@ -206,12 +221,12 @@ def steps(fed: Fed, config: ModelConfig, weights: QuantizedWeights, rounding: Ro
     def step(spec: LayerSpec, dtype: torch.dtype) -> ModelStep:
         mask = attention_mask(positions, key_positions, spec.window, together) & available
         cos, sin = rope_angles(spec, positions)
-        return ModelStep(cos.to(dtype), sin.to(dtype), mask, torch.arange(length, length + count))
+        return ModelStep(cos.to(dtype), sin.to(dtype), mask, torch.arange(length, length + added))
 
     def cache(layer: int, dtype: torch.dtype) -> LayerKV:
         """What the file's cache got, with room for the new positions after it."""
         pair = (torch.from_numpy(one[layer]).to(dtype).transpose(0, 1) for one in (fed.keys, fed.values))
-        return LayerKV(*(torch.nn.functional.pad(one, (0, 0, 0, count))[None] for one in pair))
+        return LayerKV(*(torch.nn.functional.pad(one, (0, 0, 0, added))[None] for one in pair))
 
     shared = {(spec, one.dtype): step(spec, one.dtype) for spec in dict.fromkeys(config.layers) for one in variants}
     tokens = torch.tensor([[token for call in fed.calls.values() for token in call.ids]])
