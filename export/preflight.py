@@ -108,8 +108,11 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
     trillions = fed(config, forms) / 1e12
     layers = config.num_layers + (config.vision.num_hidden_layers if config.vision else 0)
     seconds = START_SECONDS + TOKEN_SECONDS * config.vocab_size
-    searched = [form for form in forms.values() if isinstance(form, IntegerWeight) and form.bits == 4]
-    searched = [] if isinstance(source, QuantizedCheckpoint) else searched
+    searched = [
+        form
+        for form in forms.values()
+        if isinstance(form, IntegerWeight) and form.bits == 4 and not isinstance(source, QuantizedCheckpoint)
+    ]
     seconds += SEARCH_SECONDS * sum(map(_count, searched))
     base = BASE + 2 * sum(form.scales.numel() for form in searched)  # the chosen scales are kept, in bfloat16
     memory, disk = base + TOKEN_BYTES * config.vocab_size, SMALL_FILES_BYTES
