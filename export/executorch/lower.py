@@ -43,7 +43,7 @@ from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.schema import BackendDelegate, DelegateCall, ExecutionPlan, KernelCall
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ExportGraphSignature
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from export.executorch.caches import cache_shapes
@@ -259,6 +259,8 @@ def filling(models: Mapping[str, nn.Module]) -> Iterator[None]:
             results[method] = []
             for program, spec in zip(delegates, specs[method], strict=True):
                 fill(program.state_dict, models[method])
+                if method == VISION_ENCODER:
+                    depth_first(program.graph)
                 results[method].append(XnnpackBackend.preprocess(program, spec))
                 program.state_dict.clear()
         return results
@@ -268,6 +270,26 @@ def filling(models: Mapping[str, nn.Module]) -> Iterator[None]:
         yield
     finally:
         del XnnpackBackend.preprocess_multimethod  # the inherited one is back
+
+
+def depth_first(graph: Graph) -> None:
+    """Put the nodes in the order in which the result's inputs need them, one input after another.
+
+    Partitioning leaves them breadth-first, and XNNPACK computes and plans its memory in that order. The scores of all
+    blocks of the vision model's attention would then be in memory at the same time.
+    """
+    (end,) = graph.find_nodes(op="output")
+    waiting, seen = [end], set[Node]()
+    while waiting:
+        node = waiting[-1]
+        missing = [source for source in node.all_input_nodes if source not in seen and source.op != "placeholder"]
+        if missing:
+            waiting.append(missing[0])
+            continue
+        waiting.pop()
+        if node not in seen and node is not end:
+            seen.add(node)
+            end.prepend(node)
 
 
 def unite_equal_delegates(plan: ExecutionPlan) -> bool:

@@ -46,16 +46,17 @@ class LevelPartitioner(Partitioner):  # type: ignore[misc]
     A node's level is the largest number of times that a path to it enters or leaves XNNPACK. Levels never decrease
     along an edge and increase at every crossing, so no delegate depends on its own output. With ``apart``, nodes of a
     level that no edges connect become separate delegates, and concatenations, which would connect them, stay outside.
-    Delegates with the same computation are then equal to the byte.
+    Delegates with the same computation are then equal to the byte. Slices are delegated too, as no length is dynamic.
     """
 
     def __init__(self, apart: bool = False) -> None:
         super().__init__()
         self.apart = apart
         self.spec_for_all = DelegationSpec(XnnpackBackend.__name__, [ONE_PASS])
-        self.operators = {
-            kind.target_name: kind() for kind in DELEGATED if not (apart and kind is generic_node_configs.CatConfig)
-        }
+        kinds = set(DELEGATED)
+        if apart:
+            kinds = kinds - {generic_node_configs.CatConfig} | {generic_node_configs.SliceCopyConfig}
+        self.operators = {kind.target_name: kind() for kind in kinds}
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         """Tag each delegated node with its delegate."""
