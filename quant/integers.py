@@ -9,12 +9,15 @@ bfloat16 (and refuses zero or subnormal ones at load), ARM KleidiAI truncates to
 float16. The upper bound comes from float16's largest value, 65504.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 MIN_SCALE = 2.0**-17  # bfloat16's 8 significant bits are still exact in a float16 subnormal (steps of 2^−24)
@@ -24,6 +27,8 @@ ROWS_AT_ONCE = 8192  # bounds the float32 copies of a large table
 # Work on a weight goes through a few rows of about so many values at a time. Their temporary copies (1 MB in float32)
 # stay in the processor's cache, which makes rounding twenty times as fast as with 8192 rows of 1152 columns.
 VALUES_AT_ONCE = 1 << 18
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,10 @@ class IntegerWeight:
         return equal
 
 
-def blocks_of_rows(shape: Sequence[int]) -> Iterator[slice]:
-    """The rows of a matrix of this shape, a few at a time, in order (see VALUES_AT_ONCE)."""
+def blocks_of_rows(shape: Sequence[int], values: int = VALUES_AT_ONCE, least: int = 1) -> Iterator[slice]:
+    """The rows of a matrix of this shape, in order, so many at a time as have ``values`` values, or ``least`` rows."""
     rows, columns = shape
-    count = max(1, VALUES_AT_ONCE // max(1, columns))
+    count = max(least, values // max(1, columns))
     return (slice(start, start + count) for start in range(0, rows, count))
 
 
@@ -112,18 +117,47 @@ def least_costly_scales(grouped: Tensor, bits: int, shares: Sequence[float], cos
 
     Among ``shares`` of the absmax scale, each group gets the one with the least squared error; of equals the first.
     ``cost`` [size] is the weight of each column's error (None: all weigh the same).
+
+    Threads of NumPy search, because torch's own split each small operation and wait for each other after it: under
+    other load on the machine they take ten times as long.
     """
-    absmax = absmax_scales(grouped, bits)
-    best, least = bf16_grid(absmax), torch.full(absmax.shape, torch.inf, dtype=torch.float64)
-    for share in shares:
-        scales = bf16_grid(absmax * share)
-        errors = nearest_codes(grouped, scales, bits).mul_(scales[..., None]).sub_(grouped).square_()
-        if cost is not None:
-            errors *= cost
-        # Processors add in different orders. In float64 that cannot make another candidate the best one.
-        total = errors.sum(-1, dtype=torch.float64)
-        best = torch.where(total < least, scales, best)
-        least = torch.minimum(total, least)
+    size = grouped.shape[-1]
+    groups = grouped.reshape(-1, size).numpy()
+    costs = None if cost is None else cost.numpy()[:, None]
+
+    def search(part: slice) -> Tensor:
+        return torch.from_numpy(_least_costly(groups[part].T.copy(), bits, shares, costs))
+
+    parts = list(blocks_of_rows(groups.shape, least=64))  # NumPy's innermost loops go over the groups of a part
+    if len(parts) == 1:
+        return search(parts[0]).view(grouped.shape[:-1])
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return torch.cat(list(threads.map(search, parts))).view(grouped.shape[:-1])
+
+
+def _least_costly(values: Floats, bits: int, shares: Sequence[float], costs: Floats | None) -> Floats:
+    """Scales [groups] for values [size, groups], as ``least_costly_scales`` chooses them.
+
+    The errors are added column by column, in the same order on every processor.
+    """
+    limit = 2 ** (bits - 1)
+    absmax = np.abs(values).max(0) / np.float32(limit - 0.5)
+    best, least = bf16_grid(torch.from_numpy(absmax)).numpy(), np.full_like(absmax, np.inf)
+    errors = np.empty_like(values)
+    with np.errstate(all="ignore"):  # of values that are not finite, which are refused elsewhere
+        for share in shares:
+            scales = bf16_grid(torch.from_numpy(absmax * np.float32(share))).numpy()
+            np.divide(values, scales, out=errors)
+            np.rint(errors, out=errors)
+            np.clip(errors, -limit, limit - 1, out=errors)
+            errors *= scales
+            errors -= values
+            errors *= errors
+            if costs is not None:
+                errors *= costs
+            total = np.add.reduce(errors, axis=0)
+            best = np.where(total < least, scales, best)
+            least = np.minimum(total, least)
     return best
 
 
@@ -134,33 +168,36 @@ def nearest_codes(grouped: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def round_to_nearest(
-    weight: Tensor,
-    bits: int,
-    group_size: int | None,
-    *,
-    pad: bool = False,
-    choose_scales: Callable[[Tensor, int], Tensor] = absmax_scales,
-    chosen: Tensor | None = None,
+    weight: Tensor, bits: int, group_size: int | None, *, pad: bool = False, scales: Tensor | None = None
 ) -> IntegerWeight:
     """The integers of weight [rows, columns]: codes rounded to nearest under scales on the bfloat16 grid.
 
-    ``choose_scales`` gives the scales before they are snapped to the grid. With ``chosen``, the scales [rows, groups]
-    of an earlier rounding, it is not asked. ``group_size`` None means per channel. Raises ValueError on NaN or infinite
-    weights, and when the group size does not divide the columns, unless ``pad`` lets the last group be shorter.
+    ``scales`` [rows, groups] are snapped to the grid; None means absmax scales. ``group_size`` None means per channel.
+    Raises ValueError on NaN or infinite weights, and when the group size does not divide the columns, unless ``pad``
+    lets the last group be shorter.
     """
     rows, columns = weight.shape
-    size = columns if group_size is None or (pad and group_size > columns) else group_size
-    if columns % size and not pad:
-        raise ValueError(f"{columns} columns do not divide into groups of {size}")
+    size = whole_group_size(columns, group_size, pad)
     codes = torch.empty(rows, columns, dtype=torch.int8)
-    scales = torch.empty(rows, -(-columns // size))
+    found = torch.empty(rows, -(-columns // size))
     for part in blocks_of_rows(weight.shape):
         grouped = in_groups(weight[part].float(), size)
         require_finite(grouped)
-        scales[part] = bf16_grid(choose_scales(grouped, bits)) if chosen is None else chosen[part]
-        rounded = nearest_codes(grouped, scales[part], bits)
+        found[part] = bf16_grid(absmax_scales(grouped, bits) if scales is None else scales[part])
+        rounded = nearest_codes(grouped, found[part], bits)
         codes[part] = rounded.to(torch.int8).view(len(grouped), -1)[:, :columns]
-    return IntegerWeight(codes, scales, bits, size if columns % size else None)
+    return IntegerWeight(codes, found, bits, size if columns % size else None)
+
+
+def whole_group_size(columns: int, group_size: int | None, pad: bool) -> int:
+    """The size of a group in rows of ``columns``; ``group_size`` None means per channel.
+
+    Raises ValueError when the group size does not divide the columns, unless ``pad`` lets the last group be shorter.
+    """
+    size = columns if group_size is None or (pad and group_size > columns) else group_size
+    if columns % size and not pad:
+        raise ValueError(f"{columns} columns do not divide into groups of {size}")
+    return size
 
 
 def require_finite(weight: Tensor) -> None:

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from gemma3.errors import BadInput
-from quant.integers import IntegerWeight, least_costly_scales, require_finite, round_to_nearest
+from quant.integers import (
+    IntegerWeight,
+    blocks_of_rows,
+    in_groups,
+    least_costly_scales,
+    require_finite,
+    round_to_nearest,
+    whole_group_size,
+)
 from quant.recipe import OPTIONAL_PATTERNS, SCHEMES, Integers, Recipe, Scheme, Sfp8, Verdict
 from quant.sfp8 import Sfp8Weight, encode_weight
 from quant.weights import OnDemand, QuantizedWeights, Weight, form_of
@@ -20,6 +28,7 @@ IntegerMethod = Callable[[str, Tensor, Integers], tuple[IntegerWeight, str]]
 # more of the largest weights is clipped and the closer are all others, which pays in long rows. A bundle says no more
 # than "mse" of how its integers were chosen: with other candidates they could not be made again.
 STEPS = (7.5, 7, 8, 8.5, 9, 9.75, 10.75, 12, 14)
+SEARCHED_AT_ONCE = 1 << 24  # values that are in float32 together: 67 MB, work for some 60 threads
 
 
 def rtn(_: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
@@ -34,13 +43,12 @@ def mse(name: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str
     """
     if scheme.bits == 8:
         return rtn(name, weight, scheme)
-    integers = round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad, choose_scales=least_squares)
+    size = whole_group_size(weight.shape[1], scheme.group_size, scheme.pad)
+    shares = [STEPS[0] / steps for steps in STEPS]
+    parts = blocks_of_rows(weight.shape, SEARCHED_AT_ONCE)
+    scales = [least_costly_scales(in_groups(weight[part].float(), size), scheme.bits, shares) for part in parts]
+    integers = round_to_nearest(weight, scheme.bits, size, pad=scheme.pad, scales=torch.cat(scales))
     return integers, "round to nearest with the least squared error"
-
-
-def least_squares(grouped: Tensor, bits: int) -> Tensor:
-    """float32 scales [rows, groups] for values [rows, groups, size] of 4 bits: the best of the candidates."""
-    return least_costly_scales(grouped, bits, [STEPS[0] / steps for steps in STEPS])
 
 
 def quantize_weights(
@@ -76,8 +84,7 @@ def round_on_demand(
             scales[name] = weight.scales.bfloat16()
 
     def again(name: str, weight: Tensor, scheme: Integers) -> tuple[IntegerWeight, str]:
-        chosen = scales[name].float()
-        return round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad, chosen=chosen), ""
+        return round_to_nearest(weight, scheme.bits, scheme.group_size, pad=scheme.pad, scales=scales[name]), ""
 
     def make(name: str) -> Weight:
         return _apply(name, read(name), SCHEMES[recipe.rule(name).scheme], again)[0]

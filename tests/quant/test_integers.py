@@ -127,6 +127,12 @@ def test_of_equal_candidates_the_first_is_taken() -> None:
     assert least_costly_scales(grouped, 4, [7.5, 7.5 / 7]).item() == 7
 
 
+def test_threads_search_the_same_scales() -> None:
+    grouped = torch.randn(1500, 8, 32, generator=torch.Generator().manual_seed(0))  # more than a thread gets at once
+    found = least_costly_scales(grouped, 4, [1, 0.875])
+    assert torch.equal(found[1498:], least_costly_scales(grouped[1498:], 4, [1, 0.875]))
+
+
 def test_shapes() -> None:
     weight = IntegerWeight(torch.zeros(3, 64, dtype=torch.int8), torch.ones(3, 1), 8)
     assert weight.per_channel

@@ -117,7 +117,7 @@ def test_on_demand_the_scales_are_chosen_once(monkeypatch: pytest.MonkeyPatch, m
         raise AssertionError("a scale is chosen again")
 
     monkeypatch.setattr("quant.integers.absmax_scales", refuse)
-    monkeypatch.setattr("quant.methods.rtn", refuse)  # its default argument still is the true absmax_scales
+    monkeypatch.setattr("quant.methods.rtn", refuse)
     monkeypatch.setattr("quant.methods.mse", refuse)
     for _ in range(2):
         for name, integers in whole.integers.items():
