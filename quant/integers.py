@@ -122,7 +122,7 @@ def least_costly_scales(grouped: Tensor, bits: int, shares: Sequence[float], cos
     other load on the machine they take ten times as long.
     """
     size = grouped.shape[-1]
-    groups = grouped.reshape(-1, size).numpy()
+    groups = grouped.detach().reshape(-1, size).numpy()
     costs = None if cost is None else cost.numpy()[:, None]
 
     def search(part: slice) -> Tensor:

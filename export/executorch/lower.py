@@ -286,9 +286,8 @@ def depth_first(graph: Graph) -> None:
         if missing:
             waiting.append(missing[0])
             continue
-        waiting.pop()
-        if node not in seen and node is not end:
-            seen.add(node)
+        seen.add(waiting.pop())
+        if node is not end:
             end.prepend(node)
 
 
