@@ -117,6 +117,7 @@ def test_on_demand_the_scales_are_chosen_once(monkeypatch: pytest.MonkeyPatch, m
         raise AssertionError("a scale is chosen again")
 
     monkeypatch.setattr("quant.integers.absmax_scales", refuse)
+    monkeypatch.setattr("quant.methods.least_costly_scales", refuse)
     monkeypatch.setattr("quant.methods.rtn", refuse)
     monkeypatch.setattr("quant.methods.mse", refuse)
     for _ in range(2):
