@@ -118,8 +118,8 @@ def least_costly_scales(grouped: Tensor, bits: int, shares: Sequence[float], cos
     Among ``shares`` of the absmax scale, each group gets the one with the least squared error; of equals the first.
     ``cost`` [size] is the weight of each column's error (None: all weigh the same).
 
-    Threads of NumPy search, because torch's own split each small operation and wait for each other after it: under
-    other load on the machine they take ten times as long.
+    NumPy searches, in threads that each have a part of the groups. Torch's threads would share each small operation and
+    wait for one another after it, which takes several times as long when the machine has other work.
     """
     size = grouped.shape[-1]
     groups = grouped.detach().reshape(-1, size).numpy()

@@ -4,7 +4,7 @@ These are the differences, besides those of export/executorch/layers.py, and the
 
 * A permutation cuts the patches out of the image, and one matrix product embeds them. A convolution would need passes
   of XNNPACK's backend that export/executorch/partition.py leaves out.
-* Attention takes QUERIES_AT_ONCE patches at a time. The scores of all 4096 would take 1.07 GB, these take 67 MB.
+* QUERIES_AT_ONCE patches at a time attend to all. The scores of all 4096 would take 1.07 GB, these take 67 MB.
   ``llama.custom_sdpa``, which holds few scores too, makes the whole model take 1.8 times as long (in int8).
 * The norm and MLP after attention take ROWS_AT_ONCE patches at a time, because an MLP's hidden values are the largest
   tensor of all. XNNPACK packs the weights of each delegate separately, so the parts must become equal delegates, which
