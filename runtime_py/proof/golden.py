@@ -98,13 +98,13 @@ class ReferenceLogits:
     # What limits are derived from, at the positions where it was measured. For a reference with float
     # activations the first is measured and the other two are 0; for one that rounds them it is the reverse. Of the
     # references of one artifact only the first has noise of its own; the others have a copy (references.py).
-    float_error: NDArray[np.float32]  # the largest difference of a logit from the same model's in float64
+    float_error: NDArray[np.float32]  # how much the order of additions matters to a logit (references.py)
     noise_kl: NDArray[np.float32]  # KL to the same model after its inputs are changed by one unit in the last place
     cost_kl: NDArray[np.float32]  # KL from the same model with float activations: what rounding them costs
     # For a multimodal model; empty otherwise.
     images: NDArray[np.uint8]  # [I, S, S, 3]
     soft_tokens: NDArray[np.float32]  # [I, T, E]
-    # The relative RMS change of the soft tokens in the same comparisons: with float64 or changed inputs, and the cost.
+    # The relative RMS change of the soft tokens in the same comparisons: float error or changed inputs, and the cost.
     soft_noise: NDArray[np.float32]  # [L]
     soft_cost: NDArray[np.float32]  # [I]
 
