@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from gemma3.checkpoint import resolve_checkpoint
-from gemma3.data import pack
+from gemma3.data import Rows, pack
 from gemma3.images import network_input
 from gemma3.model import RoundHeads, steps_of
-from quant.source import QuantizedCheckpoint
+from quant.source import QuantizedCheckpoint, Source
 from quant.streamed import Streamed, Variant
 
 log = logging.getLogger(__name__)
@@ -80,28 +80,30 @@ class _Largest:
         return queries, keys, values
 
 
-def calibrate(
-    checkpoint: QuantizedCheckpoint, data: Sequence[Path] = (), tokens: int = TOKENS
-) -> dict[int, PerChannel]:
-    """The scales of each layer, from about ``tokens`` tokens of the files ``data`` (see ``gemma3.data.pack``).
+def calibration_rows(source: Source, data: Sequence[Path] = (), tokens: int = TOKENS) -> Rows:
+    """About ``tokens`` tokens of the files ``data`` (see ``gemma3.data.pack``), in rows that each begin with BOS.
 
-    They are in rows spread evenly over the data, each of which begins with BOS. Without data they are those of the
-    sample that comes with the checkpoint, or else with the demo checkpoint. Raises BadInput for data that cannot be
-    used.
+    They are spread evenly over the data. Without data they are those of the sample that comes with the checkpoint, or
+    else with the demo checkpoint. Raises BadInput for data that cannot be used.
     """
-    config = checkpoint.config
-    files = data or _samples(checkpoint.path) or _samples(resolve_checkpoint("demo"))
-    length = min(ROW_TOKENS, config.max_position_embeddings)
-    rows = pack(files, checkpoint.tokenizer, length, config, chat=checkpoint.chat)
+    files = data or _samples(source.path) or _samples(resolve_checkpoint("demo"))
+    length = min(ROW_TOKENS, source.config.max_position_embeddings)
+    rows = pack(files, source.tokenizer, length, source.config, chat=source.chat)
     total, count = len(rows.tokens), max(1, tokens // length)
     chosen = sorted({number * total // count for number in range(count)})
-    log.info("calibrating the scales of keys and values on %d tokens", len(chosen) * length)
+    return Rows(rows.tokens[chosen], [rows.images[number] for number in chosen])
+
+
+def calibrate(checkpoint: QuantizedCheckpoint, rows: Rows) -> dict[int, PerChannel]:
+    """The scales of each layer, from the keys and values of ``rows``."""
+    config = checkpoint.config
+    log.info("calibrating the scales of keys and values on %d tokens", rows.tokens.size)
     model = Streamed(config, checkpoint.weights, [Variant()])
     seen = {index: _Largest() for index in range(config.num_layers)}
     x, steps = [], []
     with torch.inference_mode():
-        for number in chosen:
-            ids, images = torch.from_numpy(rows.tokens[number]).long()[None], rows.images[number]
+        for tokens, images in zip(rows.tokens, rows.images, strict=True):
+            ids = torch.from_numpy(tokens).long()[None]
             pixels = np.concatenate([network_input(image) for image in images]) if images else None
             soft_tokens = None if pixels is None else model.soft_tokens(torch.from_numpy(pixels))
             x += model.embed(ids, soft_tokens)

@@ -57,9 +57,10 @@ def quantize(
     else:
         for name in checkpoint.names:  # raises for a weight without a rule, before minutes of work
             recipe.rule(name)
+        rows = calibration_rows(checkpoint, data, tokens)
         model = load_model(checkpoint)
         layers = [(names.layer(index), layer) for index, layer in enumerate(model.model.layers)]
-        chosen = gptq(layers, model.hidden, calibration_rows(checkpoint, data, tokens), recipe)
+        chosen = gptq(layers, model.hidden, rows, recipe)
         weights = quantize_weights(checkpoint.items(), recipe, chosen)
     return QuantizedCheckpoint(checkpoint.path, checkpoint.config, checkpoint.companions, weights, recipe, method)
 

@@ -108,7 +108,7 @@ def export_bundle(
     A full-precision checkpoint is quantized by ``recipe``, or the preset or scheme of this name (None: the default
     preset), with the default method of ``quantize``; a quantized one keeps its integers. ``activations`` replaces what
     the recipe says about them (see ``quant.recipe.Rule``). ``kv`` is the dtype of the KV caches; scales of an int8 one
-    are calibrated on the files ``kv_data`` (see ``quant.kv.calibrate``). The other arguments are those of
+    are calibrated on the files ``kv_data`` (see ``quant.kv``). The other arguments are those of
     ``export.bundle.draft_bundle``. Raises BadInput and DoesNotFit for what cannot be exported, and VerificationFailed
     when a file does not agree with its reference. After any error nothing is left behind.
     """
@@ -118,7 +118,7 @@ def export_bundle(
     refuse_target(out)
     from export.bundle import cache_layouts, check_exportable, draft_bundle, seal
     from export.preflight import preflight
-    from quant.kv import calibrate
+    from quant.kv import calibrate, calibration_rows
     from quant.quantize import in_recipe
     from quant.source import QuantizedCheckpoint
 
@@ -133,8 +133,9 @@ def export_bundle(
     if kv_data and kv != "int8":
         raise BadInput("--kv-data is for the scales of an int8 KV cache; add --kv int8 or leave it out")
     preflight(source, targets, wanted, cache_layouts(source.config, targets, context, chunk, kv), out.parent)
+    rows = calibration_rows(source, kv_data) if kv == "int8" else None
     quantized = in_recipe(source, wanted)
-    scales = calibrate(quantized, kv_data) if kv == "int8" else None
+    scales = None if rows is None else calibrate(quantized, rows)
     with draft_bundle(
         quantized,
         out,

@@ -32,7 +32,7 @@ from export.target import Export, Target
 from gemma3.cache import CacheDtype, CacheLayout, cache_layout
 from gemma3.config import SLIDING, ModelConfig
 from quant.integers import IntegerWeight
-from quant.kv import PerChannel, calibrate
+from quant.kv import PerChannel, calibrate, calibration_rows
 from quant.quantize import in_recipe
 from quant.recipe import scheme_recipe
 from quant.source import open_source
@@ -243,7 +243,8 @@ def proof_of(checkpoint: Path, format: str, scheme: str, fault: Fault, context: 
     with tempfile.TemporaryDirectory() as directory, ExitStack() as patches:
         patches.enter_context(patch.object(bundle, "cache_layouts", layouts))
         patches.enter_context(patch.object(prove, "open_session", opened))
-        out, scales = Path(directory) / "out", None if fault.kv is None else calibrate(quantized)
+        out = Path(directory) / "out"
+        scales = None if fault.kv is None else calibrate(quantized, calibration_rows(quantized))
         with not_sealed(), draft_bundle(quantized, out, targets=[target], kv=dtype, kv_scales=scales) as draft:
             checks = prove.prove(draft)
     return checks

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gemma3.data import pack
 from quant.eager import quantized_model
-from quant.kv import LARGEST, MARGIN, SMALLEST, PerChannel, calibrate, codes_of, rounded, scales_of
+from quant.kv import LARGEST, MARGIN, SMALLEST, PerChannel, calibrate, calibration_rows, codes_of, rounded, scales_of
 from quant.quantize import in_recipe
 from quant.source import open_source
 from tests.shapes import random_model, random_tokens, tiny_config
@@ -58,7 +58,7 @@ def test_the_network_rounds_keys_and_values_with_and_without_a_cache() -> None:
 
 def test_calibration_sees_the_largest_keys_and_values_of_the_text(checkpoint: Path, text: Path) -> None:
     quantized = in_recipe(open_source(checkpoint))
-    found = calibrate(quantized, [text], tokens=10**6)
+    found = calibrate(quantized, calibration_rows(quantized, [text], tokens=10**6))
     config = quantized.config
     rows = torch.from_numpy(pack([text], quantized.tokenizer, min(256, config.max_position_embeddings), config).tokens)
     model = quantized_model(config, quantized.weights)
