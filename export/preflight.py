@@ -28,7 +28,6 @@ from gemma3.checkpoint import weight_shapes
 from gemma3.config import ModelConfig
 from gemma3.errors import DoesNotFit
 from gemma3.host.memory import Room, memory_room
-from gemma3.host.progress import minutes
 from gemma3.names import EMBEDDING, HEAD, VISION_TOWER, head_of
 from quant.integers import IntegerWeight
 from quant.methods import form_in
@@ -44,8 +43,8 @@ BASE = 800 << 20  # a process with torch
 TOKEN_BYTES = 2900  # of a process that compares and writes the tokenizer's files, for each token of the vocabulary
 START_SECONDS, TOKEN_SECONDS = 8.0, 7e-5
 SEARCH_SECONDS = 1e-8  # to choose the scale of a 4-bit weight (quant.methods.mse), once
-# The proof feeds the text model a sequence of about so many windows, and compares so many of its logits (or all of a
-# short one's). It feeds the vision model so many images.
+# The proof feeds the text model a sequence of about so many windows, at most the context, and compares so many of its
+# logits (or all of a short one's). It feeds the vision model so many images.
 WINDOWS, COMPARED, IMAGES = 2.5, 300, 2
 TOO_MUCH = 1.25
 
@@ -59,9 +58,10 @@ class Need:
     disk: int
 
     def __str__(self) -> str:
+        minutes = max(1, round(self.seconds / 60))
         return (
-            f"about {minutes(self.seconds)} minutes on two cores, {self.memory / 1e9:.1f} GB of memory, "
-            f"{self.disk / 1e9:.1f} GB of disk"
+            f"about {minutes} {'minute' if minutes == 1 else 'minutes'} on two cores, "
+            f"{self.memory / 1e9:.1f} GB of memory, {self.disk / 1e9:.1f} GB of disk"
         )
 
 
@@ -105,7 +105,7 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
     name, largest = max(forms.items(), key=lambda item: _count(item[1]))
     table = _count(largest)
     reading = table if isinstance(source, QuantizedCheckpoint) else table * (1 + source.tensor(name).element_size())
-    trillions = fed(config, forms) / 1e12
+    trillions = fed(config, forms, max(layout.context for layout in layouts.values())) / 1e12
     layers = config.num_layers + (config.vision.num_hidden_layers if config.vision else 0)
     seconds = START_SECONDS + TOKEN_SECONDS * config.vocab_size
     searched = [
@@ -129,10 +129,10 @@ def need_of(source: Source, targets: Sequence[Target], recipe: Recipe, layouts: 
     return Need(seconds, memory, disk)
 
 
-def fed(config: ModelConfig, forms: Mapping[str, Weight]) -> float:
+def fed(config: ModelConfig, forms: Mapping[str, Weight], context: int) -> float:
     """How many multiplications one pass of the proof takes: each weight, by the positions (patches) that it meets."""
     patches = 0 if config.vision is None else IMAGES * config.vision.patches_per_side**2
-    text = WINDOWS * config.sliding_window
+    text = min(context, WINDOWS * config.sliding_window)
 
     def positions(name: str) -> float:
         if name in (EMBEDDING, HEAD):

@@ -9,7 +9,7 @@ from export import preflight as module
 from export.bundle import cache_layouts
 from export.executorch.target import PTE
 from export.onnx.target import ONNX
-from export.preflight import BASE, check_memory, forms_in, need_of, preflight
+from export.preflight import BASE, check_memory, fed, forms_in, need_of, preflight
 from export.target import Target
 from gemma3.checkpoint import open_checkpoint
 from gemma3.errors import BadInput, DoesNotFit
@@ -52,7 +52,7 @@ def test_it_says_what_an_export_takes(source: Source, tmp_path: Path, caplog: py
     with caplog.at_level(logging.INFO):
         need = run(source, tmp_path)
     assert re.fullmatch(
-        r"this takes about \d+:\d\d minutes on two cores, \d\.\d GB of memory, 0\.1 GB of disk", caplog.messages[-1]
+        r"this takes about \d+ minutes? on two cores, \d\.\d GB of memory, 0\.1 GB of disk", caplog.messages[-1]
     )
     assert need.memory > BASE
     assert need.seconds > 0
@@ -63,6 +63,12 @@ def test_more_formats_need_more(source: Source, tmp_path: Path) -> None:
     assert both.memory == max(pte.memory, onnx.memory)
     assert both.disk == pte.disk + onnx.disk - module.SMALL_FILES_BYTES
     assert both.seconds > max(pte.seconds, onnx.seconds)
+
+
+def test_a_context_below_the_usual_sequence_needs_less_time(source: Source) -> None:
+    forms = forms_in(source, scheme_recipe("int4-block32"))
+    shorter, whole, longer = (fed(source.config, forms, context) for context in (4, 96, 10**6))
+    assert shorter < whole == longer
 
 
 def test_memory_that_does_not_fit(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
