@@ -221,7 +221,7 @@ def report_error(error: Exception) -> int:
         return 1
     if os.environ.get(DEBUG):
         traceback.print_exception(error)
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+    if out_of_room(error):
         error = DoesNotFit(f"out of memory or disk space ({error or 'memory'}); free some and try again")
     code: int | None = getattr(error, "exit_code", None)
     line = f"error: {error}"
@@ -232,6 +232,16 @@ def report_error(error: Exception) -> int:
     except OSError:
         disconnect(sys.stderr)
     return 1 if code is None else code
+
+
+def out_of_room(error: Exception) -> bool:
+    """Whether the machine had no memory or no disk space left. Runtimes have no exception type for it, only words."""
+    words = ("DefaultCPUAllocator: can't allocate memory", "Failed to allocate memory")  # torch's, ONNX Runtime's
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM))
+        or any(part in str(error) for part in words)
+    )
 
 
 def _version(wanted: bool) -> None:

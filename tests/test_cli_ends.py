@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cli
 from tests.bundles import EXPORT, Cli
@@ -131,6 +132,16 @@ def test_a_full_device(bundle: Path) -> None:
             "error: out of memory or disk space ([Errno 28] No space left on device); free some and try again"
         ]
         assert start("generate", "nowhere", "Hello", stderr=full).wait(timeout=60) == 3
+
+
+def test_memory_that_torch_cannot_have(gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime_py import text
+
+    monkeypatch.setattr(text, "open_bundle", lambda *_, **__: torch.empty(1 << 50))
+    result = gemma_edge("generate", bundle, "a")
+    assert result.code == 4
+    assert result.err.startswith("error: out of memory or disk space (")
+    assert "can't allocate memory: you tried to allocate" in result.err
 
 
 def test_streams_that_are_closed(checkpoint: Path, tmp_path: Path) -> None:
