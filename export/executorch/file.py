@@ -223,9 +223,3 @@ def place(value: Any) -> Place:
     """Where a value's planned memory begins, which is also where its views begin. None: no memory is planned for it."""
     planned = getattr(value, "allocation_info", None)
     return planned and (planned.memory_id, planned.memory_offset_high, planned.memory_offset_low)
-
-
-def cache_bytes_pte(path: Path) -> list[int]:
-    """The bytes of keys and values together for each layer, from the float32 buffers that the file declares."""
-    sizes = [4 * int(np.prod(shape)) for shape in cache_shapes_pte(PteFile(path))]
-    return [keys + values for keys, values in zip(sizes[0::2], sizes[1::2], strict=True)]

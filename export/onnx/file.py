@@ -158,12 +158,3 @@ def _check_extent(path: Path, tensor: onnx.TensorProto) -> None:
             f"{path}: {location} has {held} bytes, but {tensor.name} of {size} bytes is at "
             f"offset {offset or 'unknown'}; the file is cut short or not this model's"
         )
-
-
-def cache_shapes_onnx(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every cache input by name, as the file declares it. Raises BadInput as ``load_graph`` does."""
-    return {
-        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-        for value in load_graph(path).graph.input
-        if value.name.startswith("past_key_values.")
-    }
