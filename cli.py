@@ -235,8 +235,8 @@ def report_error(error: Exception) -> int:
 
 
 def out_of_room(error: Exception) -> bool:
-    """Whether the machine had no memory or no disk space left. Runtimes have no exception type for it, only words."""
-    words = ("DefaultCPUAllocator: can't allocate memory", "Failed to allocate memory")  # torch's, ONNX Runtime's
+    """Whether the machine had no memory or no disk space left. torch and ONNX Runtime say so in words alone."""
+    words = ("DefaultCPUAllocator: can't allocate memory", "Failed to allocate memory", "std::bad_alloc")
     return (
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM))

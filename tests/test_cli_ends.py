@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -142,6 +145,31 @@ def test_memory_that_torch_cannot_have(gemma_edge: Cli, bundle: Path, monkeypatc
     assert result.code == 4
     assert result.err.startswith("error: out of memory or disk space (")
     assert "can't allocate memory: you tried to allocate" in result.err
+
+
+@pytest.mark.parametrize("arena", [True, False])
+def test_memory_that_onnx_runtime_cannot_have(
+    gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch, arena: bool
+) -> None:
+    """It says so in other words when it has no arena."""
+    from runtime_py import text
+
+    shape = onnx.numpy_helper.from_array(np.array([1 << 50]), "shape")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Expand", ["x", "shape"], ["y"])],
+        "huge",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None])],
+        [shape],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = arena
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    monkeypatch.setattr(text, "open_bundle", lambda *_, **__: session.run(None, {"x": np.ones(1, np.float32)}))
+    result = gemma_edge("generate", bundle, "a")
+    assert result.code == 4, result.err
+    assert "error: out of memory or disk space ([ONNXRuntimeError]" in result.err
 
 
 def test_streams_that_are_closed(checkpoint: Path, tmp_path: Path) -> None:
