@@ -26,7 +26,7 @@ from export.target import Target
 from gemma3.cache import CacheLayout
 from gemma3.checkpoint import weight_shapes
 from gemma3.config import ModelConfig
-from gemma3.errors import DoesNotFit
+from gemma3.errors import DoesNotFit, counted
 from gemma3.host.memory import Room, memory_room
 from gemma3.names import EMBEDDING, HEAD, VISION_TOWER, head_of
 from quant.integers import IntegerWeight
@@ -58,11 +58,8 @@ class Need:
     disk: int
 
     def __str__(self) -> str:
-        minutes = max(1, round(self.seconds / 60))
-        return (
-            f"about {minutes} {'minute' if minutes == 1 else 'minutes'} on two cores, "
-            f"{self.memory / 1e9:.1f} GB of memory, {self.disk / 1e9:.1f} GB of disk"
-        )
+        minutes = counted(max(1, round(self.seconds / 60)), "minute")
+        return f"about {minutes} on two cores, {self.memory / 1e9:.1f} GB of memory, {self.disk / 1e9:.1f} GB of disk"
 
 
 def preflight(
