@@ -19,7 +19,7 @@ Tolerances = Mapping[str, Mapping[str, float]]
 
 
 # Float activations. File and reference add in different orders. The reference's float error (references.py) shows how
-# much that matters in this model. (Measured on 6 to 26 layers of 128 to 3840 channels, with small and with
+# much that matters in this model. (Measured on 6 to 48 layers of 128 to 3840 channels, with small and with
 # trained-looking norms, and with logits of deviation 1 to 8: a file's largest difference was 0.8 to 2.1 times the float
 # error.) Where it happens to be tiny, a few units in the last place of the largest logit are allowed.
 FLOAT_ERROR = 4.0
