@@ -2,6 +2,7 @@
 
     python -m scripts.random_checkpoint 270m DIRECTORY
     python -m scripts.random_checkpoint 4b DIRECTORY --layers 6 --vision-layers 2
+    python -m scripts.random_checkpoint 12b DIRECTORY --text-only
     python -m scripts.random_checkpoint 270m DIRECTORY --as-trained 8
 
 The files are those of Hugging Face: config.json as released, model.safetensors in bfloat16 (several files with an index
@@ -107,6 +108,14 @@ SHAPES = {
         query_pre_attn_scalar=168,
     ),
 }
+
+
+def text_only(shape: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a multimodal model's text model alone, as a checkpoint of its own has it."""
+    whole = {name: shape[name] for name in ("eos_token_id", "initializer_range", "torch_dtype")}
+    return {"architectures": COMMON["architectures"], **whole, **shape["text_config"]}
+
+
 PIECES = 262_144  # of the released vocabulary; a multimodal model's image token comes after them
 IMAGE_PIECES = {255_999: "<start_of_image>", 256_000: "<end_of_image>"}
 
@@ -263,16 +272,19 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, help="text layers, instead of the released number")
     parser.add_argument("--vision-layers", type=int, help="layers of the vision model, instead of the released number")
+    parser.add_argument("--text-only", action="store_true", help="the text model of a multimodal shape, by itself")
     parser.add_argument("--as-trained", type=float, metavar="DEVIATION", help="trained-looking norms, and logits")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     config = copy.deepcopy(SHAPES[arguments.shape])
+    if arguments.text_only and "vision_config" in config:
+        config = text_only(config)
     multimodal = "vision_config" in config
     if arguments.layers is not None:
         config.get("text_config", config)["num_hidden_layers"] = arguments.layers
     if arguments.vision_layers is not None:
         if not multimodal:
-            parser.error(f"{arguments.shape} is a text-only model; leave out --vision-layers")
+            parser.error("a text-only model has no vision model; leave out --vision-layers")
         config["vision_config"]["num_hidden_layers"] = arguments.vision_layers
     arguments.directory.mkdir(parents=True)
     weights = weights_in_order(config, arguments.seed)
