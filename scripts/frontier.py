@@ -36,7 +36,7 @@ from export.manifest import MANIFEST, read_manifest
 from gemma3 import typed_json
 from gemma3.checkpoint import Checkpoint, resolve_checkpoint
 from gemma3.config import VisionConfig
-from gemma3.errors import UserError
+from gemma3.errors import BadInput, UserError
 from gemma3.host.files import parse_json, read_text
 from gemma3.images import Pixels
 from quant.quantize import in_recipe, quantize
@@ -56,6 +56,7 @@ from scripts.peers.results import Results, Row, Run
 from scripts.peers.same_integers import export_floats
 from scripts.peers.turns import Peer, Plan, take_turns
 
+ROOM = 128  # positions after the prompt, for the decode steps of every round
 METHODS, QAT = ("rtn", "mse", "gptq"), "qat"
 LLAMA, FLOATS, TYPES = "llama.cpp", "F32", ("Q4_0", "Q4_K_M")
 NOTHING = "–"
@@ -213,7 +214,9 @@ def speed(arguments: argparse.Namespace) -> None:
     file: Path = arguments.work / f"speed-{arguments.threads}.json"
     checkpoint = full_precision(open_source(resolve_checkpoint(arguments.checkpoint)))
     depth, config = arguments.prompt, checkpoint.config
-    context = depth + 128  # room for the steps of every round
+    context = depth + ROOM
+    if (needed := arguments.rounds * (arguments.steps + 2)) > ROOM:
+        raise BadInput(f"--rounds and --steps take {needed} positions, the caches have room for {ROOM}; give fewer")
     peers = []
     for path in arguments.recipes:
         recipe = read_recipe(path)

@@ -68,3 +68,12 @@ def test_speeds_are_medians() -> None:
     row = Row("x .pte", "", 64, 2_000_000, 0.1, 0, (1.0, 2.0, 9.0), (Depth(32, 0, 0.0, (0.1, 0.05, 0.04), 0),))
     cells = frontier.speed_table([row], 32).splitlines()[-1].strip("|").split("|")
     assert [cell.strip() for cell in cells] == ["x .pte", "2", "16", "20.0"]
+
+
+def test_more_decode_steps_than_the_caches_have_room_for_are_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("speed", str(checkpoint), str(tmp_path), "--rounds", "11", "--steps", "32")
+    monkeypatch.setattr(sys, "argv", ["frontier", *arguments])
+    with pytest.raises(SystemExit, match="take 374 positions, the caches have room for 128"):
+        frontier.main()
