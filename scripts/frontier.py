@@ -215,8 +215,10 @@ def speed(arguments: argparse.Namespace) -> None:
     checkpoint = full_precision(open_source(resolve_checkpoint(arguments.checkpoint)))
     depth, config = arguments.prompt, checkpoint.config
     context = depth + ROOM
-    if (needed := arguments.rounds * (arguments.steps + 2)) > ROOM:
-        raise BadInput(f"--rounds and --steps take {needed} positions, the caches have room for {ROOM}; give fewer")
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, context).tolist()
+    plan = Plan(ids, depth, [depth], arguments.steps, arguments.rounds, patience=300)
+    if plan.decoded > ROOM:
+        raise BadInput(f"--rounds and --steps take {plan.decoded} positions, caches have room for {ROOM}; give fewer")
     peers = []
     for path in arguments.recipes:
         recipe = read_recipe(path)
@@ -234,8 +236,6 @@ def speed(arguments: argparse.Namespace) -> None:
             peers.append(Peer(f"{LLAMA} {kind}", LLAMA, python, gguf.absolute(), context, (gguf,)))
     if arguments.prepare:
         return
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, context).tolist()
-    plan = Plan(ids, depth, [depth], arguments.steps, arguments.rounds, patience=300)
     rows, failed = take_turns(
         peers, arguments.threads, plan, lambda seconds: print(f"{seconds:.0f} s", file=sys.stderr)
     )

@@ -35,12 +35,14 @@ class Plan:
     rounds: int
     patience: float
 
-    def start(self, depth: int, context: int) -> int:
-        """The number of tokens in the cache before the steps at ``depth``: fewer where these would not fit.
+    @property
+    def decoded(self) -> int:
+        """How many positions the rounds at one depth take. Some runtimes feed a token or two of their own in each."""
+        return self.rounds * (self.steps + 2)
 
-        Some runtimes feed a token or two of their own in each round.
-        """
-        return min(depth, context - self.rounds * (self.steps + 2))
+    def start(self, depth: int, context: int) -> int:
+        """The number of tokens in the cache before the steps at ``depth``: fewer where these would not fit."""
+        return min(depth, context - self.decoded)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Worker:
         self.logits: NDArray[np.float32] | None = None
         self.divergence: float | None = None
         self._folder = folder
+        if peer.context < plan.prompt + plan.rounds * plan.steps:
+            raise SkippedError(f"caches of {peer.context} have no room for the decode steps; see --rounds and --steps")
         self._errors = folder / f"{peer.name.replace('/', '_')}.txt"
         request = {"kind": peer.kind, "path": str(peer.path), "context": peer.context}
         request |= {"threads": threads, "steps": plan.steps}

@@ -100,6 +100,12 @@ def test_steps_end_within_the_context(fakes: Fakes) -> None:
     assert (first, second) == (("decode", False, [22, 23, 24]), ("decode", False, [25, 26, 27]))
 
 
+def test_a_cache_without_room_for_the_steps_is_left_out(fakes: Fakes) -> None:
+    (row,), skipped = take_turns([fakes.peer(13), fakes.peer(64)], 1, PLAN, lambda _: None)
+    assert row.context == 64
+    assert skipped == {"peer 13": "caches of 13 have no room for the decode steps; see --rounds and --steps"}
+
+
 def test_a_short_cache_is_left_out_of_larger_depths(fakes: Fakes) -> None:
     (short, long), skipped = take_turns([fakes.peer(16), fakes.peer(64)], 1, PLAN, lambda _: None)
     assert [one.depth for one in short.depths] == [8]
