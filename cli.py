@@ -236,7 +236,12 @@ def report_error(error: Exception) -> int:
 
 def out_of_room(error: Exception) -> bool:
     """Whether the machine had no memory or no disk space left. torch and ONNX Runtime say so in words alone."""
-    words = ("DefaultCPUAllocator: can't allocate memory", "Failed to allocate memory", "std::bad_alloc")
+    words = (
+        "DefaultCPUAllocator: can't allocate memory",
+        "Cannot allocate memory (12)",  # torch, of a file that it cannot map
+        "Failed to allocate memory",
+        "std::bad_alloc",
+    )
     return (
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM))

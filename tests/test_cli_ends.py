@@ -147,6 +147,23 @@ def test_memory_that_torch_cannot_have(gemma_edge: Cli, bundle: Path, monkeypatc
     assert "can't allocate memory: you tried to allocate" in result.err
 
 
+def test_a_file_that_torch_cannot_map(
+    gemma_edge: Cli, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file of 54 GB, as a checkpoint of the 27B would be without shards, cannot be mapped with 24 GB of memory."""
+    from runtime_py import text
+
+    sparse, size = tmp_path / "sparse", 1 << 43
+    with sparse.open("wb") as file:
+        file.truncate(size)
+    if Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "1":
+        pytest.skip("this machine maps files of any size")
+    monkeypatch.setattr(text, "open_bundle", lambda *_, **__: torch.UntypedStorage.from_file(str(sparse), False, size))
+    result = gemma_edge("generate", bundle, "a")
+    assert result.code == 4, result.err
+    assert "error: out of memory or disk space (unable to mmap" in result.err
+
+
 @pytest.mark.parametrize("arena", [True, False])
 def test_memory_that_onnx_runtime_cannot_have(
     gemma_edge: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch, arena: bool
